@@ -1,0 +1,40 @@
+//! INTERFACE: what each host interface is to us.
+
+use crate::{abi::wire, addr::Be32};
+
+wire! {
+    /// Value of INTERFACE; the key is the ifindex (`u32`).
+    pub struct Interface {
+        /// One of [`role`].
+        pub role: u8,
+        /// Bits of [`flag`].
+        pub flags: u8,
+        /// The container's MAC (endpoint) or the bridge's (network).
+        pub mac: [u8; 6],
+        /// Network id; 0 for uplinks.
+        pub network: u32,
+        /// Endpoint: the container's address. Network: the gateway. Uplink: the source address of
+        /// masquerade, 0.0.0.0 while it has none.
+        pub address: Be32,
+        /// Endpoint: its generation ([`crate::endpoint::Endpoint4`]); otherwise 0.
+        pub generation: u32,
+    }
+}
+
+/// Values of [`Interface::role`].
+pub mod role {
+    /// The host's end of a container's veth.
+    pub const ENDPOINT: u8 = 1;
+    /// The bridge of a network.
+    pub const NETWORK: u8 = 2;
+    /// A door to the outside.
+    pub const UPLINK: u8 = 3;
+}
+
+/// Bits of [`Interface::flags`].
+pub mod flag {
+    /// Frames begin with an Ethernet header.
+    pub const ETHERNET: u8 = 1;
+    /// Uplink: the host forwarded what came in here before netdp did.
+    pub const FORWARDED_BEFORE: u8 = 2;
+}

@@ -1,0 +1,146 @@
+//! `from_uplink` and `to_uplink`: the doors.
+
+use aya_ebpf::programs::TcContext;
+use netdp_common::{
+    addr::Tuple4,
+    counter::Reason,
+    flow::{FlowKey4, ZONE_WORLD, flag as flow_flag, stage},
+    interface::{Interface, flag as interface_flag, role},
+    network::flag,
+};
+use network_types::eth::EthHdr;
+
+use crate::{
+    flow::{self, NewFlow, SourcePorts},
+    maps, packet,
+    packet::{Frame, Packet, Transport},
+    policy, publish,
+    verdict::{Decision, Verdict, drop},
+};
+
+/// The IPv4 packet that came in or goes out; `None` for what is none or is too broken to be
+/// anybody's but the stack's.
+#[inline(always)]
+fn parse<'a>(ctx: &'a TcContext, uplink: &Interface) -> Option<Packet<'a>> {
+    if uplink.flags & interface_flag::ETHERNET == 0 {
+        return Packet::parse(ctx, 0).ok();
+    }
+    let frame = Frame::parse(ctx).ok()?;
+    if !frame.is_ipv4() {
+        return None;
+    }
+    Packet::parse(ctx, EthHdr::LEN).ok()
+}
+
+#[inline(always)]
+pub(crate) fn from_uplink(ctx: &TcContext) -> Decision {
+    // An uplink that has just appeared: `into_network` lets nothing in without a flow.
+    let Some(uplink) = maps::interface(packet::ifindex(ctx)) else { return Ok(Verdict::Pass) };
+    let Some(mut packet) = parse(ctx, uplink) else { return Ok(Verdict::Pass) };
+    if packet.tuple.src.is_loopback() || packet.tuple.dst.is_loopback() {
+        return drop(Reason::Martian, 0);
+    }
+    match flow::follow(&packet, ZONE_WORLD, 0)? {
+        Some(half) => {
+            packet.rewrite(&half.to).or_else(|reason| drop(reason, half.network))?;
+            Ok(Verdict::Pass)
+        }
+        None => decide(&mut packet, uplink, packet::ifindex(ctx)),
+    }
+}
+
+/// What becomes of a packet without a flow.
+#[inline(always)]
+fn decide(packet: &mut Packet, uplink: &Interface, ifindex: u32) -> Decision {
+    if let Some(network) = maps::subnet(packet.tuple.src) {
+        return drop(Reason::OutsideSpoof, network);
+    }
+    let destination = packet.tuple.dst;
+    if maps::is_local(destination) {
+        return match publish::target(packet) {
+            Some(target) => {
+                let to = Tuple4 { dst: target.address, dport: target.port, ..packet.tuple };
+                admit(packet, to, target.network)
+            }
+            None => Ok(Verdict::Pass),
+        };
+    }
+    if destination.is_multicast_or_broadcast() {
+        return Ok(Verdict::Pass);
+    }
+    if let Some(network) = maps::subnet(destination) {
+        return to_container(packet, network);
+    }
+    if uplink.flags & interface_flag::FORWARDED_BEFORE == 0 {
+        // We switched forwarding on for our networks' sake; the host does not become a router.
+        if packet.route(ifindex).is_some() {
+            return drop(Reason::NotRouted, 0);
+        }
+    }
+    Ok(Verdict::Pass)
+}
+
+/// Straight to a container's address: only where the network is open.
+#[inline(always)]
+fn to_container(packet: &mut Packet, id: u32) -> Decision {
+    let Some(network) = maps::network(id) else { return drop(Reason::NotReady, id) };
+    let open = network.has(flag::UNPROTECTED)
+        || network.has(flag::ROUTED)
+            && (packet.transport == Transport::Query
+                || publish::at(packet.tuple.dst, packet.tuple.dport, packet.proto).is_some());
+    if !open {
+        return drop(Reason::DirectAccess, id);
+    }
+    admit(packet, packet.tuple, id)
+}
+
+/// Opens a flow into network `id`, if its policy lets the source in.
+#[inline(always)]
+fn admit(packet: &mut Packet, to: Tuple4, id: u32) -> Decision {
+    let Some(network) = maps::network(id) else { return drop(Reason::NotReady, id) };
+    let Some(endpoint) = maps::endpoint(to.dst) else { return drop(Reason::StaleFlow, id) };
+    packet.require_opening(id)?;
+    if !policy::allows(id, network, packet.tuple.src) {
+        return drop(Reason::Policy, id);
+    }
+    let translated = to.dst != packet.tuple.dst;
+    let mut half = flow::original(packet, to, id, id);
+    half.flags |= flow_flag::INBOUND;
+    half.policy_generation = network.policy_generation;
+    half.stage = stage::INGRESS;
+    let mut new = NewFlow {
+        key: FlowKey4::new(ZONE_WORLD, packet.tuple, packet.proto),
+        half,
+        reply_generation: endpoint.generation,
+        reply_stage: stage::EGRESS,
+        ports: if translated { SourcePorts::Preferred } else { SourcePorts::Kept },
+    };
+    flow::open(&mut new).or_else(|reason| drop(reason, id))?;
+    maps::count(id, Reason::FlowIn, packet.len());
+    packet.rewrite(&new.half.to).or_else(|reason| drop(reason, id))?;
+    Ok(Verdict::Pass)
+}
+
+#[inline(always)]
+pub(crate) fn to_uplink(ctx: &TcContext) -> Decision {
+    let arrived_at = packet::arrived_at(ctx);
+    if arrived_at == 0 {
+        // The host's own traffic.
+        return Ok(Verdict::Pass);
+    }
+    let Some(origin) = maps::interface(arrived_at) else { return Ok(Verdict::Pass) };
+    if origin.role != role::NETWORK {
+        return Ok(Verdict::Pass);
+    }
+    let id = origin.network;
+    let Some(uplink) = maps::interface(packet::ifindex(ctx)) else {
+        return drop(Reason::NotReady, id);
+    };
+    let Some(mut packet) = parse(ctx, uplink) else { return drop(Reason::Family, id) };
+    // `from_container` has opened a flow for everything that may leave.
+    let Some(half) = flow::find(&packet, id) else { return drop(Reason::Unmasqueraded, id) };
+    if half.stage == stage::EGRESS {
+        packet.rewrite(&half.to).or_else(|reason| drop(reason, id))?;
+    }
+    Ok(Verdict::Pass)
+}

@@ -1,0 +1,221 @@
+//! The loaded object: programs in the kernel, maps that are pinned or adopted.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io,
+    path::Path,
+};
+
+use anyhow::{Context, Result, bail};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Map, MapInfo},
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        links::{FdLink, PinnedLink},
+        tc::{SchedClassifierLink, TcAttachOptions},
+    },
+};
+use aya_obj::Object as Elf;
+use nix::net::if_::if_indextoname;
+use tracing::{debug, warn};
+
+use super::{image::Hook, pins::Pins};
+
+/// The programs as this build made them.
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("NETDP_EBPF_OBJECT"));
+
+const FLOWS: &str = "FLOW4";
+
+impl Hook {
+    fn attach_type(self) -> TcAttachType {
+        match self {
+            Self::FromContainer | Self::FromUplink => TcAttachType::Ingress,
+            Self::IntoNetwork | Self::ToUplink => TcAttachType::Egress,
+        }
+    }
+}
+
+/// Programs and maps in the kernel.
+pub(super) struct Object {
+    ebpf: Ebpf,
+    pins: Pins,
+    /// What is attached and pinned.
+    pub(super) attached: BTreeSet<(Hook, u32)>,
+}
+
+impl Object {
+    /// Loads all programs, adopting pinned maps and moving pinned links over to the new programs,
+    /// each in one step.
+    ///
+    /// `flows` is the size of a new flow table; one that is there keeps its size.
+    ///
+    /// # Errors
+    /// A pinned map has another layout; the kernel refuses a map or a program.
+    pub(super) fn load(pins: Pins, flows: u32) -> Result<Self> {
+        let elf = Elf::parse(OBJECT).context("parse the eBPF object")?;
+        let names: Vec<&str> = elf.maps.keys().map(String::as_str).collect();
+        let mut loader = EbpfLoader::new();
+        for name in names {
+            // The compiler's own sections are no maps of ours.
+            if name.starts_with('.') {
+                continue;
+            }
+            let path = pins.map(name);
+            if path.exists() {
+                check_layout(name, &path, &elf.maps[name], 2 * flows)?;
+            }
+            loader.map_pin_path(name, path);
+        }
+        loader.map_max_entries(FLOWS, 2 * flows);
+        let mut ebpf = loader.load(OBJECT).context("create the maps")?;
+        for hook in Hook::ALL {
+            classifier(&mut ebpf, hook)?.load().map_err(|error| refusal(hook, error))?;
+        }
+        let mut object = Self { ebpf, pins, attached: BTreeSet::new() };
+        object.adopt_links()?;
+        Ok(object)
+    }
+
+    /// Takes a map out, to be used typed.
+    pub(super) fn take_map(&mut self, name: &str) -> Result<Map> {
+        self.ebpf.take_map(name).with_context(|| format!("find map {name} in the eBPF object"))
+    }
+
+    fn adopt_links(&mut self) -> Result<()> {
+        for (hook, ifindex) in self.pins.attachments()? {
+            let path = self.pins.link(hook, ifindex);
+            let pinned = PinnedLink::from_pin(&path)
+                .with_context(|| format!("open the pinned link {}", path.display()))?;
+            let link = SchedClassifierLink::try_from(FdLink::from(pinned))
+                .with_context(|| format!("recognise the pinned link {}", path.display()))?;
+            match classifier(&mut self.ebpf, hook)?.attach_to_link(link) {
+                Ok(id) => {
+                    // Still pinned: our descriptor may go.
+                    classifier(&mut self.ebpf, hook)?.take_link(id)?;
+                    self.attached.insert((hook, ifindex));
+                }
+                Err(error) => {
+                    // The interface has gone, and the kernel detached the link.
+                    debug!(path = %path.display(), %error, "dropping a pin without an interface");
+                    remove_pin(&path)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Attaches a program and pins the link, behind the programs of others at the hook.
+    ///
+    /// # Errors
+    /// The interface has gone, or the kernel has no tcx (before Linux 6.6).
+    pub(super) fn attach(&mut self, hook: Hook, ifindex: u32) -> Result<()> {
+        let name = if_indextoname(ifindex)
+            .with_context(|| format!("find the interface with ifindex {ifindex}"))?;
+        let name = name.to_string_lossy().into_owned();
+        let action = || format!("attach {} to {name} (ifindex {ifindex})", hook.program());
+        let program = classifier(&mut self.ebpf, hook)?;
+        let order = TcAttachOptions::TcxOrder(LinkOrder::last());
+        let id = program
+            .attach_with_options(&name, hook.attach_type(), order)
+            .with_context(|| format!("{}: netdp needs tcx, Linux 6.6 or later", action()))?;
+        let link: FdLink = program.take_link(id)?.try_into().with_context(action)?;
+        let path = self.pins.link(hook, ifindex);
+        // A pin of an interface that had this ifindex before.
+        remove_pin(&path)?;
+        link.pin(&path).with_context(|| format!("pin the link {}", path.display()))?;
+        self.attached.insert((hook, ifindex));
+        Ok(())
+    }
+
+    /// Detaches a program.
+    ///
+    /// # Errors
+    /// The pin can't be removed.
+    pub(super) fn detach(&mut self, hook: Hook, ifindex: u32) -> Result<()> {
+        remove_pin(&self.pins.link(hook, ifindex))?;
+        self.attached.remove(&(hook, ifindex));
+        Ok(())
+    }
+
+    /// Whether the kernel runs our program at the hook: someone may have detached it, or removed
+    /// the pin.
+    pub(super) fn is_attached(&mut self, hook: Hook, ifindex: u32) -> bool {
+        if !self.pins.link(hook, ifindex).exists() {
+            return false;
+        }
+        let ours = classifier(&mut self.ebpf, hook)
+            .ok()
+            .and_then(|program| program.info().ok())
+            .map(|info| info.id());
+        let Ok(name) = if_indextoname(ifindex) else { return false };
+        SchedClassifier::query_tcx(&name.to_string_lossy(), hook.attach_type())
+            .is_ok_and(|(_, programs)| programs.iter().any(|info| Some(info.id()) == ours))
+    }
+}
+
+fn classifier(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
+    let name = hook.program();
+    ebpf.program_mut(name)
+        .with_context(|| format!("find program {name} in the eBPF object"))?
+        .try_into()
+        .with_context(|| format!("program {name} is a tc program"))
+}
+
+/// The kernel's refusal in one line; the verifier's whole log on request.
+fn refusal(hook: Hook, error: ProgramError) -> anyhow::Error {
+    let name = hook.program();
+    let ProgramError::LoadError { io_error, verifier_log } = error else {
+        return anyhow::Error::from(error).context(format!("load program {name}"));
+    };
+    let log = verifier_log.to_string();
+    debug!(program = name, %log, "the verifier's log");
+    let cause = log
+        .lines()
+        .rev()
+        .map(str::trim)
+        .find(|line| !line.is_empty() && !line.starts_with("processed "))
+        .unwrap_or("the kernel gave no reason");
+    anyhow::anyhow!(
+        "load program {name}: {io_error}: {cause} (NETDP_LOG=debug prints the verifier's log)"
+    )
+}
+
+/// aya adopts a pinned map without a look at it, so we look.
+fn check_layout(name: &str, path: &Path, expected: &aya_obj::Map, flow_entries: u32) -> Result<()> {
+    let pinned = MapInfo::from_pin(path)
+        .with_context(|| format!("read the pinned map {}", path.display()))?;
+    let found = (pinned.key_size(), pinned.value_size(), pinned.map_flags());
+    let wanted = (expected.key_size(), expected.value_size(), expected.map_flags());
+    let kind = pinned.map_type().context("read the type of a pinned map")? as u32;
+    let mut same = found == wanted && kind == expected.map_type();
+    if name == FLOWS {
+        if pinned.max_entries() != flow_entries {
+            warn!(
+                flows = pinned.max_entries() / 2,
+                wanted = flow_entries / 2,
+                "the flow table keeps its size: a table in use can't be resized"
+            );
+        }
+    } else {
+        same &= pinned.max_entries() == expected.max_entries();
+    }
+    if !same {
+        bail!(
+            "the pinned map {} has another layout than this version's: run `netdp purge`, then \
+             start the agent again",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
+fn remove_pin(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove the pin {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}

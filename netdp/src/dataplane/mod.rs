@@ -1,0 +1,229 @@
+//! What enforces a plan: the backends behind one level-triggered trait.
+//!
+//! Owns the vocabulary that the planner speaks to every backend ([`Program`]) and what comes back
+//! (counters, flows, drift). Knows nothing of how a backend does it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+    time::Duration,
+};
+
+use anyhow::Result;
+use ipnet::Ipv4Net;
+use netdp_common::counter::Reason;
+
+use crate::model::{
+    EndpointId, GatewayMode, MacAddress, NetworkId, Protocol, PublishedPort, Rule,
+};
+
+pub mod ebpf;
+pub mod fake;
+
+/// Everything a backend has to enforce, complete: what is not in it has to go.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Program {
+    /// Source ports for translated flows.
+    pub nat_ports: NatPorts,
+    /// Networks whose bridge exists.
+    pub networks: BTreeMap<NetworkId, NetworkProgram>,
+    /// Endpoints whose host interface exists.
+    pub endpoints: BTreeMap<EndpointId, EndpointProgram>,
+    /// Published ports and where they lead; no two entries collide.
+    pub published: BTreeMap<PublishedKey, PublishedTarget>,
+    /// Interfaces to the outside, by ifindex.
+    pub uplinks: BTreeMap<u32, Uplink>,
+    /// The host's own addresses, loopback left out.
+    pub local: BTreeSet<Ipv4Addr>,
+}
+
+/// Port ranges (inclusive) that source NAT works with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NatPorts {
+    /// Reserved for us in `ip_local_reserved_ports`.
+    pub reserved: (u16, u16),
+    /// The host's own `ip_local_port_range`: a container's port in here is never kept.
+    pub ephemeral: (u16, u16),
+}
+
+impl Default for NatPorts {
+    fn default() -> Self {
+        Self { reserved: (50_000, 60_999), ephemeral: (32_768, 60_999) }
+    }
+}
+
+/// A network as a backend sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkProgram {
+    /// ifindex of the bridge.
+    pub bridge_ifindex: u32,
+    /// MAC of the bridge: the source of what is switched into a container on its behalf.
+    pub bridge_mac: MacAddress,
+    /// The network's subnet.
+    pub subnet: Ipv4Net,
+    /// The bridge's address.
+    pub gateway: Ipv4Addr,
+    /// See [`GatewayMode`].
+    pub gateway_mode: GatewayMode,
+    /// No way in or out.
+    pub internal: bool,
+    /// Members may talk to each other.
+    pub icc: bool,
+    /// Source NAT on the way out.
+    pub masquerade: bool,
+    /// Fixed source address for it.
+    pub snat_ip: Option<Ipv4Addr>,
+    /// The user's rules in order; first match decides, no match goes on.
+    pub policy: Vec<Rule>,
+    /// Changes whenever `policy` does.
+    pub policy_generation: u32,
+}
+
+/// An endpoint as a backend sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointProgram {
+    /// Its network; present in [`Program::networks`].
+    pub network: NetworkId,
+    /// ifindex of the host's end of its veth.
+    pub ifindex: u32,
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// Its MAC.
+    pub mac: MacAddress,
+}
+
+/// What a client dials.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PublishedKey {
+    /// 0.0.0.0 = every local address.
+    pub address: Ipv4Addr,
+    /// Host port.
+    pub port: u16,
+    /// Transport protocol.
+    pub protocol: Protocol,
+}
+
+/// Where it leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PublishedTarget {
+    /// The endpoint; present in [`Program::endpoints`].
+    pub endpoint: EndpointId,
+    /// The endpoint's address.
+    pub address: Ipv4Addr,
+    /// Port in the container.
+    pub port: u16,
+}
+
+impl From<&PublishedPort> for PublishedKey {
+    fn from(port: &PublishedPort) -> Self {
+        Self { address: port.host_address, port: port.host_port, protocol: port.protocol }
+    }
+}
+
+/// An interface to the outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Uplink {
+    /// Source address for masquerade; `None` while the interface has no address.
+    pub masquerade: Option<Ipv4Addr>,
+    /// Whether frames carry an Ethernet header (tun devices do not).
+    pub ethernet: bool,
+    /// Whether the host forwarded packets from here before us. Where it did not, only packets to
+    /// and from our networks are forwarded, and the rest is dropped as it was before.
+    pub forwarded_before: bool,
+}
+
+/// A difference between a program and the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Drift {
+    /// What differs, in words for the operator: "published tcp 0.0.0.0:8080 is missing".
+    pub what: String,
+}
+
+/// What an apply changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Single writes to the kernel: map entries written and deleted, programs attached and
+    /// detached.
+    pub writes: usize,
+}
+
+/// Packets and bytes counted for one reason in one network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Count {
+    /// `None` where no network could be told.
+    pub network: Option<NetworkId>,
+    /// Why.
+    pub reason: Reason,
+    /// Packets.
+    pub packets: u64,
+    /// Bytes, Ethernet header included.
+    pub bytes: u64,
+}
+
+/// One tracked connection, both halves put together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FlowRecord {
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Network that the connection belongs to: the dialled container's, else the dialler's.
+    pub network: NetworkId,
+    /// Source as the first packet had it. ICMP: the port is the echo identifier.
+    pub source: (Ipv4Addr, u16),
+    /// Destination as the first packet had it.
+    pub destination: (Ipv4Addr, u16),
+    /// Source after translation.
+    pub translated_source: (Ipv4Addr, u16),
+    /// Destination after translation.
+    pub translated_destination: (Ipv4Addr, u16),
+    /// "established", "half-open", "closing", "reset", "unreplied", "replied".
+    pub state: &'static str,
+    /// Time since the last packet, to the second.
+    pub idle: Duration,
+    /// Time until it is collected if nothing more comes.
+    pub expires: Duration,
+}
+
+/// A backend. `apply` is idempotent and level-triggered: called with the same program it changes
+/// nothing, called after a restart or after meddling it repairs.
+pub trait Dataplane: Send {
+    /// "ebpf", "iptables".
+    fn name(&self) -> &'static str;
+
+    /// Makes the kernel enforce `program`. Flows of endpoints and published ports that are gone
+    /// are gone when it returns.
+    ///
+    /// # Errors
+    /// Names what could not be written; what was written stays and a later call goes on from it.
+    fn apply(&mut self, program: &Program) -> Result<Applied>;
+
+    /// Compares the kernel with `program`, changing nothing.
+    ///
+    /// # Errors
+    /// Fails where the kernel can't be read.
+    fn check(&mut self, program: &Program) -> Result<Vec<Drift>>;
+
+    /// Removes everything of this backend from the kernel. Works without a preceding `apply`.
+    ///
+    /// # Errors
+    /// Collects all failures; goes on after each.
+    fn purge(&mut self) -> Result<()>;
+
+    /// Drops and other counted verdicts since the maps were made, zero rows left out.
+    ///
+    /// # Errors
+    /// Fails where the kernel can't be read.
+    fn counters(&mut self) -> Result<Vec<Count>>;
+
+    /// All tracked connections.
+    ///
+    /// # Errors
+    /// Fails where the kernel can't be read.
+    fn flows(&mut self) -> Result<Vec<FlowRecord>>;
+
+    /// Removes flows that have been idle for longer than their timeout; returns how many. Called
+    /// every few seconds.
+    ///
+    /// # Errors
+    /// Fails where the kernel can't be read.
+    fn collect(&mut self) -> Result<usize>;
+}

@@ -1,0 +1,18 @@
+//! netdp: container networks without iptables in the packet path.
+//!
+//! The library behind the one binary: agent, command line and what they share. `ARCHITECTURE.md`
+//! in the repository has the map of the house.
+
+pub mod api;
+pub mod cli;
+pub mod config;
+pub mod controller;
+pub mod dataplane;
+pub mod facts;
+pub mod ipam;
+pub mod model;
+pub mod netlink;
+pub mod plan;
+pub mod ports;
+pub mod store;
+pub mod sys;

@@ -1,0 +1,272 @@
+//! Endpoints: attaching a container's namespace to a network and letting go of it.
+//!
+//! Every operation validates everything before it changes anything. Whether a path is a
+//! namespace at all is for the caller to find out.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr},
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use super::{
+    Endpoint, EndpointId, MacAddress, Model, NetnsIdentity, Network, PublishSpec, Refusal,
+    network::{check_interface_name, check_name, ipv6_refused},
+};
+use crate::{
+    facts::{HostFacts, Link},
+    ipam,
+};
+
+/// An attachment as it is asked for; `None` and empty mean that netdp decides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConnectSpec {
+    /// Name of the network.
+    pub network: String,
+    /// Path of the container's network namespace.
+    pub netns: PathBuf,
+    /// Which namespace that is at present.
+    pub netns_identity: NetnsIdentity,
+    /// Names of the interfaces that are in it.
+    pub netns_interfaces: BTreeSet<String>,
+    /// The endpoint's name.
+    pub name: Option<String>,
+    /// Its addresses; one IPv4 address at most for now.
+    pub addresses: Vec<IpAddr>,
+    /// Its MAC address.
+    pub mac: Option<MacAddress>,
+    /// Name of the interface inside the container.
+    pub interface: Option<String>,
+    /// Ports to publish along with it.
+    pub publish: Vec<PublishSpec>,
+}
+
+impl Model {
+    /// The link alias by which an endpoint's host interface is recognised.
+    pub fn alias(&self, endpoint: &Endpoint) -> String {
+        let network = self.networks.get(&endpoint.network).map_or("", |network| &network.name);
+        format!("{}endpoint {network}/{}", Link::ALIAS_PREFIX, endpoint.name)
+    }
+
+    /// Attaches a namespace to a network and chooses what the user left open.
+    ///
+    /// # Errors
+    /// Refuses an unknown network, a used name, an address that is outside the subnet or taken,
+    /// a MAC address that is no station's or taken, an interface name that is taken, a namespace
+    /// that is attached already, and whatever [`Model::publish`] refuses.
+    pub fn connect(
+        &mut self,
+        spec: ConnectSpec,
+        facts: &HostFacts,
+    ) -> Result<EndpointId, Refusal> {
+        let network = self.network(&spec.network)?;
+        let members: Vec<&Endpoint> = self.endpoints_of(network.id).collect();
+        if let Some(twin) = members.iter().find(|e| e.netns_identity == spec.netns_identity) {
+            return Err(Refusal::conflict(format!(
+                "{} is attached to network {:?} already, as {:?}: disconnect that first",
+                spec.netns.display(),
+                network.name,
+                twin.name
+            )));
+        }
+
+        let (id, host_interface) = self.choose_id(facts)?;
+        let name = spec.name.clone().unwrap_or_else(|| default_name(&spec.netns, id));
+        check_name("endpoint", &name)?;
+        if members.iter().any(|endpoint| endpoint.name == name) {
+            return Err(Refusal::conflict(format!(
+                "network {:?} has an endpoint {name:?} already: choose another name",
+                network.name
+            )));
+        }
+
+        let interface = self.choose_interface(&spec)?;
+        let (address, next_address) = choose_address(network, &members, &spec.addresses)?;
+        let mac = choose_mac(network, &members, spec.mac, address)?;
+        let published = self.resolve_ports(network, &spec.publish, facts)?;
+
+        let endpoint = Endpoint {
+            id,
+            network: network.id,
+            name,
+            netns: spec.netns,
+            netns_identity: spec.netns_identity,
+            host_interface,
+            interface,
+            address,
+            mac,
+            published,
+        };
+        self.network_mut(&spec.network)?.next_address = next_address;
+        self.next.endpoint = id.0 + 1;
+        self.endpoints.insert(id, endpoint);
+        Ok(id)
+    }
+
+    /// Detaches an endpoint; its address and ports are free again.
+    ///
+    /// # Errors
+    /// Refuses an unknown network or endpoint.
+    pub fn disconnect(&mut self, network: &str, name: &str) -> Result<Endpoint, Refusal> {
+        let id = self.endpoint(network, name)?.id;
+        self.release(id).ok_or_else(|| unknown(network, name))
+    }
+
+    /// Lets go of an endpoint whose namespace has vanished.
+    pub fn release(&mut self, id: EndpointId) -> Option<Endpoint> {
+        self.endpoints.remove(&id)
+    }
+
+    /// The endpoint with this name in this network.
+    ///
+    /// # Errors
+    /// Refuses unknown names.
+    pub fn endpoint(&self, network: &str, name: &str) -> Result<&Endpoint, Refusal> {
+        let id = self.network(network)?.id;
+        self.endpoints_of(id)
+            .find(|endpoint| endpoint.name == name)
+            .ok_or_else(|| unknown(network, name))
+    }
+
+    /// The next id whose host interface name nobody else has taken.
+    fn choose_id(&self, facts: &HostFacts) -> Result<(EndpointId, String), Refusal> {
+        // The last id is never given, so that the next one can always be written down.
+        (self.next.endpoint..u32::MAX)
+            .map(|id| (EndpointId(id), format!("ndv{id}")))
+            .find(|(_, name)| facts.link(name).is_none_or(|(_, link)| link.is_ours()))
+            .ok_or_else(|| {
+                Refusal::conflict("all endpoint ids are used up: `netdp purge` starts over")
+            })
+    }
+
+    /// `eth0` or the next free one, where the user said nothing.
+    fn choose_interface(&self, spec: &ConnectSpec) -> Result<String, Refusal> {
+        let ours: Vec<&Endpoint> = self
+            .endpoints
+            .values()
+            .filter(|endpoint| endpoint.netns_identity == spec.netns_identity)
+            .collect();
+        let is_taken = |name: &str| {
+            spec.netns_interfaces.contains(name) || ours.iter().any(|e| e.interface == name)
+        };
+        let Some(wanted) = &spec.interface else {
+            return (0..u32::MAX)
+                .map(|number| format!("eth{number}"))
+                .find(|name| !is_taken(name))
+                .ok_or_else(|| Refusal::conflict("no interface name is free: give one"));
+        };
+        check_interface_name("interface name", wanted)?;
+        if is_taken(wanted) {
+            return Err(Refusal::conflict(format!(
+                "{} has an interface {wanted:?} already: choose another name",
+                spec.netns.display()
+            )));
+        }
+        Ok(wanted.clone())
+    }
+}
+
+fn unknown(network: &str, name: &str) -> Refusal {
+    Refusal::not_found(format!(
+        "network {network:?} has no endpoint {name:?}: `netdp network inspect {network}` shows \
+         those that it has"
+    ))
+}
+
+/// The namespace's own name where it has a telling one.
+fn default_name(netns: &Path, id: EndpointId) -> String {
+    let name = netns.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    if netns.starts_with("/proc") || check_name("endpoint", name).is_err() {
+        return format!("endpoint-{}", id.0);
+    }
+    name.to_owned()
+}
+
+/// The endpoint's address, and where the next search starts.
+fn choose_address(
+    network: &Network,
+    members: &[&Endpoint],
+    wanted: &[IpAddr],
+) -> Result<(Ipv4Addr, Ipv4Addr), Refusal> {
+    let Network { name, ipv4, next_address, .. } = network;
+    let address = match *wanted {
+        [] => {
+            let used: BTreeSet<Ipv4Addr> = members.iter().map(|e| e.address).collect();
+            let address = ipam::choose_address(ipv4, *next_address, &used).ok_or_else(|| {
+                Refusal::conflict(format!(
+                    "no address is free in {} of network {name:?}: disconnect an endpoint",
+                    ipv4.range
+                ))
+            })?;
+            return Ok((address, Ipv4Addr::from(u32::from(address).wrapping_add(1))));
+        }
+        [IpAddr::V4(address)] => address,
+        [IpAddr::V6(_)] => return Err(ipv6_refused("addresses", "address")),
+        _ => return Err(Refusal::invalid("more than one address is not supported yet: give one")),
+    };
+    if !ipam::is_host_address(ipv4.subnet, address) {
+        return Err(Refusal::invalid(format!(
+            "{address} is no host address in {} of network {name:?}: give one that is",
+            ipv4.subnet
+        )));
+    }
+    if address == ipv4.gateway {
+        return Err(Refusal::conflict(format!(
+            "{address} is the gateway of network {name:?}: give another address"
+        )));
+    }
+    if let Some(other) = members.iter().find(|endpoint| endpoint.address == address) {
+        return Err(Refusal::conflict(format!(
+            "{address} belongs to endpoint {:?} of network {name:?}: give another address",
+            other.name
+        )));
+    }
+    Ok((address, *next_address))
+}
+
+fn choose_mac(
+    network: &Network,
+    members: &[&Endpoint],
+    wanted: Option<MacAddress>,
+    address: Ipv4Addr,
+) -> Result<MacAddress, Refusal> {
+    let mac = wanted.unwrap_or_else(|| MacAddress::from_address(address));
+    if mac.0[0] & 1 == 1 || mac.0 == [0; 6] {
+        return Err(Refusal::invalid(format!(
+            "MAC address {mac} is no station's: give one with an even first octet"
+        )));
+    }
+    if let Some(other) = members.iter().find(|endpoint| endpoint.mac == mac) {
+        return Err(Refusal::conflict(format!(
+            "MAC address {mac} belongs to endpoint {:?} of network {:?}: give another one",
+            other.name, network.name
+        )));
+    }
+    Ok(mac)
+}
+
+impl MacAddress {
+    /// Docker's choice: locally administered, the IPv4 address in the last four octets.
+    pub fn from_address(address: Ipv4Addr) -> Self {
+        let [a, b, c, d] = address.octets();
+        Self([0x02, 0x42, a, b, c, d])
+    }
+}
+
+impl FromStr for MacAddress {
+    type Err = Refusal;
+
+    fn from_str(text: &str) -> Result<Self, Refusal> {
+        let octet = |part: &str| {
+            let is_octet = part.len() == 2 && part.bytes().all(|byte| byte.is_ascii_hexdigit());
+            is_octet.then(|| u8::from_str_radix(part, 16).ok()).flatten()
+        };
+        let octets: Option<Vec<u8>> = text.split(':').map(octet).collect();
+        octets.and_then(|octets| octets.try_into().ok()).map(Self).ok_or_else(|| {
+            Refusal::invalid(format!(
+                "{text:?} is no MAC address: write one like 02:42:ac:14:00:02"
+            ))
+        })
+    }
+}

@@ -1,0 +1,210 @@
+//! Runs tests that need a process of their own making, and records conformance rows.
+//!
+//! A row is one promise of the behaviour catalogue for one backend and one address family. It may
+//! run in several variants; the record holds the worst result.
+
+use std::collections::BTreeMap;
+use std::panic::{self, AssertUnwindSafe};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+use std::fs;
+
+use anyhow::{Context, Result, anyhow};
+use libtest_mimic::{Arguments, Completion, Trial};
+use serde::Serialize;
+
+use crate::lab::{Lab, LabBuilder, Offload};
+use crate::probe::locked;
+use crate::runtime::isolate;
+
+/// Names the file that conformance results are written to.
+const JSON_VARIABLE: &str = "NETDP_TEST_JSON";
+/// Labs wait more than they compute.
+const DEFAULT_THREADS: usize = 2;
+
+/// How a test ended that did not fail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The promise holds.
+    Pass,
+    /// The promise can't be tried here, and why.
+    Skip(String),
+}
+
+/// One promise, for one backend and one address family.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    /// Its id in the behaviour catalogue.
+    pub id: &'static str,
+    /// `ebpf` or `iptables`.
+    pub backend: &'static str,
+    /// `ipv4` or `ipv6`.
+    pub family: &'static str,
+    /// Whether the lab's links have offloads.
+    pub offload: Offload,
+    /// The test itself.
+    pub run: fn(&Row) -> Result<Outcome>,
+}
+
+impl Row {
+    /// Runs `test` in a lab of its own, then checks that the host has no netfilter rule.
+    ///
+    /// # Errors
+    /// When the lab can't be built, or with the lab's description when the test fails.
+    pub fn in_lab(
+        &self,
+        prepare: impl FnOnce(LabBuilder) -> LabBuilder,
+        test: impl FnOnce(&Lab) -> Result<()>,
+    ) -> Result<Outcome> {
+        let lab = prepare(Lab::builder().offload(self.offload)).build()?;
+        lab.explain(test(&lab).and_then(|()| lab.expect_no_netfilter()))?;
+        Ok(Outcome::Pass)
+    }
+
+    /// Runs `test` in the standard lab.
+    ///
+    /// # Errors
+    /// As [`Row::in_lab`].
+    pub fn in_standard_lab(&self, test: impl FnOnce(&Lab) -> Result<()>) -> Result<Outcome> {
+        self.in_lab(|builder| builder, test)
+    }
+
+    fn trial_name(&self) -> String {
+        let variant = match self.offload {
+            Offload::On => "",
+            Offload::Off => "/offload-off",
+        };
+        format!("{}/{}/{}{variant}", self.id, self.backend, self.family)
+    }
+}
+
+/// The lab's description as it was when a test failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Report(pub String);
+
+/// A test and the promise that it is named by.
+pub type Promise = (&'static str, fn() -> Result<()>);
+
+/// Runs tests that build their own labs.
+pub fn run_tests(tests: &[Promise]) -> ExitCode {
+    let trials = tests.iter().map(|&(name, test)| {
+        Trial::test(name, move || catch(test).map_err(|error| full(&error).into()))
+    });
+    run_trials(trials.collect())
+}
+
+/// Runs rows and records their results where `NETDP_TEST_JSON` says.
+pub fn run_rows(rows: Vec<Row>) -> ExitCode {
+    let record = Arc::new(Record::new());
+    let trials = rows.into_iter().map(|row| {
+        let record = Arc::clone(&record);
+        Trial::ignorable_test(row.trial_name(), move || {
+            let outcome = catch(|| (row.run)(&row));
+            record.add(&row, &outcome)?;
+            match outcome {
+                Ok(Outcome::Pass) => Ok(Completion::Completed),
+                Ok(Outcome::Skip(reason)) => Ok(Completion::ignored_with(reason)),
+                Err(error) => Err(full(&error).into()),
+            }
+        })
+    });
+    run_trials(trials.collect())
+}
+
+fn run_trials(trials: Vec<Trial>) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(DEFAULT_THREADS);
+    if !arguments.list
+        && let Err(error) = isolate()
+    {
+        eprintln!("error: {error:#}");
+        return ExitCode::FAILURE;
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// Turns a panic into an error, so that it is recorded like any other failure.
+fn catch<T>(test: impl FnOnce() -> Result<T>) -> Result<T> {
+    panic::catch_unwind(AssertUnwindSafe(test)).unwrap_or_else(|payload| {
+        let message = payload
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or_else(|| payload.downcast_ref::<&str>().copied())
+            .unwrap_or("no message");
+        Err(anyhow!("panicked: {message}"))
+    })
+}
+
+/// Results so far; a missing file name means that nobody asked.
+#[derive(Debug)]
+struct Record {
+    path: Option<PathBuf>,
+    entries: Mutex<BTreeMap<(&'static str, &'static str, &'static str), Entry>>,
+}
+
+/// One result in the file. The order of `result` is from good to bad.
+#[derive(Clone, Debug, Serialize)]
+struct Entry {
+    id: &'static str,
+    backend: &'static str,
+    family: &'static str,
+    result: Verdict,
+    reason: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    Pass,
+    Skip,
+    Fail,
+}
+
+impl Record {
+    fn new() -> Self {
+        Self {
+            path: std::env::var_os(JSON_VARIABLE).map(PathBuf::from),
+            entries: Mutex::default(),
+        }
+    }
+
+    /// Adds a result and writes the file anew: a run that is killed leaves what it knew.
+    fn add(&self, row: &Row, outcome: &Result<Outcome>) -> Result<()> {
+        let Some(path) = &self.path else { return Ok(()) };
+        let (result, reason) = match outcome {
+            Ok(Outcome::Pass) => (Verdict::Pass, String::new()),
+            Ok(Outcome::Skip(reason)) => (Verdict::Skip, format!("{}: {reason}", row.trial_name())),
+            Err(error) => (Verdict::Fail, format!("{}: {}", row.trial_name(), brief(error))),
+        };
+        let entry = Entry { id: row.id, backend: row.backend, family: row.family, result, reason };
+        let mut entries = locked(&self.entries);
+        entries
+            .entry((row.id, row.backend, row.family))
+            .and_modify(|known| {
+                if entry.result > known.result {
+                    *known = entry.clone();
+                }
+            })
+            .or_insert(entry);
+        let list: Vec<_> = entries.values().collect();
+        let text = serde_json::to_string_pretty(&list).context("encode results")?;
+        fs::write(path, text).with_context(|| format!("write results to {}", path.display()))
+    }
+}
+
+/// The description of the lab, if there is one, then the causes.
+fn full(error: &anyhow::Error) -> String {
+    match error.downcast_ref::<Report>() {
+        Some(Report(report)) => format!("{report}\nfailed: {}", brief(error)),
+        None => format!("failed: {}", brief(error)),
+    }
+}
+
+/// The causes of a failure without the description of the lab.
+fn brief(error: &anyhow::Error) -> String {
+    let reports = usize::from(error.downcast_ref::<Report>().is_some());
+    let causes: Vec<_> = error.chain().skip(reports).map(ToString::to_string).collect();
+    causes.join(": ")
+}

@@ -1,0 +1,513 @@
+//! The standard laboratory: a host, the outside, containers, and an agent on the host.
+//!
+//! ```text
+//!   F 10.1.0.3 ──── up1 10.1.0.2 ┐
+//!                                H ── bridges ── containers
+//!   E 10.0.0.3 ──── up0 10.0.0.2 ┘
+//!     192.0.2.1-5       10.0.0.22
+//! ```
+//!
+//! E and F have routes to the networks' subnets, so that direct access really arrives at H.
+//! Knows netdp's command line, not its inside.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::{fs, thread};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::agent::Agent;
+use crate::diagnose;
+use crate::harness::Report;
+use crate::namespace::{Fate, Namespace};
+use crate::probe::locked;
+use crate::runtime::ensure_root;
+
+/// Subnet of the first network of the standard lab.
+pub const SUBNET_A: &str = "172.20.0.0/24";
+/// Subnet of the second network of the standard lab.
+pub const SUBNET_B: &str = "172.21.0.0/24";
+
+/// Tells the labs of one process apart.
+static NEXT_LAB: AtomicU32 = AtomicU32::new(0);
+
+/// What is on the other end of `up1`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SecondInterface {
+    /// There is no `up1`.
+    Absent,
+    /// F, and the agent is told that `up1` is an uplink.
+    Uplink,
+    /// F, and the agent has no program on `up1`.
+    Unlisted,
+}
+
+/// Whether links may leave segments and checksums to the hardware that they don't have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offload {
+    /// As the kernel sets up veths.
+    On,
+    /// Every frame on every veth is complete.
+    Off,
+}
+
+/// Where a lab's files and names live.
+#[derive(Clone, Debug)]
+enum Place {
+    /// Unique names and a temporary directory; everything goes with the lab.
+    Temporary,
+    /// The name and directory given; the lab stays behind.
+    Kept { name: String, directory: PathBuf },
+}
+
+/// What runs on the host when the lab is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum AgentState {
+    Missing,
+    Stopped,
+    Running,
+}
+
+/// A lab to be built.
+#[derive(Clone, Debug)]
+pub struct LabBuilder {
+    second: SecondInterface,
+    offload: Offload,
+    agent: AgentState,
+    place: Place,
+}
+
+impl LabBuilder {
+    /// Adds `up1` and F.
+    #[must_use]
+    pub fn second(mut self, second: SecondInterface) -> Self {
+        self.second = second;
+        self
+    }
+
+    /// Chooses whether links have offloads.
+    #[must_use]
+    pub fn offload(mut self, offload: Offload) -> Self {
+        self.offload = offload;
+        self
+    }
+
+    /// Leaves the host without an agent.
+    #[must_use]
+    pub fn without_agent(mut self) -> Self {
+        self.agent = AgentState::Missing;
+        self
+    }
+
+    /// Leaves the agent to be started by the test.
+    #[must_use]
+    pub fn agent_stopped(mut self) -> Self {
+        self.agent = AgentState::Stopped;
+        self
+    }
+
+    /// Names the lab's namespaces `<name>-…` and leaves everything behind when it is dropped.
+    #[must_use]
+    pub fn kept(mut self, name: &str, directory: &Path) -> Self {
+        self.place = Place::Kept { name: name.to_owned(), directory: directory.to_owned() };
+        self
+    }
+
+    /// Builds the lab and starts its agent.
+    ///
+    /// # Errors
+    /// When the process is not root, `netdp` is not built, or the kernel refuses.
+    pub fn build(self) -> Result<Lab> {
+        ensure_root()?;
+        let (name, directory, temporary) = match self.place {
+            Place::Temporary => {
+                let number = NEXT_LAB.fetch_add(1, Ordering::Relaxed);
+                let temporary = TempDir::with_prefix("netdp-lab-").context("create a directory")?;
+                let name = format!("ndp{}-{number}", std::process::id());
+                (name, temporary.path().to_owned(), Some(temporary))
+            }
+            Place::Kept { name, directory } => (name, directory, None),
+        };
+        let fate = if temporary.is_some() { Fate::DiesWithParent } else { Fate::Detached };
+        // From here on Drop cleans up after a step that fails.
+        let mut lab = Lab {
+            agent: None,
+            host: Namespace::existing(&format!("{name}-host")),
+            outside: Namespace::existing(&format!("{name}-outside")),
+            second: None,
+            namespaces: Mutex::default(),
+            offload: self.offload,
+            name,
+            directory,
+            temporary,
+        };
+        lab.create_namespace("host")?;
+        lab.create_namespace("outside")?;
+        lab.wire_outside()?;
+        let mut uplinks = vec!["up0".to_owned()];
+        if self.second != SecondInterface::Absent {
+            lab.second = Some(lab.create_namespace("second")?);
+            lab.wire_second()?;
+        }
+        if self.second == SecondInterface::Uplink {
+            uplinks.push("up1".to_owned());
+        }
+        for directory in ["state", "run", "bpf"] {
+            fs::create_dir_all(lab.directory.join(directory)).context("create a directory")?;
+        }
+        mount(Some("bpffs"), &lab.bpffs(), Some("bpf"), MsFlags::empty(), None::<&str>)
+            .context("mount a bpffs")?;
+        if self.agent != AgentState::Missing {
+            lab.agent = Some(Agent::new(&lab.host, &lab.directory, uplinks, fate)?);
+        }
+        if self.agent == AgentState::Running {
+            lab.agent()?.start()?;
+        }
+        Ok(lab)
+    }
+}
+
+/// A running lab; dropping it removes all of it.
+#[derive(Debug)]
+pub struct Lab {
+    // First, so that the agent is gone before its namespace.
+    agent: Option<Agent>,
+    name: String,
+    host: Namespace,
+    outside: Namespace,
+    second: Option<Namespace>,
+    namespaces: Mutex<Vec<Namespace>>,
+    offload: Offload,
+    directory: PathBuf,
+    temporary: Option<TempDir>,
+}
+
+impl Lab {
+    /// Starts with the standard lab.
+    #[must_use]
+    pub fn builder() -> LabBuilder {
+        LabBuilder {
+            second: SecondInterface::Absent,
+            offload: Offload::On,
+            agent: AgentState::Running,
+            place: Place::Temporary,
+        }
+    }
+
+    /// H, with `up0` 10.0.0.2 and 10.0.0.22.
+    #[must_use]
+    pub fn host(&self) -> &Namespace {
+        &self.host
+    }
+
+    /// E, with `out0` 10.0.0.3 and 192.0.2.1 to 192.0.2.5.
+    #[must_use]
+    pub fn outside(&self) -> &Namespace {
+        &self.outside
+    }
+
+    /// F, with `out1` 10.1.0.3.
+    ///
+    /// # Errors
+    /// When the lab was built without.
+    pub fn second(&self) -> Result<&Namespace> {
+        self.second.as_ref().context("find the second outside host: the lab has none")
+    }
+
+    /// The agent.
+    ///
+    /// # Errors
+    /// When the lab was built without.
+    pub fn agent(&self) -> Result<&Agent> {
+        self.agent.as_ref().context("find the agent: the lab has none")
+    }
+
+    /// Every namespace, the host first.
+    #[must_use]
+    pub fn namespaces(&self) -> Vec<Namespace> {
+        locked(&self.namespaces).clone()
+    }
+
+    /// Where the lab's files are.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The lab's own bpffs.
+    #[must_use]
+    pub fn bpffs(&self) -> PathBuf {
+        self.directory.join("bpf")
+    }
+
+    /// Creates an empty namespace, as a container runtime does.
+    ///
+    /// # Errors
+    /// When the role exists already.
+    pub fn container(&self, role: &str) -> Result<Namespace> {
+        self.create_namespace(role)
+    }
+
+    /// Removes a container's namespace behind netdp's back.
+    ///
+    /// # Errors
+    /// When it is gone already.
+    pub fn vanish(&self, container: &Namespace) -> Result<()> {
+        locked(&self.namespaces).retain(|namespace| namespace != container);
+        container.remove()
+    }
+
+    /// Runs one `netdp` command on the host; see [`Agent::netdp`].
+    ///
+    /// # Errors
+    /// With what it said when it fails.
+    pub fn netdp(&self, arguments: &[&str]) -> Result<String> {
+        self.agent()?.netdp(arguments)
+    }
+
+    /// Runs one `netdp` command with `--json`; see [`Agent::json`].
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn json(&self, arguments: &[&str]) -> Result<Value> {
+        self.agent()?.json(arguments)
+    }
+
+    /// Runs one `netdp` command that should be refused; see [`Agent::netdp_fails`].
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn netdp_fails(&self, arguments: &[&str]) -> Result<String> {
+        self.agent()?.netdp_fails(arguments)
+    }
+
+    /// Creates a network.
+    ///
+    /// # Errors
+    /// When netdp refuses.
+    pub fn create_network(&self, name: &str, subnet: &str, options: &[&str]) -> Result<()> {
+        self.netdp(&[&["network", "create", name, "--subnet", subnet], options].concat())?;
+        self.apply_offload()
+    }
+
+    /// Creates a container and connects it to a network, publishing each `-p` argument.
+    ///
+    /// # Errors
+    /// When netdp refuses.
+    pub fn attach(
+        &self,
+        network: &str,
+        role: &str,
+        address: &str,
+        published: &[&str],
+    ) -> Result<Namespace> {
+        let container = self.container(role)?;
+        self.connect(network, &container, role, address, published)?;
+        Ok(container)
+    }
+
+    /// Connects a container to a network and returns netdp's description of the endpoint.
+    ///
+    /// # Errors
+    /// When netdp refuses.
+    pub fn connect(
+        &self,
+        network: &str,
+        container: &Namespace,
+        name: &str,
+        address: &str,
+        published: &[&str],
+    ) -> Result<Value> {
+        let mut arguments =
+            vec!["connect", network, container.name(), "--name", name, "--ip", address];
+        for port in published {
+            arguments.extend(["-p", port]);
+        }
+        let endpoint = self.json(&arguments)?;
+        self.apply_offload()?;
+        Ok(endpoint)
+    }
+
+    /// Sets a network's policy to the rules given, one per line.
+    ///
+    /// # Errors
+    /// When netdp refuses.
+    pub fn set_policy(&self, network: &str, rules: &str) -> Result<()> {
+        let file = self.policy_file(rules)?;
+        self.netdp(&["policy", "set", network, &file]).map(drop)
+    }
+
+    /// Writes rules to a file and returns its path.
+    ///
+    /// # Errors
+    /// When it can't be written.
+    pub fn policy_file(&self, rules: &str) -> Result<String> {
+        let path = self.directory.join("policy");
+        fs::write(&path, rules).context("write a policy")?;
+        path.into_os_string().into_string().ok().context("name a policy file")
+    }
+
+    /// The counters as `netdp status` shows them.
+    ///
+    /// # Errors
+    /// When it fails or shows none.
+    pub fn counters(&self) -> Result<Counters> {
+        Counters::read(&self.json(&["status"])?)
+    }
+
+    /// Fails when the host has a netfilter rule, table or chain of either kind.
+    ///
+    /// # Errors
+    /// With what was found, or when `nft` is not installed.
+    pub fn expect_no_netfilter(&self) -> Result<()> {
+        let listed = self.host.output("nft", &["list", "ruleset"])?;
+        ensure!(listed.status.success(), "list nft rules: {}", String::from_utf8_lossy(&listed.stderr));
+        let rules = String::from_utf8_lossy(&listed.stdout);
+        ensure!(rules.trim().is_empty(), "expect empty netfilter tables: nft lists\n{rules}");
+        let legacy =
+            self.host.run(|| Ok(fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default()))?;
+        ensure!(legacy.trim().is_empty(), "expect empty netfilter tables: iptables has {legacy}");
+        Ok(())
+    }
+
+    /// Adds what explains a failure to it.
+    ///
+    /// # Errors
+    /// The failure that it was given.
+    pub fn explain<T>(&self, result: Result<T>) -> Result<T> {
+        result.map_err(|error| error.context(Report(diagnose::report(self))))
+    }
+
+    fn create_namespace(&self, role: &str) -> Result<Namespace> {
+        let namespace = Namespace::create(&format!("{}-{role}", self.name))?;
+        locked(&self.namespaces).push(namespace.clone());
+        Ok(namespace)
+    }
+
+    fn apply_offload(&self) -> Result<()> {
+        if self.offload == Offload::Off {
+            for namespace in self.namespaces() {
+                namespace.disable_offload()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn wire_outside(&self) -> Result<()> {
+        let outside = self.outside.name();
+        self.host.ip(&format!(
+            "link add up0 type veth peer name out0 netns {outside}\n\
+             link set up0 up\n\
+             address add 10.0.0.2/24 dev up0\n\
+             address add 10.0.0.22/24 dev up0\n"
+        ))?;
+        self.outside.ip(&format!(
+            "link set out0 up\n\
+             address add 10.0.0.3/24 dev out0\n\
+             route add {SUBNET_A} via 10.0.0.2\n\
+             route add {SUBNET_B} via 10.0.0.2\n"
+        ))?;
+        for last in 1..=5 {
+            self.outside.ip(&format!("address add 192.0.2.{last}/32 dev out0\n"))?;
+        }
+        self.host.ip("route add 192.0.2.0/24 via 10.0.0.3\n")?;
+        self.apply_offload()
+    }
+
+    fn wire_second(&self) -> Result<()> {
+        let second = self.second()?;
+        self.host.ip(&format!(
+            "link add up1 type veth peer name out1 netns {}\n\
+             link set up1 up\n\
+             address add 10.1.0.2/24 dev up1\n",
+            second.name()
+        ))?;
+        second.ip(&format!(
+            "link set out1 up\n\
+             address add 10.1.0.3/24 dev out1\n\
+             route add {SUBNET_A} via 10.1.0.2\n\
+             route add {SUBNET_B} via 10.1.0.2\n"
+        ))?;
+        self.apply_offload()
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("{}", diagnose::report(self));
+        }
+        if self.temporary.is_none() {
+            return;
+        }
+        drop(self.agent.take());
+        // All of it is tried: one leftover must not cause the next.
+        let mut failures = Vec::new();
+        for namespace in locked(&self.namespaces).drain(..) {
+            failures.extend(namespace.remove().err());
+        }
+        if self.bpffs().is_dir() {
+            // EINVAL: a lab that failed before its bpffs was mounted.
+            match umount2(&self.bpffs(), MntFlags::MNT_DETACH) {
+                Ok(()) | Err(nix::errno::Errno::EINVAL) => {}
+                Err(error) => failures.push(error.into()),
+            }
+        }
+        for failure in failures {
+            eprintln!("remove lab {}: {failure:#}", self.name);
+        }
+    }
+}
+
+/// Packets and bytes counted, by network and reason.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counters(BTreeMap<(String, String), (u64, u64)>);
+
+impl Counters {
+    fn read(status: &Value) -> Result<Self> {
+        let rows = status["counters"].as_array().context("read the counters of netdp status")?;
+        let mut counters = BTreeMap::new();
+        for row in rows {
+            let text = |field: &str| row[field].as_str().unwrap_or_default().to_owned();
+            let number = |field: &str| {
+                row[field].as_u64().with_context(|| format!("read {field} of the counter {row}"))
+            };
+            counters.insert((text("network"), text("reason")), (number("packets")?, number("bytes")?));
+        }
+        Ok(Self(counters))
+    }
+
+    /// Packets counted since `before`, by network and reason, where any were.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> BTreeMap<(String, String), u64> {
+        self.0
+            .iter()
+            .map(|(key, (packets, _))| {
+                (key.clone(), packets - before.0.get(key).map_or(0, |(packets, _)| *packets))
+            })
+            .filter(|(_, packets)| *packets > 0)
+            .collect()
+    }
+
+    /// Fails unless `reason` has counted packets since `before`, and nothing outside `tolerated` has.
+    ///
+    /// # Errors
+    /// With what did count.
+    pub fn expect_moved(&self, before: &Self, reason: &str, tolerated: &[&str]) -> Result<()> {
+        let moved = self.since(before);
+        if !moved.keys().any(|(_, name)| name == reason) {
+            bail!("expect the counter {reason} to move: moved {moved:?}");
+        }
+        let strangers: Vec<_> = moved
+            .keys()
+            .filter(|(_, name)| name != reason && !tolerated.contains(&name.as_str()))
+            .collect();
+        ensure!(strangers.is_empty(), "expect only {reason} to move: moved {moved:?}");
+        Ok(())
+    }
+}

@@ -1,0 +1,205 @@
+//! Typed probes: each acts inside a namespace and reports the addresses that both ends saw.
+//!
+//! The two ends speak one small protocol: a request carries bytes, the reply carries a [`Witness`]
+//! of what the server saw, then the same bytes inverted. Knows nothing of netdp.
+
+use std::hash::{DefaultHasher, Hasher};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+mod capture;
+mod icmp;
+mod tcp;
+mod udp;
+
+pub use capture::Sniffer;
+pub use icmp::{Answer, IcmpError, Ping};
+pub use tcp::{Exchange, TcpProbe, TcpServer, TcpSession, Traffic, TrafficReport};
+pub use udp::{Datagram, UdpExchange, UdpProbe, UdpServer, UdpSession};
+
+/// How long a probe that should succeed may take.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a probe that should find nothing waits.
+pub const SHORT_PATIENCE: Duration = Duration::from_secs(1);
+/// What a TCP exchange carries each way unless told: several windows and many segments.
+pub const TCP_PAYLOAD_BYTES: usize = 4 << 20;
+
+/// Why a probe got no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// A reset answered the first packet, or port unreachable came back.
+    #[error("refused")]
+    Refused,
+    /// Nothing came back.
+    #[error("timed out")]
+    TimedOut,
+    /// No route, or an ICMP error said so.
+    #[error("unreachable")]
+    Unreachable,
+    /// An open connection was reset.
+    #[error("reset")]
+    Reset,
+    /// An open connection was closed before the answer.
+    #[error("closed early")]
+    Closed,
+    /// The bytes that arrived are not those that were sent.
+    #[error("corrupt: {0}")]
+    Corrupt(String),
+    /// Anything else: most likely a mistake of the test.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        use io::ErrorKind as Kind;
+        match error.kind() {
+            Kind::ConnectionRefused => Self::Refused,
+            Kind::TimedOut | Kind::WouldBlock => Self::TimedOut,
+            Kind::HostUnreachable | Kind::NetworkUnreachable => Self::Unreachable,
+            Kind::ConnectionReset | Kind::ConnectionAborted | Kind::BrokenPipe => Self::Reset,
+            Kind::UnexpectedEof => Self::Closed,
+            _ => Self::Other(error.to_string()),
+        }
+    }
+}
+
+/// What the server saw of one request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Witness {
+    /// The server's own name.
+    pub server: String,
+    /// The address and port that the request came from.
+    pub peer: SocketAddr,
+    /// The address and port that it came to.
+    pub local: SocketAddr,
+    /// Digest of the request's bytes.
+    digest: u64,
+}
+
+impl Witness {
+    /// Fails unless the server named `name` answered.
+    ///
+    /// # Errors
+    /// When it was another one.
+    pub fn by(&self, name: &str) -> Result<&Self> {
+        expect_same("the server that answered", &self.server.as_str(), &name)?;
+        Ok(self)
+    }
+
+    /// Fails unless the server saw the client under `address`.
+    ///
+    /// # Errors
+    /// When it saw another.
+    pub fn saw_client_at(&self, address: &str) -> Result<&Self> {
+        expect_same("the client's address as the server saw it", &self.peer.ip(), &ip(address))?;
+        Ok(self)
+    }
+}
+
+/// Fails when two observations differ.
+///
+/// # Errors
+/// With both of them.
+pub fn expect_same<T: PartialEq + std::fmt::Debug>(what: &str, seen: &T, expected: &T) -> Result<()> {
+    if seen != expected {
+        bail!("compare {what}: expected {expected:?}, saw {seen:?}");
+    }
+    Ok(())
+}
+
+/// Fails unless the probe failed exactly so.
+///
+/// # Errors
+/// When it succeeded, or failed in another way.
+pub fn expect_failure<T: std::fmt::Debug>(
+    result: Result<T>,
+    expected: &Failure,
+    what: &str,
+) -> Result<()> {
+    match result {
+        Ok(value) => bail!("{what}: expected {expected}, it succeeded with {value:?}"),
+        Err(error) => match error.downcast_ref::<Failure>() {
+            Some(failure) if failure == expected => Ok(()),
+            _ => Err(error.context(format!("{what}: expected {expected}"))),
+        },
+    }
+}
+
+/// An address written in a test.
+pub(crate) fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap_or_else(|error| panic!("address {text:?} in a test: {error}"))
+}
+
+/// An address with port written in a test.
+pub(crate) fn socket_address(text: &str) -> SocketAddr {
+    text.parse().unwrap_or_else(|error| panic!("address {text:?} in a test: {error}"))
+}
+
+/// The wildcard address of the same family.
+pub(crate) fn any_address(of: SocketAddr) -> SocketAddr {
+    match of {
+        SocketAddr::V4(_) => socket_address("0.0.0.0:0"),
+        SocketAddr::V6(_) => socket_address("[::]:0"),
+    }
+}
+
+/// The value behind a lock; a probe thread that panicked has reported already.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Bytes that no offset error maps onto themselves (xorshift64*, Marsaglia 2003).
+fn payload(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        bytes.extend_from_slice(&state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+fn digest(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(bytes);
+    hasher.finish()
+}
+
+fn invert(bytes: &mut [u8]) {
+    for byte in bytes {
+        *byte = !*byte;
+    }
+}
+
+/// Frames a witness and the request's bytes as the reply.
+fn encode_reply(name: &str, peer: SocketAddr, local: SocketAddr, mut request: Vec<u8>) -> Result<Vec<u8>> {
+    let witness = Witness { server: name.to_owned(), peer, local, digest: digest(&request) };
+    let header = serde_json::to_vec(&witness).context("encode a witness")?;
+    invert(&mut request);
+    let length = u32::try_from(header.len()).context("encode the length of a witness")?;
+    Ok([&length.to_be_bytes()[..], &header, &request].concat())
+}
+
+/// Checks a reply against the request it answers.
+fn check_reply(request: &[u8], witness: &[u8], mut echo: Vec<u8>) -> Result<Witness, Failure> {
+    let witness: Witness =
+        serde_json::from_slice(witness).map_err(|error| Failure::Corrupt(error.to_string()))?;
+    if witness.digest != digest(request) {
+        return Err(Failure::Corrupt("the server read other bytes than were sent".into()));
+    }
+    invert(&mut echo);
+    if echo != request {
+        return Err(Failure::Corrupt("the client read other bytes than were sent".into()));
+    }
+    Ok(witness)
+}

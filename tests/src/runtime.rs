@@ -1,0 +1,90 @@
+//! What a test process needs before its first test: isolation from the machine, and patience.
+//!
+//! Knows nothing of networks or of netdp.
+
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+/// Where `ip netns` and netdp look for namespaces by name.
+pub const NETNS_DIRECTORY: &str = "/run/netns";
+
+/// How long a poll rests between two looks.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Moves this process to a mount namespace of its own with an empty `/run/netns`.
+///
+/// Namespaces and mounts that follow are invisible to the machine and end with the process, even
+/// when it is killed. Only the calling thread moves, and threads inherit its place: call this
+/// before the first thread starts.
+///
+/// # Errors
+/// When the process is not root, or the kernel refuses the namespace or a mount.
+pub fn isolate() -> Result<()> {
+    ensure_root()?;
+    unshare(CloneFlags::CLONE_NEWNS).context("create a mount namespace")?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+        .context("make mounts private")?;
+    fs::create_dir_all(NETNS_DIRECTORY).with_context(|| format!("create {NETNS_DIRECTORY}"))?;
+    mount(Some("netdp-tests"), NETNS_DIRECTORY, Some("tmpfs"), MsFlags::empty(), None::<&str>)
+        .with_context(|| format!("mount a tmpfs on {NETNS_DIRECTORY}"))
+}
+
+/// Fails unless the process is root.
+///
+/// # Errors
+/// When it is not, with what to do.
+pub fn ensure_root() -> Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "create network namespaces: this needs root; run it with sudo"
+    );
+    Ok(())
+}
+
+/// The mount point of the cgroup v2 hierarchy, if there is one.
+///
+/// # Errors
+/// When the mount table can't be read.
+pub fn cgroup2_mount() -> Result<Option<String>> {
+    let table = fs::read_to_string("/proc/self/mountinfo").context("read the mount table")?;
+    Ok(table.lines().find_map(|line| {
+        // proc(5): the mount point is field 5, the type follows a lone dash.
+        let (mount, filesystem) = line.split_once(" - ")?;
+        filesystem.starts_with("cgroup2 ").then(|| mount.split(' ').nth(4).map(String::from))?
+    }))
+}
+
+/// Looks until `look` finds something, or fails with what was awaited when `deadline` has passed.
+///
+/// # Errors
+/// When the deadline passes, or `look` fails.
+pub fn poll_until<T>(
+    deadline: Duration,
+    what: &str,
+    mut look: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let end = Instant::now() + deadline;
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        if Instant::now() >= end {
+            bail!("wait for {what}: not within {deadline:?}");
+        }
+        thread::sleep(POLL_INTERVAL);
+    }
+}
+
+/// Finds a program on `PATH`.
+#[must_use]
+pub fn is_installed(program: &str) -> bool {
+    std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|directory: std::path::PathBuf| Path::new(&directory).join(program).is_file())
+    })
+}

@@ -1,0 +1,157 @@
+//! ISO: who may not reach whom, and that it is counted.
+
+use anyhow::{Result, ensure};
+use netdp_tests::harness::{Outcome, Row};
+use netdp_tests::lab::{SUBNET_A, SecondInterface};
+use netdp_tests::namespace::Namespace;
+use netdp_tests::probe::{Failure, expect_failure, expect_same};
+
+use crate::{counted, standard_containers};
+
+pub fn neighbours_talk_untranslated(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let _tcp = containers.a2.tcp_server("a2", "172.20.0.3:9")?;
+        let _udp = containers.a2.udp_server("a2", "172.20.0.3:9")?;
+        let directions = [
+            (&containers.a2, "172.20.0.3", "a1", "172.20.0.2:80"),
+            (&containers.a1, "172.20.0.2", "a2", "172.20.0.3:9"),
+        ];
+        for (client, address, name, destination) in directions {
+            let seen = client.tcp(destination).exchange()?;
+            seen.by(name)?.saw_client_at(address)?;
+            expect_same("the client's port", &seen.peer, &seen.client_local)?;
+            let seen = client.udp(destination).exchange()?;
+            seen.by(name)?;
+            expect_same("the client's port", &seen.peer, &seen.client_local)?;
+            expect_same("the replier", &seen.reply_from, &destination.parse()?)?;
+        }
+        containers.a2.ping("172.20.0.2").replied()?;
+        containers.a1.ping("172.20.0.3").replied()
+    })
+}
+
+/// The hardware address that `namespace` knows for a neighbour.
+fn neighbour_mac(namespace: &Namespace, address: &str) -> Result<Option<String>> {
+    let neighbours = namespace.ip_json(&["neighbour", "show", "to", address])?;
+    Ok(neighbours[0]["lladdr"].as_str().map(String::from))
+}
+
+pub fn icc_off_parts_neighbours(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        lab.create_network("net-a", SUBNET_A, &["--icc=false"])?;
+        let published = ["8080:80", "8080:80/udp"];
+        let a1 = lab.attach("net-a", "a1", "172.20.0.2", &published)?;
+        let a2 = lab.attach("net-a", "a2", "172.20.0.3", &[])?;
+        let server = a1.tcp_server("a1", "172.20.0.2:80")?;
+        let udp = a1.udp_server("a1", "172.20.0.2:80")?;
+        counted(lab, "icc", || a2.tcp("172.20.0.2:80").dropped())?;
+        counted(lab, "icc", || a2.udp("172.20.0.2:80").dropped())?;
+        counted(lab, "icc", || a2.ping("172.20.0.2").dropped())?;
+        // ARP passed: the answer is there, although nothing else was.
+        ensure!(neighbour_mac(&a2, "172.20.0.2")?.is_some(), "ARP between neighbours failed");
+        expect_same("clients of the container", &server.accepted(), &vec![])?;
+        expect_same("datagrams of the container", &udp.received(), &vec![])?;
+
+        a2.tcp("10.0.0.2:8080").exchange()?.by("a1")?.saw_client_at("172.20.0.3")?;
+        a2.udp("10.0.0.2:8080").exchange()?.by("a1")?.saw_client_at("172.20.0.3")?;
+        a1.tcp("10.0.0.2:8080").exchange()?.by("a1")?.saw_client_at("172.20.0.1")?;
+        lab.outside().tcp("10.0.0.2:8080").exchange()?.by("a1")?;
+        Ok(())
+    })
+}
+
+pub fn networks_are_walls(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let (a1, b1) = (&containers.a1, &containers.b1);
+        let _open = a1.tcp_server("a1", "172.20.0.2:81")?;
+        for destination in ["172.20.0.2:80", "172.20.0.2:81"] {
+            counted(lab, "isolation", || b1.tcp(destination).dropped())?;
+        }
+        counted(lab, "isolation", || b1.udp("172.20.0.2:80").dropped())?;
+        counted(lab, "isolation", || b1.ping("172.20.0.2").dropped())?;
+        counted(lab, "isolation", || a1.ping("172.21.0.2").dropped())?;
+        expect_same("clients of the container", &containers.a1_tcp.accepted(), &vec![])?;
+        expect_same("datagrams of the container", &containers.a1_udp.received(), &vec![])?;
+        containers.a2.tcp("172.20.0.2:80").exchange()?.by("a1")?;
+        b1.tcp("10.0.0.2:8080").exchange()?.by("a1")?.saw_client_at("172.21.0.2")?;
+        Ok(())
+    })
+}
+
+pub fn direct_access_from_outside_is_dropped(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let outside = lab.outside();
+        counted(lab, "direct_access", || outside.tcp("172.20.0.2:80").dropped())?;
+        counted(lab, "direct_access", || outside.udp("172.20.0.2:80").dropped())?;
+        counted(lab, "direct_access", || outside.ping("172.20.0.2").dropped())?;
+        expect_same("clients of the container", &containers.a1_tcp.accepted(), &vec![])?;
+        expect_same("datagrams of the container", &containers.a1_udp.received(), &vec![])?;
+        outside.tcp("10.0.0.2:8080").exchange()?.by("a1")?.saw_client_at("10.0.0.3")?;
+        Ok(())
+    })
+}
+
+pub fn interface_without_program_opens_no_hole(row: &Row) -> Result<Outcome> {
+    row.in_lab(
+        |builder| builder.second(SecondInterface::Unlisted),
+        |lab| {
+            let containers = standard_containers(lab)?;
+            let second = lab.second()?;
+            counted(lab, "direct_access", || second.tcp("172.20.0.2:80").dropped())?;
+            counted(lab, "direct_access", || second.udp("172.20.0.2:80").dropped())?;
+            counted(lab, "direct_access", || second.ping("172.20.0.2").dropped())?;
+            expect_same("clients of the container", &containers.a1_tcp.accepted(), &vec![])?;
+            expect_same("datagrams of the container", &containers.a1_udp.received(), &vec![])?;
+            // The host itself is there, so the probes did arrive at it.
+            second.ping("10.1.0.2").replied()
+        },
+    )
+}
+
+pub fn internal_network_is_closed(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        lab.create_network("net-a", SUBNET_A, &["--internal"])?;
+        let a1 = lab.attach("net-a", "a1", "172.20.0.2", &[])?;
+        let a2 = lab.attach("net-a", "a2", "172.20.0.3", &[])?;
+        let reason = lab.netdp_fails(&["publish", "a1", "-p", "8080:80"])?;
+        ensure!(reason.contains("internal"), "say why nothing is published: {reason}");
+        lab.outside().tcp("10.0.0.2:8080").refused()?;
+
+        let server = a1.tcp_server("a1", "172.20.0.2:80")?;
+        counted(lab, "direct_access", || lab.outside().tcp("172.20.0.2:80").dropped())?;
+        let outside = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
+        let no_route = a1.tcp("10.0.0.3:7").exchange();
+        expect_failure(no_route, &Failure::Unreachable, "leave without a route")?;
+        a1.ip("route add default via 172.20.0.1\n")?;
+        counted(lab, "internal", || a1.tcp("10.0.0.3:7").dropped())?;
+        counted(lab, "internal", || a1.ping("10.0.0.3").dropped())?;
+        expect_same("clients of the container", &server.accepted(), &vec![])?;
+        expect_same("clients outside", &outside.accepted(), &vec![])?;
+
+        a2.tcp("172.20.0.2:80").exchange()?.by("a1")?.saw_client_at("172.20.0.3")?;
+        a2.ping("172.20.0.2").replied()?;
+        let _gateway = lab.host().tcp_server("host", "172.20.0.1:7")?;
+        a1.tcp("172.20.0.1:7").exchange()?.by("host")?.saw_client_at("172.20.0.2")?;
+        a1.ping("172.20.0.1").replied()
+    })
+}
+
+pub fn host_reaches_every_container_port(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let _open = containers.a1.tcp_server("a1", "172.20.0.2:81")?;
+        for destination in ["172.20.0.2:80", "172.20.0.2:81"] {
+            let seen = lab.host().tcp(destination).exchange()?;
+            seen.by("a1")?.saw_client_at("172.20.0.1")?;
+            expect_same("the client's port", &seen.peer, &seen.client_local)?;
+        }
+        let seen = lab.host().udp("172.20.0.2:80").exchange()?;
+        seen.by("a1")?.saw_client_at("172.20.0.1")?;
+        expect_same("the replier", &seen.reply_from, &"172.20.0.2:80".parse()?)?;
+        lab.host().ping("172.20.0.2").replied()?;
+        lab.host().ping("172.21.0.2").replied()
+    })
+}

@@ -1,0 +1,113 @@
+//! The behaviour catalogue, row by row, on real packets. Ids are those of docs/behaviour.md.
+//!
+//! Every row has a lab of its own: host H, outside E (10.0.0.3), containers A1 (172.20.0.2,
+//! publishes 8080→80 tcp and udp) and A2 of network `net-a`, B1 of network `net-b`. A row passes
+//! when both ends saw the right addresses; what must not pass is also counted for the right reason.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use netdp_tests::harness::{Outcome, Row, run_rows};
+use netdp_tests::lab::{Lab, Offload, SUBNET_A, SUBNET_B};
+use netdp_tests::namespace::Namespace;
+use netdp_tests::probe::{TcpServer, UdpServer};
+
+mod isolation;
+mod lifecycle;
+mod out;
+mod policy;
+mod publishing;
+mod security;
+
+/// Whether every row runs a second time with offloads off on all veths.
+const WITH_OFFLOAD_OFF: bool = true;
+
+type Check = fn(&Row) -> Result<Outcome>;
+
+/// Rows for IPv4 on the eBPF backend.
+const CHECKS: &[(&str, Check)] = &[
+    ("PUB-01", publishing::client_address_reaches_the_container),
+    ("PUB-04", publishing::neighbour_reaches_the_published_port),
+    ("PUB-05", publishing::container_reaches_its_own_published_port),
+    ("PUB-06", publishing::other_network_reaches_the_published_port),
+    ("PUB-07", publishing::other_host_addresses_stay_the_hosts),
+    ("PUB-08", publishing::outside_port_of_the_same_number_is_reached),
+    ("PUB-10", publishing::port_ranges_lead_each_to_its_own),
+    ("PUB-12", publishing::ports_in_use_are_refused_both_ways),
+    ("PUB-13", publishing::udp_flow_never_reaches_a_successor),
+    ("PUB-14", publishing::unpublish_ends_open_flows),
+    ("OUT-01", out::outside_sees_the_uplink_address),
+    ("OUT-02", out::outside_sees_the_chosen_address),
+    ("OUT-03", out::outside_sees_the_container_without_masquerade),
+    ("OUT-04", out::each_uplink_gives_its_own_address),
+    ("OUT-07", out::first_hop_is_the_gateway),
+    ("OUT-08", out::too_large_packets_are_reported_or_fragmented),
+    ("OUT-09", out::host_services_see_the_container),
+    ("OUT-10", out::host_answers_pings),
+    ("OUT-13", out::multicast_stays_on_the_bridge),
+    ("ISO-01", isolation::neighbours_talk_untranslated),
+    ("ISO-02", isolation::icc_off_parts_neighbours),
+    ("ISO-03", isolation::networks_are_walls),
+    ("ISO-04", isolation::direct_access_from_outside_is_dropped),
+    ("ISO-05", isolation::interface_without_program_opens_no_hole),
+    ("ISO-08", isolation::internal_network_is_closed),
+    ("ISO-12", isolation::host_reaches_every_container_port),
+    ("POL-01", policy::listed_sources_pass_and_others_do_not),
+    ("POL-11", policy::bad_rule_file_is_refused_whole),
+    ("LIF-07", lifecycle::vanished_container_leaves_nothing),
+    ("LIF-10", lifecycle::purge_leaves_the_host_as_before),
+    ("SEC-01", security::forged_sources_are_dropped),
+    ("SEC-03", security::outside_can_not_pretend_to_be_inside),
+    ("SEC-08", security::nonsense_is_refused_and_changes_nothing),
+];
+
+fn main() -> ExitCode {
+    let variants: &[Offload] =
+        if WITH_OFFLOAD_OFF { &[Offload::On, Offload::Off] } else { &[Offload::On] };
+    let rows = variants.iter().flat_map(|&offload| {
+        CHECKS
+            .iter()
+            .map(move |&(id, run)| Row { id, backend: "ebpf", family: "ipv4", offload, run })
+    });
+    run_rows(rows.collect())
+}
+
+/// Containers A1, A2 and B1, and what serves in A1.
+struct Containers {
+    a1: Namespace,
+    a2: Namespace,
+    b1: Namespace,
+    a1_tcp: TcpServer,
+    a1_udp: UdpServer,
+}
+
+/// Creates both networks and their containers; A1 publishes 8080 and serves on port 80.
+fn standard_containers(lab: &Lab) -> Result<Containers> {
+    lab.create_network("net-a", SUBNET_A, &[])?;
+    lab.create_network("net-b", SUBNET_B, &[])?;
+    let a1 = lab.attach("net-a", "a1", "172.20.0.2", &["8080:80", "8080:80/udp"])?;
+    let a2 = lab.attach("net-a", "a2", "172.20.0.3", &[])?;
+    let b1 = lab.attach("net-b", "b1", "172.21.0.2", &[])?;
+    let a1_tcp = a1.tcp_server("a1", "172.20.0.2:80")?;
+    let a1_udp = a1.udp_server("a1", "172.20.0.2:80")?;
+    Ok(Containers { a1, a2, b1, a1_tcp, a1_udp })
+}
+
+/// New flows are counted beside drops; they say nothing about a drop.
+const FLOW_COUNTERS: [&str; 3] = ["flow_out", "flow_in", "flow_hairpin"];
+
+/// Fails unless `attempt` moves the drop counter `reason` and no other.
+fn counted(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -> Result<()> {
+    let before = lab.counters()?;
+    attempt()?;
+    lab.counters()?.expect_moved(&before, reason, &FLOW_COUNTERS)
+}
+
+/// Fails when `netdp flows` still knows the address.
+fn expect_no_flows_of(lab: &Lab, address: &str) -> Result<()> {
+    let flows = lab.json(&["flows"])?;
+    let text = flows.to_string();
+    let known = [format!("\"{address}\""), format!("\"{address}:")];
+    anyhow::ensure!(!known.iter().any(|form| text.contains(form)), "flows of {address}: {flows:#}");
+    Ok(())
+}

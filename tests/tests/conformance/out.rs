@@ -1,0 +1,200 @@
+//! OUT: what containers send, and what the host itself does.
+
+use std::net::Ipv4Addr;
+
+use anyhow::{Result, bail, ensure};
+use netdp_tests::harness::{Outcome, Row};
+use netdp_tests::lab::{Lab, SUBNET_A, SecondInterface};
+use netdp_tests::namespace::Namespace;
+use netdp_tests::packet::{summarise, verify_checksums};
+use netdp_tests::probe::{Answer, IcmpError, PATIENCE, Ping, expect_same};
+use netdp_tests::runtime::poll_until;
+
+use crate::standard_containers;
+
+/// IP protocol number of ICMP.
+const ICMP: u8 = 1;
+
+/// Runs TCP, UDP and ping from a container to E, which must see it at `seen_as`.
+fn expect_seen_as(lab: &Lab, container: &Namespace, seen_as: &str) -> Result<()> {
+    let _tcp = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
+    let _udp = lab.outside().udp_server("outside", "10.0.0.3:7")?;
+    container.tcp("10.0.0.3:7").exchange()?.by("outside")?.saw_client_at(seen_as)?;
+    let seen = container.udp("10.0.0.3:7").exchange()?;
+    seen.by("outside")?.saw_client_at(seen_as)?;
+    expect_same("the replier", &seen.reply_from, &"10.0.0.3:7".parse()?)?;
+    expect_ping_seen_as(lab, container, seen_as)
+}
+
+fn expect_ping_seen_as(lab: &Lab, container: &Namespace, seen_as: &str) -> Result<()> {
+    let requests = lab.outside().sniff("out0", |frame| {
+        let to_outside = Ipv4Addr::new(10, 0, 0, 3);
+        summarise(frame).is_some_and(|p| p.protocol == ICMP && p.destination == to_outside)
+    })?;
+    container.ping("10.0.0.3").replied()?;
+    let request = requests.wait_for(PATIENCE, "an echo request at E", |_| true)?;
+    verify_checksums(&request)?;
+    let source = summarise(&request).map(|packet| packet.source);
+    expect_same("the source of the echo request", &source, &Some(seen_as.parse()?))
+}
+
+pub fn outside_sees_the_uplink_address(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        expect_seen_as(lab, &containers.a1, "10.0.0.2")?;
+        expect_seen_as(lab, &containers.b1, "10.0.0.2")
+    })
+}
+
+pub fn outside_sees_the_chosen_address(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        lab.create_network("net-a", SUBNET_A, &["--snat-ip", "10.0.0.22"])?;
+        let a1 = lab.attach("net-a", "a1", "172.20.0.2", &[])?;
+        expect_seen_as(lab, &a1, "10.0.0.22")
+    })
+}
+
+pub fn outside_sees_the_container_without_masquerade(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        lab.create_network("net-a", SUBNET_A, &["--masquerade=false"])?;
+        let a1 = lab.attach("net-a", "a1", "172.20.0.2", &[])?;
+        expect_seen_as(lab, &a1, "172.20.0.2")
+    })
+}
+
+pub fn each_uplink_gives_its_own_address(row: &Row) -> Result<Outcome> {
+    row.in_lab(
+        |builder| builder.second(SecondInterface::Uplink),
+        |lab| {
+            let containers = standard_containers(lab)?;
+            let second = lab.second()?;
+            let _server = second.tcp_server("second", "10.1.0.3:7")?;
+            let _udp = second.udp_server("second", "10.1.0.3:7")?;
+            expect_seen_as(lab, &containers.a1, "10.0.0.2")?;
+            for container in [&containers.a1, &containers.b1] {
+                let seen = container.tcp("10.1.0.3:7").exchange()?;
+                seen.by("second")?.saw_client_at("10.1.0.2")?;
+                container.udp("10.1.0.3:7").exchange()?.saw_client_at("10.1.0.2")?;
+            }
+            // As a DHCP client does: the old address goes, the new one comes.
+            lab.host().ip("address del 10.1.0.2/24 dev up1\naddress add 10.1.0.9/24 dev up1\n")?;
+            poll_until(PATIENCE, "the new address of up1", || {
+                let seen = containers.a1.udp("10.1.0.3:7").exchange().ok();
+                Ok(seen.filter(|seen| seen.saw_client_at("10.1.0.9").is_ok()))
+            })?;
+            let seen = containers.a1.tcp("10.1.0.3:7").exchange()?;
+            seen.by("second")?.saw_client_at("10.1.0.9")?;
+            second.tcp("10.1.0.9:8080").exchange()?.by("a1")?.saw_client_at("10.1.0.3")?;
+            expect_seen_as(lab, &containers.a1, "10.0.0.2")
+        },
+    )
+}
+
+fn icmp_error(ping: &Ping) -> Result<IcmpError> {
+    match ping.send()? {
+        Answer::Error(error) => Ok(error),
+        reply @ Answer::Reply { .. } => bail!("{ping}: expected an ICMP error, got {reply:?}"),
+    }
+}
+
+pub fn first_hop_is_the_gateway(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let error = icmp_error(&containers.a1.ping("10.0.0.3").ttl(1))?;
+        expect_same("time exceeded", &(error.kind, error.code), &(11, 0))?;
+        expect_same("the first hop", &error.source, &"172.20.0.1".parse()?)?;
+        expect_same("the quoted destination", &error.quoted_destination, &"10.0.0.3".parse()?)?;
+        // The second hop is E itself.
+        containers.a1.ping("10.0.0.3").ttl(2).replied()
+    })
+}
+
+pub fn too_large_packets_are_reported_or_fragmented(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let a1 = &containers.a1;
+        lab.host().ip("link set up0 mtu 1400\n")?;
+        lab.outside().ip("link set out0 mtu 1400\n")?;
+
+        let error = icmp_error(&a1.ping("10.0.0.3").packet_bytes(1450).dont_fragment())?;
+        expect_same("fragmentation needed", &(error.kind, error.code), &(3, 4))?;
+        expect_same("its source", &error.source, &"172.20.0.1".parse()?)?;
+        expect_same("the next hop's MTU", &error.next_hop_mtu, &Some(1400))?;
+        expect_same("the quoted destination", &error.quoted_destination, &"10.0.0.3".parse()?)?;
+
+        let fragments = lab.outside().sniff("out0", |frame| {
+            let to_outside = Ipv4Addr::new(10, 0, 0, 3);
+            summarise(frame).is_some_and(|p| p.is_fragment && p.destination == to_outside)
+        })?;
+        let server = lab.outside().udp_server("outside", "10.0.0.3:7")?;
+        a1.udp("10.0.0.3:7").bytes(1422).send()?;
+        let arrived =
+            poll_until(PATIENCE, "the datagram", || Ok(server.received().first().copied()))?;
+        expect_same("the datagram's source", &arrived.peer.ip(), &"10.0.0.2".parse()?)?;
+        expect_same("its size", &arrived.bytes, &1422)?;
+        poll_until(PATIENCE, "two fragments", || Ok((fragments.frames().len() >= 2).then_some(())))?;
+        for frame in fragments.frames() {
+            let source = summarise(&frame).map(|packet| packet.source);
+            expect_same("a fragment's source", &source, &Some("10.0.0.2".parse()?))?;
+        }
+        // TCP learns the path's MTU from the same error.
+        let _tcp = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
+        a1.tcp("10.0.0.3:7").exchange()?.saw_client_at("10.0.0.2")?;
+        lab.outside().tcp("10.0.0.2:8080").exchange()?.by("a1")?.saw_client_at("10.0.0.3")?;
+        Ok(())
+    })
+}
+
+pub fn host_services_see_the_container(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        for address in ["10.0.0.2", "10.0.0.22", "172.20.0.1", "172.21.0.1"] {
+            let service = format!("{address}:7777");
+            let _tcp = lab.host().tcp_server("host", &service)?;
+            let _udp = lab.host().udp_server("host", &service)?;
+            containers.a1.tcp(&service).exchange()?.by("host")?.saw_client_at("172.20.0.2")?;
+            let seen = containers.a1.udp(&service).exchange()?;
+            seen.by("host")?.saw_client_at("172.20.0.2")?;
+            expect_same("the replier", &seen.reply_from, &service.parse()?)?;
+            containers.a1.ping(address).replied()?;
+        }
+        Ok(())
+    })
+}
+
+pub fn host_answers_pings(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let _containers = standard_containers(lab)?;
+        lab.outside().ping("10.0.0.2").replied()?;
+        lab.outside().ping("10.0.0.22").replied()?;
+        lab.host().ping("10.0.0.3").replied()
+    })
+}
+
+pub fn multicast_stays_on_the_bridge(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let group = Ipv4Addr::new(239, 1, 2, 3);
+        let neighbour = containers.a2.udp_server("a2", "0.0.0.0:7")?;
+        neighbour.join_group(group, Ipv4Addr::new(172, 20, 0, 3))?;
+        let stranger = containers.b1.udp_server("b1", "0.0.0.0:7")?;
+        stranger.join_group(group, Ipv4Addr::new(172, 21, 0, 2))?;
+        let outside = lab.outside().udp_server("outside", "0.0.0.0:7")?;
+        outside.join_group(group, Ipv4Addr::new(10, 0, 0, 3))?;
+        for (count, destination) in
+            (1..).zip(["239.1.2.3:7", "172.20.0.255:7", "255.255.255.255:7"])
+        {
+            containers.a1.udp(destination).send()?;
+            let arrived = poll_until(PATIENCE, destination, || {
+                Ok(neighbour.received().get(count - 1).copied())
+            })?;
+            expect_same("its source", &arrived.peer.ip(), &"172.20.0.2".parse()?)?;
+        }
+        // A fresh probe over each path, so that what was sent before would have arrived.
+        containers.a1.udp("10.0.0.3:7").exchange()?.by("outside")?;
+        lab.host().udp("172.21.0.2:7").exchange()?.by("b1")?;
+        ensure!(outside.received().len() == 1, "routed outside: {:?}", outside.received());
+        ensure!(stranger.received().len() == 1, "routed to net-b: {:?}", stranger.received());
+        Ok(())
+    })
+}

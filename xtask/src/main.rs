@@ -1,0 +1,78 @@
+//! The list of development commands. Each command lives in the file of its name; this one
+//! only parses arguments and turns an error into one line and an exit status.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
+
+mod apt;
+mod cargo;
+mod check;
+mod demo;
+mod mask;
+mod process;
+mod rust_src;
+mod setup;
+mod test;
+mod tidy;
+
+/// netdp's development commands.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what building and testing need and this machine misses
+    Setup,
+    /// Formatting, lints, unit tests and the tree's own rules: no root needed
+    Check,
+    /// Run test suites (all by default); packets flow in namespaces of the tests' own
+    Test {
+        /// Suites to run
+        #[arg(value_enum)]
+        suites: Vec<test::Suite>,
+        /// Write the conformance results to FILE: a list of {id, backend, family, result, reason}
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+    /// Show the main job on real traffic in a lab of namespaces
+    Demo {
+        /// Leave the lab standing and say how to enter it
+        #[arg(long)]
+        keep: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<ExitCode> {
+    match cli.command {
+        Task::Setup => setup::run(setup::Scope::Everything)?,
+        Task::Check => check::run()?,
+        Task::Test { suites, json } => {
+            let suites = test::selection(&suites);
+            if json.is_some() && !suites.contains(&test::Suite::Conformance) {
+                let message = "--json holds conformance results: name the suite conformance too";
+                Cli::command().error(ErrorKind::ArgumentConflict, message).exit()
+            }
+            return test::run(&suites, json.as_deref());
+        }
+        Task::Demo { keep } => demo::run(keep)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,284 @@
+//! The test suites: running them with nothing but what they need as root, and counting. What
+//! a suite tests is its own business; this file knows only libtest's result lines.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::iter::Sum;
+use std::ops::Add;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+use serde_json::Value;
+
+use crate::check::UNIT_TESTED;
+use crate::process::{Finished, as_root, ensure_root, run_quiet, run_shown};
+use crate::{cargo, demo, setup, tidy};
+
+/// A group of tests that is run and counted as one.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub(crate) enum Suite {
+    /// Pure logic of every crate, on the host
+    Unit,
+    /// The tree's own rules
+    Tidy,
+    /// BPF programs on single packets: verdicts, rewritten headers, checksums
+    Datapath,
+    /// Promises of docs/behaviour.md, kept on real packets
+    Conformance,
+    /// Restarts, crashes and clean-up of the agent
+    Lifecycle,
+    /// The demo, as one test
+    Demo,
+}
+
+impl Suite {
+    fn name(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+
+    fn needs_root(self) -> bool {
+        !matches!(self, Self::Unit | Self::Tidy)
+    }
+}
+
+/// `named` in the order suites run, without repetition; all suites when none is named.
+pub(crate) fn selection(named: &[Suite]) -> Vec<Suite> {
+    let mut suites = if named.is_empty() { Suite::value_variants() } else { named }.to_vec();
+    suites.sort();
+    suites.dedup();
+    suites
+}
+
+/// Runs `suites` to the end, whatever fails, and closes with the counts. The conformance
+/// suite writes its results to `json`. Succeeds when every suite ran tests and none failed.
+pub(crate) fn run(suites: &[Suite], json: Option<&Path>) -> Result<ExitCode> {
+    if suites.iter().any(|suite| suite.needs_root()) {
+        setup::run(setup::Scope::Everything)?;
+        ensure_root("testing in network namespaces")?;
+    } else {
+        setup::run(setup::Scope::Toolchain)?;
+    }
+    let mut netdp = None;
+    let mut outcomes = Vec::new();
+    for suite in suites {
+        println!("\n== {}", suite.name());
+        let started = Instant::now();
+        let counts = run_suite(*suite, &mut netdp, json).unwrap_or_else(|error| {
+            eprintln!("{}: {error:#}", suite.name());
+            Counts::of_one(false)
+        });
+        outcomes.push(Outcome { suite: *suite, counts, seconds: started.elapsed().as_secs_f32() });
+    }
+    Ok(if report(&outcomes) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// `netdp` is the agent's binary, built by the first suite that needs it.
+fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> Result<Counts> {
+    match suite {
+        Suite::Unit => run_unit(),
+        Suite::Tidy => run_tidy(),
+        Suite::Datapath | Suite::Lifecycle => run_packets(suite, agent(netdp)?, None),
+        Suite::Conformance => match json {
+            Some(json) => run_conformance(agent(netdp)?, json),
+            None => run_packets(suite, agent(netdp)?, None),
+        },
+        Suite::Demo => {
+            let finished = run_shown("demo", &mut demo::command(agent(netdp)?)?)?;
+            if !finished.status.success() {
+                eprintln!("demo: {}", finished.status);
+            }
+            Ok(Counts::of_one(finished.status.success()))
+        }
+    }
+}
+
+fn agent(built: &mut Option<PathBuf>) -> Result<&PathBuf> {
+    match built {
+        Some(path) => Ok(path),
+        None => Ok(built.insert(demo::netdp_binary()?)),
+    }
+}
+
+fn run_unit() -> Result<Counts> {
+    let unit = |more: &[&str]| -> Command {
+        let mut command = cargo::command(&["test", "--locked"]);
+        command.args(UNIT_TESTED).args(more);
+        command
+    };
+    run_quiet("build the unit tests", &mut unit(&["--no-run"]))?;
+    counted("unit", &mut unit(&["--no-fail-fast"]))
+}
+
+fn run_tidy() -> Result<Counts> {
+    let findings = tidy::findings(cargo::root())?;
+    for finding in &findings {
+        eprintln!("{finding}");
+    }
+    let broken = |rule: &str| findings.iter().any(|finding| finding.rule == rule);
+    Ok(tidy::rules().map(|rule| Counts::of_one(!broken(rule))).sum())
+}
+
+/// Runs a suite of the tests crate as root.
+fn run_packets(suite: Suite, netdp: &Path, json: Option<&Path>) -> Result<Counts> {
+    let name = suite.name();
+    let arguments = ["test", "--no-run", "--package", "netdp-tests", "--test", &name];
+    let executable = cargo::build_one(&format!("build the suite {name}"), &name, &arguments)?;
+    let mut environment: Vec<(&str, &OsStr)> = vec![("NETDP_BIN", netdp.as_os_str())];
+    environment.extend(json.map(|json| ("NETDP_TEST_JSON", json.as_os_str())));
+    counted(&name, as_root(&executable, &environment)?.current_dir(cargo::root()))
+}
+
+fn run_conformance(netdp: &Path, json: &Path) -> Result<Counts> {
+    let json = std::path::absolute(json).context("make the results' path absolute")?;
+    if json.exists() {
+        // Results of an earlier run must not pass for this one's.
+        fs::remove_file(&json).with_context(|| format!("remove old {}", json.display()))?;
+    }
+    let counts = run_packets(Suite::Conformance, netdp, Some(&json))?;
+    let text = fs::read_to_string(&json);
+    let verified = text.context("read").and_then(|text| verify_results(&text));
+    if let Err(error) = verified {
+        eprintln!("conformance results {}: {error:#}", json.display());
+        return Ok(counts + Counts::of_one(false));
+    }
+    Ok(counts)
+}
+
+/// Checks that `text` is a list of {id, backend, family, result, reason}.
+fn verify_results(text: &str) -> Result<()> {
+    let results: Vec<Value> = serde_json::from_str(text).context("read a list")?;
+    ensure!(!results.is_empty(), "the list is empty");
+    for result in &results {
+        for field in ["id", "backend", "family"] {
+            ensure!(result[field].is_string(), "{field} is missing in {result}");
+        }
+        let known = matches!(result["result"].as_str(), Some("pass" | "fail" | "skip"));
+        ensure!(known, "result is none of pass, fail, skip in {result}");
+        ensure!(result.get("reason").is_some(), "reason is missing in {result}");
+    }
+    Ok(())
+}
+
+fn counted(title: &str, command: &mut Command) -> Result<Counts> {
+    let Finished { status, stdout, .. } = run_shown(title, command)?;
+    let counts: Counts = stdout.lines().filter_map(result_line).sum();
+    if status.success() || counts.failed > 0 {
+        return Ok(counts);
+    }
+    eprintln!("{title}: ended without naming a failed test: {status}");
+    Ok(counts + Counts::of_one(false))
+}
+
+/// Reads `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; …`.
+fn result_line(line: &str) -> Option<Counts> {
+    let numbers = line.strip_prefix("test result: ")?.split_once(". ")?.1;
+    let count = |what: &str| -> Option<usize> {
+        let mut parts = numbers.split(';');
+        parts.find_map(|part| part.trim().strip_suffix(what)?.trim().parse().ok())
+    };
+    Some(Counts { passed: count("passed")?, failed: count("failed")?, skipped: count("ignored")? })
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Counts {
+    passed: usize,
+    failed: usize,
+    skipped: usize,
+}
+
+impl Counts {
+    fn of_one(passed: bool) -> Self {
+        Self { passed: usize::from(passed), failed: usize::from(!passed), skipped: 0 }
+    }
+}
+
+impl Add for Counts {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            passed: self.passed + other.passed,
+            failed: self.failed + other.failed,
+            skipped: self.skipped + other.skipped,
+        }
+    }
+}
+
+impl Sum for Counts {
+    fn sum<I: Iterator<Item = Self>>(counts: I) -> Self {
+        counts.fold(Self::default(), Add::add)
+    }
+}
+
+struct Outcome {
+    suite: Suite,
+    counts: Counts,
+    seconds: f32,
+}
+
+/// Prints the table and, alone on the very last line, the counts. Returns whether all is well.
+fn report(outcomes: &[Outcome]) -> bool {
+    println!("\n{:<12} {:>8} {:>8} {:>8} {:>8}", "suite", "passed", "failed", "skipped", "seconds");
+    for Outcome { suite, counts, seconds } in outcomes {
+        let Counts { passed, failed, skipped } = counts;
+        println!("{:<12} {passed:>8} {failed:>8} {skipped:>8} {seconds:>8.1}", suite.name());
+    }
+    let idle = |outcome: &&Outcome| outcome.counts.passed + outcome.counts.failed == 0;
+    let idle: Vec<_> = outcomes.iter().filter(idle).map(|outcome| outcome.suite.name()).collect();
+    if !idle.is_empty() {
+        eprintln!("error: no test ran in {}", idle.join(", "));
+    }
+    let Counts { passed, failed, skipped } = outcomes.iter().map(|outcome| outcome.counts).sum();
+    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    failed == 0 && idle.is_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn result_lines_are_counted() {
+        let line = "test result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; 9 filtered out";
+        assert_eq!(result_line(line), Some(Counts { passed: 3, failed: 2, skipped: 1 }));
+        assert_eq!(result_line("test result_line ... ok"), None);
+    }
+
+    #[test]
+    fn crash_without_result_line_is_a_failure() {
+        let mut crash = Command::new("sh");
+        let counts = counted("crash", crash.args(["-c", "kill -SEGV $$"])).unwrap();
+        assert_eq!(counts, Counts::of_one(false));
+    }
+
+    #[test]
+    fn suites_run_once_and_in_their_order() {
+        use Suite::{Conformance, Unit};
+        assert!(selection(&[Conformance, Unit, Conformance]) == [Unit, Conformance]);
+        assert!(selection(&[]) == Suite::value_variants());
+    }
+
+    #[test]
+    fn idle_suite_is_an_error() {
+        let outcome = |passed| Outcome {
+            suite: Suite::Tidy,
+            counts: Counts { passed, failed: 0, skipped: 1 },
+            seconds: 0.0,
+        };
+        assert!(report(&[outcome(1)]));
+        assert!(!report(&[outcome(0)]));
+    }
+
+    #[test]
+    fn conformance_results_are_verified() {
+        let good =
+            r#"[{"id":"PUB-01","backend":"ebpf","family":"v4","result":"pass","reason":null}]"#;
+        assert!(verify_results(good).is_ok());
+        for bad in ["", "{}", "[]", &good.replace("pass", "maybe"), &good.replace("id", "name")] {
+            assert!(verify_results(bad).is_err(), "{bad}");
+        }
+    }
+}
