@@ -29,17 +29,21 @@ pub struct Config {
     pub paths: Paths,
 }
 
+const STATE_DIR: &str = "/var/lib/netdp";
+const RUN_DIR: &str = "/run/netdp";
+const BPFFS: &str = "/sys/fs/bpf";
+
 /// Where things are on the host.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct Paths {
     /// Directory of the store
-    #[arg(long, value_name = "D", default_value = "/var/lib/netdp")]
+    #[arg(long, value_name = "D", default_value = STATE_DIR)]
     pub state_dir: PathBuf,
     /// Directory of the socket
-    #[arg(long, value_name = "D", default_value = "/run/netdp")]
+    #[arg(long, value_name = "D", default_value = RUN_DIR)]
     pub run_dir: PathBuf,
     /// Mount point of the BPF file system
-    #[arg(long, value_name = "D", default_value = "/sys/fs/bpf")]
+    #[arg(long, value_name = "D", default_value = BPFFS)]
     pub bpffs: PathBuf,
     /// Mount point of the cgroup2 hierarchy; the host's where none is given
     #[arg(long, value_name = "D")]
@@ -75,6 +79,13 @@ impl Config {
             );
         }
         Ok(())
+    }
+}
+
+impl Default for Paths {
+    fn default() -> Self {
+        let [state_dir, run_dir, bpffs] = [STATE_DIR, RUN_DIR, BPFFS].map(PathBuf::from);
+        Self { state_dir, run_dir, bpffs, cgroup: None }
     }
 }
 

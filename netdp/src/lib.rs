@@ -15,4 +15,3 @@ pub mod netlink;
 pub mod plan;
 pub mod ports;
 pub mod store;
-pub mod sys;

@@ -4,7 +4,8 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Output, Stdio};
 use std::sync::Mutex;
@@ -23,6 +24,8 @@ use crate::runtime::{cgroup2_mount, poll_until};
 const START_DEADLINE: Duration = Duration::from_secs(30);
 /// A stop touches no packet path, so it is short.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the API may take to refuse.
+const API_PATIENCE: Duration = Duration::from_secs(10);
 /// How much of the log a failure shows, in bytes.
 const LOG_TAIL_BYTES: u64 = 8 << 10;
 /// Exit code of a command that was refused or failed.
@@ -219,6 +222,32 @@ impl Agent {
             title(arguments)
         );
         Ok(reason)
+    }
+
+    /// Sends bytes as the body of an API request; returns status code and answer.
+    ///
+    /// # Errors
+    /// When the socket does not answer in HTTP.
+    pub fn request(&self, method: &str, path: &str, body: &[u8]) -> Result<(u16, String)> {
+        let title = || format!("{method} {path}");
+        let mut stream = UnixStream::connect(self.socket()).with_context(title)?;
+        stream.set_read_timeout(Some(API_PATIENCE)).with_context(title)?;
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: netdp\r\nConnection: close\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).with_context(title)?;
+        // A server may well refuse before it has read everything.
+        stream.write_all(body).ok();
+        let mut answer = Vec::new();
+        match stream.read_to_end(&mut answer) {
+            Err(error) if answer.is_empty() => return Err(error).with_context(title),
+            _ => {}
+        }
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
+        Ok((status.with_context(|| format!("{}: read {answer:?}", title()))?, answer))
     }
 
     /// The end of the log.

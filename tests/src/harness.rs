@@ -4,11 +4,11 @@
 //! run in several variants; the record holds the worst result.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
-use std::fs;
 
 use anyhow::{Context, Result, anyhow};
 use libtest_mimic::{Arguments, Completion, Trial};
@@ -164,10 +164,7 @@ enum Verdict {
 
 impl Record {
     fn new() -> Self {
-        Self {
-            path: std::env::var_os(JSON_VARIABLE).map(PathBuf::from),
-            entries: Mutex::default(),
-        }
+        Self { path: std::env::var_os(JSON_VARIABLE).map(PathBuf::from), entries: Mutex::default() }
     }
 
     /// Adds a result and writes the file anew: a run that is killed leaves what it knew.

@@ -56,15 +56,6 @@ pub enum Offload {
     Off,
 }
 
-/// Where a lab's files and names live.
-#[derive(Clone, Debug)]
-enum Place {
-    /// Unique names and a temporary directory; everything goes with the lab.
-    Temporary,
-    /// The name and directory given; the lab stays behind.
-    Kept { name: String, directory: PathBuf },
-}
-
 /// What runs on the host when the lab is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum AgentState {
@@ -79,7 +70,8 @@ pub struct LabBuilder {
     second: SecondInterface,
     offload: Offload,
     agent: AgentState,
-    place: Place,
+    name: Option<String>,
+    kept_in: Option<PathBuf>,
 }
 
 impl LabBuilder {
@@ -111,10 +103,17 @@ impl LabBuilder {
         self
     }
 
-    /// Names the lab's namespaces `<name>-…` and leaves everything behind when it is dropped.
+    /// Names the lab's namespaces `<name>-<role>`.
     #[must_use]
-    pub fn kept(mut self, name: &str, directory: &Path) -> Self {
-        self.place = Place::Kept { name: name.to_owned(), directory: directory.to_owned() };
+    pub fn named(mut self, name: &str) -> Self {
+        self.name = Some(name.to_owned());
+        self
+    }
+
+    /// Leaves the lab running when it is dropped, with its files in `directory`.
+    #[must_use]
+    pub fn kept_in(mut self, directory: &Path) -> Self {
+        self.kept_in = Some(directory.to_owned());
         self
     }
 
@@ -124,14 +123,16 @@ impl LabBuilder {
     /// When the process is not root, `netdp` is not built, or the kernel refuses.
     pub fn build(self) -> Result<Lab> {
         ensure_root()?;
-        let (name, directory, temporary) = match self.place {
-            Place::Temporary => {
-                let number = NEXT_LAB.fetch_add(1, Ordering::Relaxed);
+        let name = self.name.unwrap_or_else(|| {
+            let number = NEXT_LAB.fetch_add(1, Ordering::Relaxed);
+            format!("ndp{}-{number}", std::process::id())
+        });
+        let (directory, temporary) = match self.kept_in {
+            Some(directory) => (directory, None),
+            None => {
                 let temporary = TempDir::with_prefix("netdp-lab-").context("create a directory")?;
-                let name = format!("ndp{}-{number}", std::process::id());
-                (name, temporary.path().to_owned(), Some(temporary))
+                (temporary.path().to_owned(), Some(temporary))
             }
-            Place::Kept { name, directory } => (name, directory, None),
         };
         let fate = if temporary.is_some() { Fate::DiesWithParent } else { Fate::Detached };
         // From here on Drop cleans up after a step that fails.
@@ -195,7 +196,8 @@ impl Lab {
             second: SecondInterface::Absent,
             offload: Offload::On,
             agent: AgentState::Running,
-            place: Place::Temporary,
+            name: None,
+            kept_in: None,
         }
     }
 
@@ -366,11 +368,16 @@ impl Lab {
     /// With what was found, or when `nft` is not installed.
     pub fn expect_no_netfilter(&self) -> Result<()> {
         let listed = self.host.output("nft", &["list", "ruleset"])?;
-        ensure!(listed.status.success(), "list nft rules: {}", String::from_utf8_lossy(&listed.stderr));
+        ensure!(
+            listed.status.success(),
+            "list nft rules: {}",
+            String::from_utf8_lossy(&listed.stderr)
+        );
         let rules = String::from_utf8_lossy(&listed.stdout);
         ensure!(rules.trim().is_empty(), "expect empty netfilter tables: nft lists\n{rules}");
-        let legacy =
-            self.host.run(|| Ok(fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default()))?;
+        let legacy = self
+            .host
+            .run(|| Ok(fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default()))?;
         ensure!(legacy.trim().is_empty(), "expect empty netfilter tables: iptables has {legacy}");
         Ok(())
     }
@@ -477,7 +484,8 @@ impl Counters {
             let number = |field: &str| {
                 row[field].as_u64().with_context(|| format!("read {field} of the counter {row}"))
             };
-            counters.insert((text("network"), text("reason")), (number("packets")?, number("bytes")?));
+            counters
+                .insert((text("network"), text("reason")), (number("packets")?, number("bytes")?));
         }
         Ok(Self(counters))
     }

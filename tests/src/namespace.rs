@@ -118,7 +118,11 @@ impl Namespace {
     ///
     /// # Errors
     /// When it can't be started; its exit code is the caller's to judge.
-    pub fn output<S: AsRef<std::ffi::OsStr>>(&self, program: &str, arguments: &[S]) -> Result<Output> {
+    pub fn output<S: AsRef<std::ffi::OsStr>>(
+        &self,
+        program: &str,
+        arguments: &[S],
+    ) -> Result<Output> {
         self.command(program, Fate::DiesWithParent)?
             .args(arguments)
             .stdin(Stdio::null())
@@ -212,7 +216,8 @@ impl Namespace {
     /// When there is no such setting.
     pub fn sysctl(&self, name: &str) -> Result<String> {
         let path = sysctl_path(name);
-        let text = self.run(|| fs::read_to_string(&path).with_context(|| format!("read {path}")))?;
+        let text =
+            self.run(|| fs::read_to_string(&path).with_context(|| format!("read {path}")))?;
         Ok(text.trim().to_owned())
     }
 
@@ -230,7 +235,8 @@ impl Namespace {
                 for command in OFFLOAD_COMMANDS {
                     match sys::ethtool_set(&socket, link, command, 0) {
                         Err(error) if error.raw_os_error() != Some(libc::EOPNOTSUPP) => {
-                            return Err(error).with_context(|| format!("switch offload of {link} off"));
+                            return Err(error)
+                                .with_context(|| format!("switch offload of {link} off"));
                         }
                         _ => {}
                     }

@@ -190,8 +190,12 @@ pub fn summarise(frame: &[u8]) -> Option<Summary> {
 /// # Errors
 /// When the frame is not IPv4 over Ethernet, lengths contradict each other, or a sum is wrong.
 pub fn verify_checksums(frame: &[u8]) -> Result<()> {
-    let kind = frame.get(12..ETHERNET_BYTES).context("read the Ethernet header: frame too short")?;
-    ensure!(kind == EtherType::IPV4.0.to_be_bytes(), "verify checksums: EtherType {kind:02x?} is not IPv4");
+    let kind =
+        frame.get(12..ETHERNET_BYTES).context("read the Ethernet header: frame too short")?;
+    ensure!(
+        kind == EtherType::IPV4.0.to_be_bytes(),
+        "verify checksums: EtherType {kind:02x?} is not IPv4"
+    );
     verify_ipv4(&frame[ETHERNET_BYTES..])
 }
 
@@ -233,8 +237,7 @@ fn verify_ipv4_header(packet: &[u8]) -> Result<usize> {
 fn verify_transport(packet: &[u8], protocol: u8, segment: &[u8]) -> Result<()> {
     let length = u16::try_from(segment.len()).context("sum a segment")?;
     // RFC 9293 3.1: source, destination, zero, protocol, length.
-    let pseudo_header =
-        [&packet[12..20], &[0, protocol][..], &length.to_be_bytes()[..]].concat();
+    let pseudo_header = [&packet[12..20], &[0, protocol][..], &length.to_be_bytes()[..]].concat();
     expect_all_ones("transport", sum(segment, sum(&pseudo_header, 0)))
 }
 
@@ -311,6 +314,15 @@ mod tests {
         let summary = summarise(&ENVELOPE.udp(4000, 80, b"x")).unwrap();
         assert_eq!((summary.source, summary.destination), (ENVELOPE.source, ENVELOPE.destination));
         assert_eq!(summary.ports, Some((4000, 80)));
-        assert!(summarise(&arp(ArpOperation::REQUEST, [2; 6], ENVELOPE.source, [0; 6], ENVELOPE.destination)).is_none());
+        assert!(
+            summarise(&arp(
+                ArpOperation::REQUEST,
+                [2; 6],
+                ENVELOPE.source,
+                [0; 6],
+                ENVELOPE.destination
+            ))
+            .is_none()
+        );
     }
 }

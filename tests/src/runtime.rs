@@ -85,6 +85,7 @@ pub fn poll_until<T>(
 #[must_use]
 pub fn is_installed(program: &str) -> bool {
     std::env::var_os("PATH").is_some_and(|path| {
-        std::env::split_paths(&path).any(|directory: std::path::PathBuf| Path::new(&directory).join(program).is_file())
+        std::env::split_paths(&path)
+            .any(|directory: std::path::PathBuf| Path::new(&directory).join(program).is_file())
     })
 }

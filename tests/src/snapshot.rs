@@ -81,7 +81,8 @@ impl Snapshot {
 
 /// Adds every entry below `directory`: a file with its text, where it has one for us.
 fn read_tree(directory: &Path, entries: &mut BTreeMap<String, String>) -> Result<()> {
-    let listed = fs::read_dir(directory).with_context(|| format!("list {}", directory.display()))?;
+    let listed =
+        fs::read_dir(directory).with_context(|| format!("list {}", directory.display()))?;
     for entry in listed {
         let path = entry.context("list a directory")?.path();
         let text = if path.is_dir() {

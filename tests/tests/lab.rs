@@ -21,9 +21,15 @@ fn main() -> ExitCode {
         ("ping_tells_replies_from_errors", ping_tells_replies_from_errors),
         ("refusal_silence_and_missing_routes_differ", refusal_silence_and_missing_routes_differ),
         ("traffic_notices_a_cut", traffic_notices_a_cut),
-        ("sniffed_frames_are_complete_without_offload", sniffed_frames_are_complete_without_offload),
+        (
+            "sniffed_frames_are_complete_without_offload",
+            sniffed_frames_are_complete_without_offload,
+        ),
         ("injected_frames_arrive", injected_frames_arrive),
-        ("wrong_checksums_are_noticed_without_offload", wrong_checksums_are_noticed_without_offload),
+        (
+            "wrong_checksums_are_noticed_without_offload",
+            wrong_checksums_are_noticed_without_offload,
+        ),
         ("second_outside_host_is_reached_over_its_own_link", second_outside_host),
         ("nothing_is_left_behind", nothing_is_left_behind),
     ])
@@ -40,11 +46,9 @@ fn routed_lab(offload: Offload) -> Result<(Lab, Namespace)> {
          address add 172.20.0.1/24 dev to-a1\n",
         container.name()
     ))?;
-    container.ip(
-        "link set eth0 up\n\
+    container.ip("link set eth0 up\n\
          address add 172.20.0.2/24 dev eth0\n\
-         route add default via 172.20.0.1\n",
-    )?;
+         route add default via 172.20.0.1\n")?;
     if offload == Offload::Off {
         lab.host().disable_offload()?;
         container.disable_offload()?;
@@ -119,7 +123,7 @@ fn traffic_notices_a_cut() -> Result<()> {
     let traffic = lab.outside().tcp("172.20.0.2:80").open()?.into_traffic(1000);
     poll_until(PATIENCE, "some exchanges", || Ok((traffic.exchanges() > 10).then_some(())))?;
     drop(server);
-    poll_until(PATIENCE, "the end of traffic", || Ok(traffic.has_failed().then_some(())))?;
+    poll_until(PATIENCE, "the end of traffic", || Ok(traffic.failure()))?;
     let error = traffic.stop().unwrap_err();
     let failure = error.downcast_ref::<Failure>();
     ensure!(matches!(failure, Some(Failure::Closed | Failure::Reset)), "a cut is {error:?}");

@@ -1,1 +1,172 @@
-fn main() {}
+//! LIF-01, first line: connections live through the agent's death and return.
+
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use netdp_tests::harness::run_tests;
+use netdp_tests::lab::{Lab, SUBNET_A, SUBNET_B};
+use netdp_tests::namespace::Namespace;
+use netdp_tests::probe::{PATIENCE, TcpServer, Traffic, UdpServer, UdpSession, expect_same};
+use netdp_tests::runtime::poll_until;
+use serde_json::Value;
+
+/// How often the agent is killed.
+const KILLS: usize = 10;
+/// Longest time that an exchange may take while the agent comes and goes.
+const LONGEST_STALL: Duration = Duration::from_secs(2);
+/// Payload of one exchange of continuous traffic, each way.
+const TRAFFIC_BYTES: usize = 64 << 10;
+
+fn main() -> ExitCode {
+    run_tests(&[
+        ("open_connections_survive_ten_kills", || survives(KILLS, |lab| lab.agent()?.kill9())),
+        ("open_connections_survive_a_stop", || survives(1, |lab| lab.agent()?.stop())),
+    ])
+}
+
+/// A lab in which everything runs that an agent's death might break.
+struct Scene<'a> {
+    lab: &'a Lab,
+    a1: Namespace,
+    a2: Namespace,
+    b1: Namespace,
+    a1_tcp: TcpServer,
+    a1_udp: UdpServer,
+    _outside_tcp: TcpServer,
+    /// Host port that netdp chose for A2's port 80.
+    chosen_port: u64,
+}
+
+impl<'a> Scene<'a> {
+    fn set_up(lab: &'a Lab) -> Result<Self> {
+        lab.create_network("net-a", SUBNET_A, &[])?;
+        lab.create_network("net-b", SUBNET_B, &[])?;
+        let a1 = lab.attach("net-a", "a1", "172.20.0.2", &["8080:80", "8080:80/udp"])?;
+        let a2 = lab.attach("net-a", "a2", "172.20.0.3", &["80"])?;
+        let b1 = lab.attach("net-b", "b1", "172.21.0.2", &[])?;
+        lab.set_policy("net-a", "deny from 192.0.2.2\n")?;
+        Ok(Self {
+            lab,
+            a1_tcp: a1.tcp_server("a1", "172.20.0.2:80")?,
+            a1_udp: a1.udp_server("a1", "172.20.0.2:80")?,
+            a1,
+            a2,
+            b1,
+            _outside_tcp: lab.outside().tcp_server("outside", "10.0.0.3:7")?,
+            chosen_port: chosen_port(&inspect(lab)?)?,
+        })
+    }
+
+    /// One connection of each kind, exchanging without pause.
+    fn start_traffic(&self) -> Result<Vec<(&'static str, Traffic)>> {
+        let connections = [
+            ("out", self.a1.tcp("10.0.0.3:7")),
+            ("published", self.lab.outside().tcp("10.0.0.2:8080")),
+            ("same bridge", self.a2.tcp("172.20.0.2:80")),
+            ("hairpin", self.a2.tcp("10.0.0.2:8080")),
+            ("hairpin to itself", self.a1.tcp("10.0.0.2:8080")),
+            ("hairpin across networks", self.b1.tcp("10.0.0.2:8080")),
+        ];
+        connections
+            .into_iter()
+            .map(|(kind, probe)| Ok((kind, probe.open()?.into_traffic(TRAFFIC_BYTES))))
+            .collect()
+    }
+
+    /// New connections pass or are dropped as ever.
+    fn expect_enforced(&self) -> Result<()> {
+        let outside = self.lab.outside();
+        let seen = outside.tcp("10.0.0.2:8080").bytes(TRAFFIC_BYTES).exchange()?;
+        seen.by("a1")?.saw_client_at("10.0.0.3")?;
+        expect_same("the client's port", &seen.peer, &seen.client_local)?;
+        let seen = self.a1.tcp("10.0.0.3:7").bytes(TRAFFIC_BYTES).exchange()?;
+        seen.by("outside")?.saw_client_at("10.0.0.2")?;
+
+        let admitted = self.a1_tcp.accepted().len();
+        let refused = [
+            self.b1.tcp("172.20.0.2:80"),
+            outside.tcp("172.20.0.2:80"),
+            outside.tcp("10.0.0.2:8080").from("192.0.2.2:0"),
+        ];
+        thread::scope(|scope| {
+            let attempts: Vec<_> =
+                refused.iter().map(|probe| scope.spawn(|| probe.dropped())).collect();
+            attempts
+                .into_iter()
+                .try_for_each(|attempt| attempt.join().map_err(|_| anyhow!("probe panicked"))?)
+        })?;
+        expect_same("clients of the container", &self.a1_tcp.accepted().len(), &admitted)
+    }
+}
+
+/// Runs traffic through `rounds` deaths of the agent, brought about by `end`.
+fn survives(rounds: usize, end: fn(&Lab) -> Result<()>) -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let result = survive(&lab, rounds, end).and_then(|()| lab.expect_no_netfilter());
+    lab.explain(result)
+}
+
+fn survive(lab: &Lab, rounds: usize, end: fn(&Lab) -> Result<()>) -> Result<()> {
+    let scene = Scene::set_up(lab)?;
+    let before = inspect(lab)?;
+    let traffic = scene.start_traffic()?;
+    let mut datagrams = lab.outside().udp("10.0.0.2:8080").from("10.0.0.3:5000").open()?;
+    expect_progress(&traffic)?;
+    for round in 1..=rounds {
+        live_through(&scene, &traffic, &mut datagrams, end)
+            .with_context(|| format!("round {round}"))?;
+        expect_same("networks and endpoints", &inspect(lab)?, &before)?;
+        expect_same("the chosen port", &chosen_port(&inspect(lab)?)?, &scene.chosen_port)?;
+    }
+    expect_same("datagrams", &scene.a1_udp.received().len(), &(rounds * 2))?;
+    for (kind, traffic) in traffic {
+        let report = traffic.stop().with_context(|| format!("traffic of {kind}"))?;
+        let stall = report.longest_stall;
+        ensure!(stall < LONGEST_STALL, "{kind} stalled for {stall:?}");
+    }
+    Ok(())
+}
+
+/// One death and return of the agent.
+fn live_through(
+    scene: &Scene,
+    traffic: &[(&str, Traffic)],
+    datagrams: &mut UdpSession,
+    end: fn(&Lab) -> Result<()>,
+) -> Result<()> {
+    end(scene.lab)?;
+    expect_progress(traffic)?;
+    scene.expect_enforced().context("while the agent is dead")?;
+    datagrams.exchange()?.by("a1")?;
+    scene.lab.agent()?.start()?;
+    expect_progress(traffic)?;
+    scene.expect_enforced().context("after the agent's return")?;
+    datagrams.exchange()?.by("a1")?;
+    Ok(())
+}
+
+/// Fails unless every connection goes on.
+fn expect_progress(traffic: &[(&str, Traffic)]) -> Result<()> {
+    for (kind, traffic) in traffic {
+        let before = traffic.exchanges();
+        poll_until(PATIENCE, &format!("progress of {kind}"), || {
+            if let Some(failure) = traffic.failure() {
+                bail!("traffic of {kind} ended by itself: {failure}");
+            }
+            Ok((traffic.exchanges() > before + 1).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+fn inspect(lab: &Lab) -> Result<Value> {
+    lab.json(&["network", "inspect", "net-a", "net-b"])
+}
+
+fn chosen_port(networks: &Value) -> Result<u64> {
+    let endpoints = networks[0]["endpoints"].as_array().context("read the endpoints")?;
+    let a2 = endpoints.iter().find(|one| one["name"] == "a2").context("find endpoint a2")?;
+    a2["published"][0]["host_port"].as_u64().context("read the port that was chosen")
+}

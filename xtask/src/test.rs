@@ -24,6 +24,8 @@ pub(crate) enum Suite {
     Unit,
     /// The tree's own rules
     Tidy,
+    /// The lab itself: namespaces, probes, sniffers
+    Lab,
     /// BPF programs on single packets: verdicts, rewritten headers, checksums
     Datapath,
     /// Promises of docs/behaviour.md, kept on real packets
@@ -80,7 +82,7 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
     match suite {
         Suite::Unit => run_unit(),
         Suite::Tidy => run_tidy(),
-        Suite::Datapath | Suite::Lifecycle => run_packets(suite, agent(netdp)?, None),
+        Suite::Lab | Suite::Datapath | Suite::Lifecycle => run_packets(suite, agent(netdp)?, None),
         Suite::Conformance => match json {
             Some(json) => run_conformance(agent(netdp)?, json),
             None => run_packets(suite, agent(netdp)?, None),

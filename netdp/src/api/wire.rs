@@ -14,7 +14,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    dataplane::{Count, FlowRecord},
+    dataplane::{Count, FlowRecord, Program},
+    facts::HostFacts,
     model::{self, ConnectSpec, Model, NetworkSpec, PublishSpec, Refusal, RefusalKind},
     netlink::namespace::Survey,
 };
@@ -364,6 +365,8 @@ pub struct Status {
     pub uplinks: Vec<Uplink>,
     /// What was counted since the maps were made, zero rows left out.
     pub counters: Vec<Counter>,
+    /// What could not be repaired so far, one line each.
+    pub troubles: Vec<String>,
 }
 
 /// An interface to the outside.
@@ -496,6 +499,25 @@ impl Flow {
             idle_seconds: flow.idle.as_secs(),
             expires_seconds: flow.expires.as_secs(),
         }
+    }
+}
+
+impl Uplink {
+    /// The uplinks of a program, by interface name.
+    pub fn of(program: &Program, facts: &HostFacts) -> Vec<Self> {
+        let mut uplinks: Vec<Self> = program
+            .uplinks
+            .iter()
+            .map(|(ifindex, uplink)| Self {
+                name: facts
+                    .links
+                    .get(ifindex)
+                    .map_or_else(|| format!("#{ifindex}"), |link| link.name.clone()),
+                address: uplink.masquerade,
+            })
+            .collect();
+        uplinks.sort_by(|a, b| a.name.cmp(&b.name));
+        uplinks
     }
 }
 

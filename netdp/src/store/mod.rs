@@ -220,6 +220,22 @@ impl Store {
         clear().with_context(|| format!("empty store {}", self.path.display()))
     }
 
+    /// Removes the store that was here, and the directory if nothing else is in it.
+    ///
+    /// # Errors
+    /// Fails when the file is there and can't be removed.
+    pub fn remove(state_dir: &Path) -> Result<()> {
+        let path = state_dir.join(FILE);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("remove store {}", path.display()));
+            }
+            _ => {}
+        }
+        remove_if_empty(state_dir);
+        Ok(())
+    }
+
     fn number(&self, key: &str) -> Result<Option<u32>> {
         let Some(numbers) = found(self.database.begin_read()?.open_table(NUMBERS))? else {
             return Ok(None);

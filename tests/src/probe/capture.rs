@@ -56,7 +56,8 @@ impl Namespace {
         self.run(|| {
             let ifindex = if_nametoindex(interface)
                 .with_context(|| format!("find {interface} in {}", self.name()))?;
-            sys::packet_socket(ifindex).with_context(|| format!("open a packet socket on {interface}"))
+            sys::packet_socket(ifindex)
+                .with_context(|| format!("open a packet socket on {interface}"))
         })
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use etherparse::{Icmpv4Slice, Icmpv4Type, IcmpEchoHeader, Ipv4HeaderSlice, icmpv4};
+use etherparse::{IcmpEchoHeader, Icmpv4Slice, Icmpv4Type, Ipv4HeaderSlice, icmpv4};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{Failure, PATIENCE, SHORT_PATIENCE, expect_failure, ip, payload};
@@ -168,7 +168,11 @@ impl std::fmt::Display for Ping {
 }
 
 /// The answer in an IPv4 packet, if it is one to the echo request given.
-fn parse_answer(packet: &[u8], echo: IcmpEchoHeader, data: &[u8]) -> Result<Option<Answer>, Failure> {
+fn parse_answer(
+    packet: &[u8],
+    echo: IcmpEchoHeader,
+    data: &[u8],
+) -> Result<Option<Answer>, Failure> {
     let corrupt = |error: &dyn std::fmt::Display| Failure::Corrupt(error.to_string());
     let outer = Ipv4HeaderSlice::from_slice(packet).map_err(|error| corrupt(&error))?;
     let body = &packet[outer.slice().len()..];

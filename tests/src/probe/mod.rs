@@ -107,7 +107,11 @@ impl Witness {
 ///
 /// # Errors
 /// With both of them.
-pub fn expect_same<T: PartialEq + std::fmt::Debug>(what: &str, seen: &T, expected: &T) -> Result<()> {
+pub fn expect_same<T: PartialEq + std::fmt::Debug>(
+    what: &str,
+    seen: &T,
+    expected: &T,
+) -> Result<()> {
     if seen != expected {
         bail!("compare {what}: expected {expected:?}, saw {seen:?}");
     }
@@ -182,7 +186,12 @@ fn invert(bytes: &mut [u8]) {
 }
 
 /// Frames a witness and the request's bytes as the reply.
-fn encode_reply(name: &str, peer: SocketAddr, local: SocketAddr, mut request: Vec<u8>) -> Result<Vec<u8>> {
+fn encode_reply(
+    name: &str,
+    peer: SocketAddr,
+    local: SocketAddr,
+    mut request: Vec<u8>,
+) -> Result<Vec<u8>> {
     let witness = Witness { server: name.to_owned(), peer, local, digest: digest(&request) };
     let header = serde_json::to_vec(&witness).context("encode a witness")?;
     invert(&mut request);

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::ops::Deref;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -99,10 +99,8 @@ impl Drop for TcpServer {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::SeqCst);
         // On Linux, shutdown of a listener wakes its accept with EINVAL.
-        let woken = nix::sys::socket::shutdown(
-            self.listener.as_raw_fd(),
-            nix::sys::socket::Shutdown::Both,
-        );
+        let woken =
+            nix::sys::socket::shutdown(self.listener.as_raw_fd(), nix::sys::socket::Shutdown::Both);
         if let (Ok(()), Some(acceptor)) = (woken, self.acceptor.take()) {
             acceptor.join().ok();
         }
@@ -190,9 +188,9 @@ impl TcpProbe {
     /// # Errors
     /// A [`Failure`], in context.
     pub fn open(&self) -> Result<TcpSession> {
-        let stream = self.namespace.run(|| {
-            self.connect().map_err(Failure::from).with_context(|| self.to_string())
-        })?;
+        let stream = self
+            .namespace
+            .run(|| self.connect().map_err(Failure::from).with_context(|| self.to_string()))?;
         Ok(TcpSession { stream, title: self.to_string(), exchanges: 0 })
     }
 
@@ -301,7 +299,10 @@ impl TcpSession {
                 let mut report = TrafficReport::default();
                 while !progress.stopping.load(Ordering::SeqCst) {
                     let start = Instant::now();
-                    self.exchange(bytes)?;
+                    if let Err(error) = self.exchange(bytes) {
+                        *locked(&progress.failure) = Some(format!("{error:#}"));
+                        return Err(error);
+                    }
                     report.longest_stall = report.longest_stall.max(start.elapsed());
                     report.exchanges += 1;
                     progress.exchanges.store(report.exchanges, Ordering::SeqCst);
@@ -316,7 +317,8 @@ impl TcpSession {
 #[derive(Debug, Default)]
 struct Progress {
     stopping: AtomicBool,
-    exchanges: std::sync::atomic::AtomicU64,
+    exchanges: AtomicU64,
+    failure: Mutex<Option<String>>,
 }
 
 /// A session that exchanges without pause.
@@ -342,10 +344,10 @@ impl Traffic {
         self.progress.exchanges.load(Ordering::SeqCst)
     }
 
-    /// Whether the traffic has ended by itself, which only a failure brings about.
+    /// What has ended the traffic, if something has.
     #[must_use]
-    pub fn has_failed(&self) -> bool {
-        self.thread.is_finished()
+    pub fn failure(&self) -> Option<String> {
+        locked(&self.progress.failure).clone()
     }
 
     /// Ends the traffic and says how it went.

@@ -28,7 +28,8 @@ impl Namespace {
     pub fn udp_server(&self, name: &str, address: &str) -> Result<UdpServer> {
         let address = socket_address(address);
         let socket = self.run(|| {
-            UdpSocket::bind(address).with_context(|| format!("bind udp {address} in {}", self.name()))
+            UdpSocket::bind(address)
+                .with_context(|| format!("bind udp {address} in {}", self.name()))
         })?;
         UdpServer::start(name.to_owned(), socket)
     }

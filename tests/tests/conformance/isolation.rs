@@ -8,7 +8,7 @@ use netdp_tests::probe::{Failure, expect_failure, expect_same};
 
 use crate::{counted, standard_containers};
 
-pub fn neighbours_talk_untranslated(row: &Row) -> Result<Outcome> {
+pub(crate) fn neighbours_talk_untranslated(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         let _tcp = containers.a2.tcp_server("a2", "172.20.0.3:9")?;
@@ -37,7 +37,7 @@ fn neighbour_mac(namespace: &Namespace, address: &str) -> Result<Option<String>>
     Ok(neighbours[0]["lladdr"].as_str().map(String::from))
 }
 
-pub fn icc_off_parts_neighbours(row: &Row) -> Result<Outcome> {
+pub(crate) fn icc_off_parts_neighbours(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         lab.create_network("net-a", SUBNET_A, &["--icc=false"])?;
         let published = ["8080:80", "8080:80/udp"];
@@ -61,7 +61,7 @@ pub fn icc_off_parts_neighbours(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn networks_are_walls(row: &Row) -> Result<Outcome> {
+pub(crate) fn networks_are_walls(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         let (a1, b1) = (&containers.a1, &containers.b1);
@@ -80,7 +80,7 @@ pub fn networks_are_walls(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn direct_access_from_outside_is_dropped(row: &Row) -> Result<Outcome> {
+pub(crate) fn direct_access_from_outside_is_dropped(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         let outside = lab.outside();
@@ -94,7 +94,7 @@ pub fn direct_access_from_outside_is_dropped(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn interface_without_program_opens_no_hole(row: &Row) -> Result<Outcome> {
+pub(crate) fn interface_without_program_opens_no_hole(row: &Row) -> Result<Outcome> {
     row.in_lab(
         |builder| builder.second(SecondInterface::Unlisted),
         |lab| {
@@ -111,7 +111,7 @@ pub fn interface_without_program_opens_no_hole(row: &Row) -> Result<Outcome> {
     )
 }
 
-pub fn internal_network_is_closed(row: &Row) -> Result<Outcome> {
+pub(crate) fn internal_network_is_closed(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         lab.create_network("net-a", SUBNET_A, &["--internal"])?;
         let a1 = lab.attach("net-a", "a1", "172.20.0.2", &[])?;
@@ -139,7 +139,7 @@ pub fn internal_network_is_closed(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn host_reaches_every_container_port(row: &Row) -> Result<Outcome> {
+pub(crate) fn host_reaches_every_container_port(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         let _open = containers.a1.tcp_server("a1", "172.20.0.2:81")?;

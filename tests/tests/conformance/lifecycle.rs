@@ -16,7 +16,7 @@ fn endpoint_names(lab: &Lab, network: &str) -> Result<Vec<String>> {
     Ok(endpoints.iter().filter_map(|one| one["name"].as_str().map(String::from)).collect())
 }
 
-pub fn vanished_container_leaves_nothing(row: &Row) -> Result<Outcome> {
+pub(crate) fn vanished_container_leaves_nothing(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let Containers { a1, a2: _a2, b1: _b1, a1_tcp, a1_udp } = standard_containers(lab)?;
         let mut client = lab.outside().udp("10.0.0.2:8080").from("10.0.0.3:5000").open()?;
@@ -53,7 +53,7 @@ pub fn vanished_container_leaves_nothing(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn purge_leaves_the_host_as_before(row: &Row) -> Result<Outcome> {
+pub(crate) fn purge_leaves_the_host_as_before(row: &Row) -> Result<Outcome> {
     row.in_lab(
         |builder| builder.agent_stopped(),
         |lab| {

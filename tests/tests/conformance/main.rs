@@ -65,9 +65,13 @@ fn main() -> ExitCode {
     let variants: &[Offload] =
         if WITH_OFFLOAD_OFF { &[Offload::On, Offload::Off] } else { &[Offload::On] };
     let rows = variants.iter().flat_map(|&offload| {
-        CHECKS
-            .iter()
-            .map(move |&(id, run)| Row { id, backend: "ebpf", family: "ipv4", offload, run })
+        CHECKS.iter().map(move |&(id, run)| Row {
+            id,
+            backend: "ebpf",
+            family: "ipv4",
+            offload,
+            run,
+        })
     });
     run_rows(rows.collect())
 }

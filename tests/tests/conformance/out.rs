@@ -38,7 +38,7 @@ fn expect_ping_seen_as(lab: &Lab, container: &Namespace, seen_as: &str) -> Resul
     expect_same("the source of the echo request", &source, &Some(seen_as.parse()?))
 }
 
-pub fn outside_sees_the_uplink_address(row: &Row) -> Result<Outcome> {
+pub(crate) fn outside_sees_the_uplink_address(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         expect_seen_as(lab, &containers.a1, "10.0.0.2")?;
@@ -46,7 +46,7 @@ pub fn outside_sees_the_uplink_address(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn outside_sees_the_chosen_address(row: &Row) -> Result<Outcome> {
+pub(crate) fn outside_sees_the_chosen_address(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         lab.create_network("net-a", SUBNET_A, &["--snat-ip", "10.0.0.22"])?;
         let a1 = lab.attach("net-a", "a1", "172.20.0.2", &[])?;
@@ -54,7 +54,7 @@ pub fn outside_sees_the_chosen_address(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn outside_sees_the_container_without_masquerade(row: &Row) -> Result<Outcome> {
+pub(crate) fn outside_sees_the_container_without_masquerade(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         lab.create_network("net-a", SUBNET_A, &["--masquerade=false"])?;
         let a1 = lab.attach("net-a", "a1", "172.20.0.2", &[])?;
@@ -62,7 +62,7 @@ pub fn outside_sees_the_container_without_masquerade(row: &Row) -> Result<Outcom
     })
 }
 
-pub fn each_uplink_gives_its_own_address(row: &Row) -> Result<Outcome> {
+pub(crate) fn each_uplink_gives_its_own_address(row: &Row) -> Result<Outcome> {
     row.in_lab(
         |builder| builder.second(SecondInterface::Uplink),
         |lab| {
@@ -97,7 +97,7 @@ fn icmp_error(ping: &Ping) -> Result<IcmpError> {
     }
 }
 
-pub fn first_hop_is_the_gateway(row: &Row) -> Result<Outcome> {
+pub(crate) fn first_hop_is_the_gateway(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         let error = icmp_error(&containers.a1.ping("10.0.0.3").ttl(1))?;
@@ -109,7 +109,7 @@ pub fn first_hop_is_the_gateway(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn too_large_packets_are_reported_or_fragmented(row: &Row) -> Result<Outcome> {
+pub(crate) fn too_large_packets_are_reported_or_fragmented(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         let a1 = &containers.a1;
@@ -132,7 +132,11 @@ pub fn too_large_packets_are_reported_or_fragmented(row: &Row) -> Result<Outcome
             poll_until(PATIENCE, "the datagram", || Ok(server.received().first().copied()))?;
         expect_same("the datagram's source", &arrived.peer.ip(), &"10.0.0.2".parse()?)?;
         expect_same("its size", &arrived.bytes, &1422)?;
-        poll_until(PATIENCE, "two fragments", || Ok((fragments.frames().len() >= 2).then_some(())))?;
+        poll_until(
+            PATIENCE,
+            "two fragments",
+            || Ok((fragments.frames().len() >= 2).then_some(())),
+        )?;
         for frame in fragments.frames() {
             let source = summarise(&frame).map(|packet| packet.source);
             expect_same("a fragment's source", &source, &Some("10.0.0.2".parse()?))?;
@@ -145,7 +149,7 @@ pub fn too_large_packets_are_reported_or_fragmented(row: &Row) -> Result<Outcome
     })
 }
 
-pub fn host_services_see_the_container(row: &Row) -> Result<Outcome> {
+pub(crate) fn host_services_see_the_container(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         for address in ["10.0.0.2", "10.0.0.22", "172.20.0.1", "172.21.0.1"] {
@@ -162,7 +166,7 @@ pub fn host_services_see_the_container(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn host_answers_pings(row: &Row) -> Result<Outcome> {
+pub(crate) fn host_answers_pings(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let _containers = standard_containers(lab)?;
         lab.outside().ping("10.0.0.2").replied()?;
@@ -171,7 +175,7 @@ pub fn host_answers_pings(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn multicast_stays_on_the_bridge(row: &Row) -> Result<Outcome> {
+pub(crate) fn multicast_stays_on_the_bridge(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         let group = Ipv4Addr::new(239, 1, 2, 3);

@@ -33,7 +33,7 @@ fn expect_admitted(
     expect_same("clients of the container", &containers.a1_tcp.accepted().len(), &admitted)
 }
 
-pub fn listed_sources_pass_and_others_do_not(row: &Row) -> Result<Outcome> {
+pub(crate) fn listed_sources_pass_and_others_do_not(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         lab.set_policy("net-a", "# one address\nallow from 192.0.2.1\ndeny from any\n")?;
@@ -51,7 +51,7 @@ pub fn listed_sources_pass_and_others_do_not(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn bad_rule_file_is_refused_whole(row: &Row) -> Result<Outcome> {
+pub(crate) fn bad_rule_file_is_refused_whole(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         lab.set_policy("net-a", "allow from 192.0.2.1\ndeny from any\n")?;

@@ -12,7 +12,7 @@ use crate::{expect_no_flows_of, standard_containers};
 /// Bytes of a datagram that fills a frame.
 const FULL_DATAGRAM_BYTES: usize = 1400;
 
-pub fn client_address_reaches_the_container(row: &Row) -> Result<Outcome> {
+pub(crate) fn client_address_reaches_the_container(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let _containers = standard_containers(lab)?;
         let seen = lab.outside().tcp("10.0.0.2:8080").exchange()?;
@@ -32,7 +32,7 @@ pub fn client_address_reaches_the_container(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn neighbour_reaches_the_published_port(row: &Row) -> Result<Outcome> {
+pub(crate) fn neighbour_reaches_the_published_port(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         for host in ["10.0.0.2:8080", "10.0.0.22:8080", "172.20.0.1:8080"] {
@@ -47,7 +47,7 @@ pub fn neighbour_reaches_the_published_port(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn container_reaches_its_own_published_port(row: &Row) -> Result<Outcome> {
+pub(crate) fn container_reaches_its_own_published_port(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         let seen = containers.a1.tcp("10.0.0.2:8080").exchange()?;
@@ -58,7 +58,7 @@ pub fn container_reaches_its_own_published_port(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn other_network_reaches_the_published_port(row: &Row) -> Result<Outcome> {
+pub(crate) fn other_network_reaches_the_published_port(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         for host in ["10.0.0.2:8080", "172.21.0.1:8080", "172.20.0.1:8080"] {
@@ -73,7 +73,7 @@ pub fn other_network_reaches_the_published_port(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn other_host_addresses_stay_the_hosts(row: &Row) -> Result<Outcome> {
+pub(crate) fn other_host_addresses_stay_the_hosts(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         lab.create_network("net-a", SUBNET_A, &[])?;
         let published = ["10.0.0.2:8080:80", "10.0.0.2:8080:80/udp"];
@@ -93,7 +93,7 @@ pub fn other_host_addresses_stay_the_hosts(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn outside_port_of_the_same_number_is_reached(row: &Row) -> Result<Outcome> {
+pub(crate) fn outside_port_of_the_same_number_is_reached(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         let _tcp = lab.outside().tcp_server("outside", "10.0.0.3:8080")?;
@@ -108,7 +108,7 @@ pub fn outside_port_of_the_same_number_is_reached(row: &Row) -> Result<Outcome> 
     })
 }
 
-pub fn port_ranges_lead_each_to_its_own(row: &Row) -> Result<Outcome> {
+pub(crate) fn port_ranges_lead_each_to_its_own(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         lab.create_network("net-a", SUBNET_A, &[])?;
         let _taken = lab.host().tcp_server("host", "0.0.0.0:8000")?;
@@ -151,12 +151,11 @@ fn host_ports(published: &Value) -> Result<Vec<(u64, u64)>> {
     Ok(ports)
 }
 
-pub fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
+pub(crate) fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         lab.create_network("net-a", SUBNET_A, &[])?;
         let a1 = lab.container("a1")?;
-        let arguments =
-            ["connect", "net-a", a1.name(), "--name", "a1", "--ip", "172.20.0.2", "-p"];
+        let arguments = ["connect", "net-a", a1.name(), "--name", "a1", "--ip", "172.20.0.2", "-p"];
         let connect = |port: &'static str| [&arguments[..], &[port]].concat();
 
         let tcp = lab.host().tcp_server("host", "0.0.0.0:8080")?;
@@ -197,7 +196,7 @@ fn expect_in_use(bound: Result<()>) -> Result<()> {
     expect_same("the error of a bind", &code, &Some(nix::errno::Errno::EADDRINUSE as i32))
 }
 
-pub fn udp_flow_never_reaches_a_successor(row: &Row) -> Result<Outcome> {
+pub(crate) fn udp_flow_never_reaches_a_successor(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         let mut client = lab.outside().udp("10.0.0.2:8080").from("10.0.0.3:5000").open()?;
@@ -225,7 +224,7 @@ pub fn udp_flow_never_reaches_a_successor(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn unpublish_ends_open_flows(row: &Row) -> Result<Outcome> {
+pub(crate) fn unpublish_ends_open_flows(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         let mut session = lab.outside().tcp("10.0.0.2:8080").open()?;
@@ -244,7 +243,9 @@ pub fn unpublish_ends_open_flows(row: &Row) -> Result<Outcome> {
         expect_cut(session.exchange(1000))?;
         lab.outside().tcp("10.0.0.2:8080").refused()?;
         lab.outside().udp("10.0.0.2:8080").refused()?;
-        poll_until(PATIENCE, "the end of the flows", || Ok(expect_no_flows_of(lab, "172.20.0.2").ok()))
+        poll_until(PATIENCE, "the end of the flows", || {
+            Ok(expect_no_flows_of(lab, "172.20.0.2").ok())
+        })
     })
 }
 

@@ -28,7 +28,7 @@ fn counted_soon(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -
     })
 }
 
-pub fn forged_sources_are_dropped(row: &Row) -> Result<Outcome> {
+pub(crate) fn forged_sources_are_dropped(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         let (a1, a2) = (&containers.a1, &containers.a2);
@@ -98,7 +98,7 @@ fn gateway_mac(lab: &Lab, container: &netdp_tests::namespace::Namespace) -> Resu
     lab.host().mac(network[0]["bridge"].as_str().context("read the name of the bridge")?)
 }
 
-pub fn outside_can_not_pretend_to_be_inside(row: &Row) -> Result<Outcome> {
+pub(crate) fn outside_can_not_pretend_to_be_inside(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         let outside = lab.outside();
@@ -134,7 +134,7 @@ pub fn outside_can_not_pretend_to_be_inside(row: &Row) -> Result<Outcome> {
     })
 }
 
-pub fn nonsense_is_refused_and_changes_nothing(row: &Row) -> Result<Outcome> {
+pub(crate) fn nonsense_is_refused_and_changes_nothing(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         lab.create_network("net-a", SUBNET_A, &[])?;
         lab.attach("net-a", "a1", "172.20.0.2", &["8080:80"])?;
@@ -192,7 +192,15 @@ pub fn nonsense_is_refused_and_changes_nothing(row: &Row) -> Result<Outcome> {
             &["connect", "net-a", spare.name(), "--name", "spare", "--mac", "ff:ff:ff:ff:ff:ff"],
             &["connect", "net-a", spare.name(), "--name", "spare", "--mac", "nonsense"],
             &["connect", "net-a", spare.name(), "--name", "spare", "--interface", "lo"],
-            &["connect", "net-a", spare.name(), "--name", "spare", "--interface", "far-too-long-a-name"],
+            &[
+                "connect",
+                "net-a",
+                spare.name(),
+                "--name",
+                "spare",
+                "--interface",
+                "far-too-long-a-name",
+            ],
             &["connect", "net-a", spare.name(), "--name", "spare", "-p", "8080:80"],
             &["connect", "net-a", spare.name(), "--name", "spare", "-p", "192.0.2.77:81:80"],
             &["publish", "a1", "-p", "0:80"],
@@ -211,9 +219,39 @@ pub fn nonsense_is_refused_and_changes_nothing(row: &Row) -> Result<Outcome> {
         ] {
             expect_refused(lab, arguments)?;
         }
+        refuse_raw_requests(lab)?;
         expect_same("netdp's state", &state()?, &before)?;
         expect_same("links of the spare container", &spare.links()?, &vec!["lo".to_owned()])
     })
+}
+
+/// Speaks to the API without the command line between.
+fn refuse_raw_requests(lab: &Lab) -> Result<()> {
+    let huge = format!(r#"{{"name": "{}"}}"#, "n".repeat(16 << 20));
+    let deep = "[".repeat(100_000);
+    let networks = "/v1/networks";
+    let bodies: [(&str, &str, &[u8]); 14] = [
+        ("POST", networks, b""),
+        ("POST", networks, b"{"),
+        ("POST", networks, b"null"),
+        ("POST", networks, b"\xff\xfe\x00"),
+        ("POST", networks, deep.as_bytes()),
+        ("POST", networks, huge.as_bytes()),
+        ("POST", networks, br#"{"name": 7}"#),
+        ("POST", networks, br#"{"name": "new", "subnets": "172.22.0.0/24"}"#),
+        ("POST", networks, br#"{"name": "new", "mtu": -1}"#),
+        ("POST", networks, br#"{"name": "new", "surprise": true}"#),
+        ("POST", "/v1/networks/net-a/endpoints", br#"{"netns": "../../etc/passwd"}"#),
+        ("DELETE", "/v1/networks/..%2f..%2fetc", b""),
+        ("PATCH", networks, b"{}"),
+        ("GET", "/v1/nothing", b""),
+    ];
+    for (method, path, body) in bodies {
+        let (status, answer) = lab.agent()?.request(method, path, body)?;
+        let start: String = String::from_utf8_lossy(body).chars().take(60).collect();
+        ensure!((400..500).contains(&status), "{method} {path} {start:?}: {answer}");
+    }
+    Ok(())
 }
 
 /// Fails unless the command is refused (1) or is no command (2), with a reason and no panic.

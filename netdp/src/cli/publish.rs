@@ -1,0 +1,81 @@
+//! `netdp publish` and `netdp unpublish`: ports of the host that lead into containers.
+
+use std::fmt;
+
+use anyhow::Result;
+use clap::{Args, builder::NonEmptyStringValueParser};
+use hyper::Method;
+
+use super::{print, print_json};
+use crate::api::{
+    client::{self, Client},
+    wire,
+};
+
+#[derive(Args, Debug)]
+pub(super) struct Publish {
+    #[command(flatten)]
+    what: What,
+    /// Print the published ports as a JSON list
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Unpublish {
+    #[command(flatten)]
+    what: What,
+}
+
+#[derive(Args, Debug)]
+struct What {
+    /// The endpoint
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    name: String,
+    /// Its network, where the name alone is not enough
+    #[arg(long, value_name = "NETWORK")]
+    network: Option<String>,
+    /// Port of the host and port of the container
+    #[arg(
+        long = "publish",
+        short = 'p',
+        value_name = "[[HOSTIP:]HOST[-END]:]PORT[-END][/tcp|udp]",
+        required = true
+    )]
+    ports: Vec<String>,
+}
+
+impl From<What> for wire::Publish {
+    fn from(what: What) -> Self {
+        Self { name: what.name, network: what.network, ports: what.ports }
+    }
+}
+
+impl Publish {
+    pub(super) async fn run(self, client: &Client) -> Result<()> {
+        let request = wire::Publish::from(self.what);
+        let path = client::path(&["publish"]);
+        let ports: Vec<wire::Published> = client.send(Method::POST, &path, &request).await?;
+        if self.json {
+            return print_json(&ports);
+        }
+        print(&ports.iter().map(|port| format!("{port}\n")).collect::<String>())
+    }
+}
+
+impl Unpublish {
+    pub(super) async fn run(self, client: &Client) -> Result<()> {
+        let request = wire::Publish::from(self.what);
+        let path = client::path(&["unpublish"]);
+        let _removed: Vec<wire::Published> = client.send(Method::POST, &path, &request).await?;
+        Ok(())
+    }
+}
+
+/// As `docker ps` writes it.
+impl fmt::Display for wire::Published {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { protocol, host_ip, host_port, container_port } = self;
+        write!(f, "{host_ip}:{host_port}->{container_port}/{protocol}")
+    }
+}

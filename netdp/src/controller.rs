@@ -1,0 +1,418 @@
+//! The agent's heart: holds the model, changes it, and keeps the kernel in agreement with it.
+//!
+//! Owns the order of a change (refuse, reserve, kernel, store), going back where one fails, and the
+//! loop that answers to the kernel's events. What has to exist is the planner's to say, how it is
+//! made is netlink's and the backend's; wire formats are unknown here.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use anyhow::{Context, Error, Result, anyhow};
+use thiserror::Error;
+use tokio::{
+    select,
+    sync::{Mutex, OwnedMutexGuard, watch},
+    task::AbortHandle,
+    time::{MissedTickBehavior, interval},
+};
+use tracing::{debug, info, warn};
+
+use self::{
+    blocking::Blocking,
+    converge::{Failure, Subject},
+};
+use crate::{
+    config::Config,
+    dataplane::{Count, Dataplane, Drift, FlowRecord, Program},
+    facts::HostFacts,
+    model::{EndpointId, Model, Refusal},
+    netlink::{Netlink, events::Events, namespace},
+    plan::{Setting, link_drift, plan, reservations},
+    ports::{PortError, Reservations},
+    store::Store,
+};
+
+mod blocking;
+mod converge;
+
+/// How often flows are collected, and facts read again in case an event got lost.
+const TICK: Duration = Duration::from_secs(5);
+
+/// Handle to the one controller of an agent; clones are the same one. The last one that goes ends
+/// the loop, and leaves the kernel as it is: networks outlive the agent.
+#[derive(Clone)]
+pub struct Controller {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    /// Held for the whole of a change or a repair: there is one at a time.
+    state: Arc<Mutex<State>>,
+    /// What readers see, without waiting for a change that is under way.
+    snapshot: watch::Receiver<Snapshot>,
+    /// Beside the state, so that counters can be read during a change.
+    dataplane: Arc<Blocking<Box<dyn Dataplane>>>,
+    background: AbortHandle,
+}
+
+/// What the controller knew when it last finished something.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// The desired state.
+    pub model: Arc<Model>,
+    /// The host.
+    pub facts: Arc<HostFacts>,
+    /// What the backend enforces; its uplinks are the ones in use.
+    pub program: Arc<Program>,
+    /// What could not be repaired so far, one line each.
+    pub troubles: Vec<String>,
+}
+
+struct State {
+    model: Arc<Model>,
+    /// As of the end of the last pass.
+    facts: HostFacts,
+    setting: Setting,
+    program: Arc<Program>,
+    troubles: Vec<String>,
+    /// Endpoints whose container's end was made right by this agent, with the ifindex of the
+    /// host's end that it belongs to.
+    dressed: BTreeMap<EndpointId, u32>,
+    netlink: Netlink,
+    store: Blocking<Store>,
+    reservations: Blocking<Reservations>,
+    dataplane: Arc<Blocking<Box<dyn Dataplane>>>,
+    snapshot: watch::Sender<Snapshot>,
+}
+
+/// Why a change did not happen. Either way, nothing changed.
+#[derive(Debug, Error)]
+pub enum ChangeError {
+    /// The request can't be granted.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The request is fine and could not be carried out.
+    #[error("{0:#}")]
+    Failed(#[from] Error),
+}
+
+impl Controller {
+    /// Loads the model, makes the kernel agree with it, and starts to answer to the kernel's
+    /// events. To be called in the host's network namespace, inside a tokio runtime whose threads
+    /// are in it too.
+    ///
+    /// # Errors
+    /// Fails where the store or netlink can't be read, or the backend refuses the program. A single
+    /// network or endpoint that can't be restored is logged and retried instead.
+    pub async fn open(config: &Config, store: Store, dataplane: Box<dyn Dataplane>) -> Result<Self> {
+        let netlink = Netlink::open()?;
+        // Before the first reading: what changes after it must not go unnoticed.
+        let events = Events::subscribe()?;
+        let facts = netlink.read_facts().await?;
+        let store = Blocking::new(store);
+        let model = store.call(|store| store.load()).await??;
+        let originals = store.call(|store| store.remembered_sysctls()).await??;
+        let dataplane = Arc::new(Blocking::new(dataplane));
+        let (snapshot, readable) = watch::channel(Snapshot::default());
+        let mut state = State {
+            model: Arc::new(model),
+            facts,
+            setting: Setting { uplinks: config.uplinks.iter().cloned().collect(), originals },
+            program: Arc::default(),
+            troubles: Vec::new(),
+            dressed: BTreeMap::new(),
+            netlink,
+            store,
+            reservations: Blocking::new(Reservations::new()),
+            dataplane: Arc::clone(&dataplane),
+            snapshot,
+        };
+        let failures = state.repair().await?;
+        let is_backend = |failure: &Failure| failure.subject == Subject::Backend;
+        if let Some(failure) = failures.into_iter().find(is_backend) {
+            return Err(failure.into_error());
+        }
+        state.publish();
+        let state = Arc::new(Mutex::new(state));
+        let background = tokio::spawn(keep(Arc::downgrade(&state), events)).abort_handle();
+        let shared = Arc::new(Shared { state, snapshot: readable, dataplane, background });
+        Ok(Self { shared })
+    }
+
+    /// The desired state.
+    pub async fn model(&self) -> Arc<Model> {
+        Arc::clone(&self.shared.snapshot.borrow().model)
+    }
+
+    /// The host as it was last seen, which is milliseconds after its last change.
+    pub async fn facts(&self) -> HostFacts {
+        HostFacts::clone(&self.shared.snapshot.borrow().facts)
+    }
+
+    /// All that there is to see without waiting.
+    pub fn snapshot(&self) -> Snapshot {
+        self.shared.snapshot.borrow().clone()
+    }
+
+    /// One transaction: runs the operation on a copy of the model, makes the kernel agree, stores
+    /// it. Where anything fails, kernel, model and store go back to what they were. Once the
+    /// operation was granted, the change goes on even if the caller drops the future.
+    ///
+    /// # Errors
+    /// The operation's refusal, a published port that another program has, or what failed.
+    pub async fn change<T: Send>(
+        &self,
+        operation: impl FnOnce(&mut Model, &HostFacts) -> Result<T, Refusal> + Send,
+    ) -> Result<T, ChangeError> {
+        let mut state = self.lock().await;
+        state.facts = state.netlink.read_facts().await?;
+        let mut model = Model::clone(&state.model);
+        let value = operation(&mut model, &state.facts)?;
+        // A task of its own: a caller who hangs up must not stop a change half-way.
+        let change = tokio::spawn(async move { state.change(model).await });
+        change.await.context("finish the change")??;
+        Ok(value)
+    }
+
+    /// All tracked connections.
+    ///
+    /// # Errors
+    /// Fails where the backend can't read them.
+    pub async fn flows(&self) -> Result<Vec<FlowRecord>> {
+        self.shared.dataplane.call(|dataplane| dataplane.flows()).await?
+    }
+
+    /// What was counted so far.
+    ///
+    /// # Errors
+    /// Fails where the backend can't read it.
+    pub async fn counters(&self) -> Result<Vec<Count>> {
+        self.shared.dataplane.call(|dataplane| dataplane.counters()).await?
+    }
+
+    /// How the kernel differs from the model, changing nothing.
+    ///
+    /// # Errors
+    /// Fails where the kernel can't be read.
+    pub async fn check(&self) -> Result<Vec<Drift>> {
+        let state = self.lock().await;
+        let facts = state.netlink.read_facts().await?;
+        let plan = plan(&state.model, &facts, &state.setting);
+        let mut drift = link_drift(&plan, &facts);
+        let program = plan.program;
+        drift.extend(state.dataplane.call(move |dataplane| dataplane.check(&program)).await??);
+        Ok(drift)
+    }
+
+    /// Takes everything of ours off the host: links, neighbour entries, sysctls, the backend's
+    /// objects, the model, what the store holds.
+    ///
+    /// # Errors
+    /// Goes on after each failure and names them all; what is left can be purged again.
+    pub async fn purge(&self) -> Result<()> {
+        let mut state = self.lock().await;
+        let purge = tokio::spawn(async move { state.purge().await });
+        purge.await.context("finish the purge")?
+    }
+
+    async fn lock(&self) -> OwnedMutexGuard<State> {
+        Arc::clone(&self.shared.state).lock_owned().await
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.background.abort();
+    }
+}
+
+impl State {
+    async fn change(&mut self, model: Model) -> Result<(), ChangeError> {
+        let before = Arc::clone(&self.model);
+        if model == *before {
+            return Ok(());
+        }
+        let wanted = Arc::new(reservations(&model));
+        let prepared = {
+            let wanted = Arc::clone(&wanted);
+            self.reservations.call(move |reservations| reservations.prepare(&wanted)).await?
+        };
+        let prepared = prepared.map_err(|error| match error {
+            PortError::InUse { .. } => ChangeError::Refused(Refusal::conflict(error.to_string())),
+            PortError::Refused { .. } => ChangeError::Failed(error.into()),
+        })?;
+        let model = Arc::new(model);
+        match self.enforce_and_store(&model, &before).await {
+            Ok(failures) => {
+                self.report(&failures);
+                self.reservations
+                    .call(move |reservations| reservations.commit(prepared, &wanted))
+                    .await?;
+                self.model = model;
+                self.publish();
+                Ok(())
+            }
+            Err(error) => {
+                let left = self.undo().await;
+                self.publish();
+                Err(ChangeError::Failed(match left {
+                    None => error,
+                    Some(left) => error.context(format!("undo the change: {left}")),
+                }))
+            }
+        }
+    }
+
+    async fn enforce_and_store(
+        &mut self,
+        model: &Arc<Model>,
+        before: &Arc<Model>,
+    ) -> Result<Vec<Failure>> {
+        let failures = self.converge(model, Some(before)).await?;
+        // The kernel first: killed in between, the next start takes back what nobody was told of.
+        let (old, new) = (Arc::clone(before), Arc::clone(model));
+        self.store
+            .call(move |store| store.save(&old, &new))
+            .await
+            .flatten()
+            .context("store the change")?;
+        Ok(failures)
+    }
+
+    /// Goes back to the model that is still the stored one; what could not be undone is returned,
+    /// and retried later.
+    async fn undo(&mut self) -> Option<String> {
+        let model = Arc::clone(&self.model);
+        match self.converge(&model, None).await {
+            Ok(failures) => {
+                self.report(&failures);
+                let left: Vec<String> = failures.iter().map(Failure::to_string).collect();
+                (!left.is_empty()).then(|| left.join("; "))
+            }
+            Err(error) => Some(format!("{error:#}")),
+        }
+    }
+
+    /// Reads the host again and repairs what differs, if anything does.
+    async fn look(&mut self) -> Result<()> {
+        let facts = self.netlink.read_facts().await?;
+        self.follow_renames(&facts).await?;
+        let is_same = facts.links == self.facts.links
+            && facts.ephemeral_ports == self.facts.ephemeral_ports
+            && self.troubles.is_empty()
+            && self.vanished().is_empty();
+        self.facts = facts;
+        if !is_same {
+            self.repair().await?;
+        }
+        self.publish();
+        Ok(())
+    }
+
+    /// Releases endpoints whose namespace is gone and makes the kernel agree with the rest, as far
+    /// as possible. Returns what was not.
+    async fn repair(&mut self) -> Result<Vec<Failure>> {
+        let before = Arc::clone(&self.model);
+        let vanished = self.vanished();
+        if !vanished.is_empty() {
+            let mut model = Model::clone(&before);
+            for id in vanished {
+                if let Some(endpoint) = model.endpoints.get(&id) {
+                    let netns = endpoint.netns.display();
+                    info!(endpoint = endpoint.name, %netns, "releasing: its namespace vanished");
+                }
+                model.release(id);
+            }
+            self.model = Arc::new(model);
+        }
+        let model = Arc::clone(&self.model);
+        let failures = self.converge(&model, None).await?;
+        self.report(&failures);
+
+        let wanted = reservations(&model);
+        let refused = self.reservations.call(move |ports| ports.hold(&wanted)).await?;
+        for error in refused {
+            warn!("a published port stays open to other programs: {error}");
+        }
+        if model != before {
+            self.store.call(move |store| store.save(&before, &model)).await??;
+        }
+        Ok(failures)
+    }
+
+    /// Endpoints whose namespace is gone, or whose path means another one by now.
+    fn vanished(&self) -> BTreeSet<EndpointId> {
+        self.model
+            .endpoints
+            .iter()
+            .filter(|(_, endpoint)| !namespace::is_still(&endpoint.netns, endpoint.netns_identity))
+            .map(|(&id, _)| id)
+            .collect()
+    }
+
+    async fn purge(&mut self) -> Result<()> {
+        let before = Arc::clone(&self.model);
+        self.model = Arc::default();
+        let nothing = Model::default();
+        let mut errors: Vec<Error> = match self.converge(&nothing, None).await {
+            Ok(failures) => failures.into_iter().map(Failure::into_error).collect(),
+            Err(error) => vec![error],
+        };
+        errors.extend(self.reservations.call(|ports| ports.hold(&BTreeSet::new())).await.err());
+        let purged = self.dataplane.call(|dataplane| dataplane.purge()).await.flatten();
+        errors.extend(purged.context("purge the dataplane").err());
+        // A sysctl that could not be given back is still remembered for the next attempt.
+        let is_clean = errors.is_empty();
+        let forgotten = self.store.call(move |store| {
+            if is_clean { store.clear() } else { store.save(&before, &nothing) }
+        });
+        errors.extend(forgotten.await.flatten().context("empty the store").err());
+        self.troubles.clear();
+        self.program = Arc::default();
+        self.publish();
+        if errors.is_empty() {
+            return Ok(());
+        }
+        let errors: Vec<String> = errors.iter().map(|error| format!("{error:#}")).collect();
+        Err(anyhow!("purge left something behind: {}", errors.join("; ")))
+    }
+
+    fn publish(&self) {
+        self.snapshot.send_replace(Snapshot {
+            model: Arc::clone(&self.model),
+            facts: Arc::new(self.facts.clone()),
+            program: Arc::clone(&self.program),
+            troubles: self.troubles.clone(),
+        });
+    }
+}
+
+/// Answers to events and to the clock until the controller is gone.
+async fn keep(state: Weak<Mutex<State>>, mut events: Events) {
+    let mut clock = interval(TICK);
+    clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let is_tick = select! {
+            _ = clock.tick() => true,
+            Some(()) = events.changed() => false,
+        };
+        let Some(state) = state.upgrade() else { return };
+        let mut state = state.lock().await;
+        if is_tick {
+            match state.dataplane.call(|dataplane| dataplane.collect()).await.flatten() {
+                Ok(0) => {}
+                Ok(flows) => debug!(flows, "collected idle flows"),
+                Err(error) => warn!("collect idle flows: {error:#}"),
+            }
+        }
+        if let Err(error) = state.look().await {
+            warn!("look for changes of the host: {error:#}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,304 @@
+//! Making the kernel agree with a model: one pass from facts over the plan to links, backend and
+//! sysctls.
+//!
+//! Owns the order of things, which is what keeps a container shut off until its policy is in the
+//! backend. Knows nothing of who asked for the model.
+
+use std::{collections::BTreeMap, fmt, sync::Arc};
+
+use anyhow::{Context, Error, Result};
+use tracing::{info, warn};
+
+use super::State;
+use crate::{
+    facts::HostFacts,
+    model::{EndpointId, Model, NetworkId},
+    netlink::{namespace::Namespace, sysctl},
+    plan::{Plan, SysctlPlan, VethPlan, forwarding_interface, forwarding_sysctl, own, plan},
+};
+
+/// Something that a pass could not do.
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub(super) subject: Subject,
+    error: Error,
+}
+
+/// What a failure is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Subject {
+    Network(NetworkId),
+    Endpoint(EndpointId),
+    Backend,
+    Host,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#}", self.error)
+    }
+}
+
+impl Failure {
+    pub(super) fn into_error(self) -> Error {
+        self.error
+    }
+}
+
+/// One pass.
+struct Pass<'a> {
+    model: &'a Model,
+    /// The model that a change starts from. Such a pass ends at the first failure that is the
+    /// change's own, while all can still be undone; a repair (`None`) does as much as can be done.
+    before: Option<&'a Model>,
+    failures: Vec<Failure>,
+}
+
+impl Pass<'_> {
+    /// Takes a failure down, or ends the pass with it.
+    fn note<T>(&mut self, subject: Subject, result: Result<T>) -> Result<Option<T>> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if self.is_own(subject) => Err(error),
+            Err(error) => {
+                self.failures.push(Failure { subject, error });
+                Ok(None)
+            }
+        }
+    }
+
+    /// Whether a failure about this is to be blamed on the change. What was broken before, and is
+    /// not touched, must not stand in the way of it.
+    fn is_own(&self, subject: Subject) -> bool {
+        let Some(before) = self.before else { return false };
+        match subject {
+            Subject::Network(id) => before.networks.get(&id) != self.model.networks.get(&id),
+            Subject::Endpoint(id) => before.endpoints.get(&id) != self.model.endpoints.get(&id),
+            Subject::Backend | Subject::Host => true,
+        }
+    }
+}
+
+impl State {
+    /// Makes the kernel agree with `model`, as a change from `before` or as a repair. Returns what
+    /// could not be done and is no reason to stop.
+    ///
+    /// # Errors
+    /// The failure that ended the pass early.
+    pub(super) async fn converge(
+        &mut self,
+        model: &Model,
+        before: Option<&Model>,
+    ) -> Result<Vec<Failure>> {
+        let mut pass = Pass { model, before, failures: Vec::new() };
+        let facts = self.netlink.read_facts().await?;
+        let outgoing = plan(model, &facts, &self.setting);
+        self.shut(&mut pass, &outgoing, &facts).await?;
+
+        let facts = self.netlink.read_facts().await?;
+        let incoming = plan(model, &facts, &self.setting);
+        self.make_links(&mut pass, &incoming, &facts).await?;
+
+        let facts = self.netlink.read_facts().await?;
+        let plan = plan(model, &facts, &self.setting);
+        if self.apply(&mut pass, &plan).await? {
+            self.open(&mut pass, &plan, &facts).await?;
+        }
+        self.delete_orphans(&mut pass, &plan, &facts).await?;
+        self.facts = self.netlink.read_facts().await?;
+        Ok(pass.failures)
+    }
+
+    /// Stops traffic of what has to go while it is still being watched: once the backend has let
+    /// go of a link, nothing may pass it.
+    async fn shut(&mut self, pass: &mut Pass<'_>, plan: &Plan, facts: &HostFacts) -> Result<()> {
+        let given_back: Vec<_> = self
+            .setting
+            .originals
+            .iter()
+            .filter(|(path, _)| !plan.sysctls.contains_key(*path))
+            .map(|(path, original)| (path.clone(), original.clone()))
+            .collect();
+        for (path, original) in given_back {
+            let result = self.give_back(path, original).await;
+            pass.note(Subject::Host, result)?;
+        }
+        for (&ifindex, link) in facts.links.iter().filter(|(i, _)| plan.orphans.contains(i)) {
+            // A leftover of a start that did not finish, under a name that is needed now. Such a
+            // link never carried traffic, so there is nothing to shut and nothing to undo.
+            let result = if plan.names(&link.name) {
+                self.netlink.delete_link(ifindex, link).await
+            } else {
+                self.netlink.shut_link(ifindex, link).await
+            };
+            pass.note(Subject::Host, result)?;
+        }
+        Ok(())
+    }
+
+    /// Bridges and veth pairs, all of them shut if they are new.
+    async fn make_links(
+        &mut self,
+        pass: &mut Pass<'_>,
+        plan: &Plan,
+        facts: &HostFacts,
+    ) -> Result<()> {
+        for (&id, bridge) in &plan.bridges {
+            let result = self.netlink.ensure_bridge(bridge, facts).await;
+            pass.note(Subject::Network(id), result)?;
+        }
+        self.dressed.retain(|id, _| plan.veths.contains_key(id));
+        for (&id, veth) in &plan.veths {
+            let result = self.make_veth(id, veth, facts).await;
+            pass.note(Subject::Endpoint(id), result)?;
+        }
+        Ok(())
+    }
+
+    async fn make_veth(
+        &mut self,
+        id: EndpointId,
+        veth: &VethPlan,
+        facts: &HostFacts,
+    ) -> Result<()> {
+        // Entering a namespace costs a thread. What happens inside, once it was right, is the
+        // container's own business until the pair is made anew or the agent starts again.
+        let present = own(facts, &veth.name, &veth.alias).map(|(ifindex, _)| ifindex);
+        if present.is_some() && self.dressed.get(&id).copied() == present {
+            return Ok(());
+        }
+        let namespace = Namespace::open_same(&veth.netns, veth.netns_identity)?;
+        let ifindex = self.netlink.ensure_veth(veth, &namespace, facts).await?;
+        namespace.ensure_interface(veth).await?;
+        self.dressed.insert(id, ifindex);
+        Ok(())
+    }
+
+    /// `true` if the backend enforces the plan's program now.
+    async fn apply(&mut self, pass: &mut Pass<'_>, plan: &Plan) -> Result<bool> {
+        let program = Arc::new(plan.program.clone());
+        let wanted = Arc::clone(&program);
+        let applied = self.dataplane.call(move |dataplane| dataplane.apply(&wanted)).await;
+        let applied = applied.flatten().context("apply the program to the dataplane");
+        let Some(applied) = pass.note(Subject::Backend, applied)? else { return Ok(false) };
+        if applied.writes > 0 {
+            info!(writes = applied.writes, "dataplane agrees with the model again");
+        }
+        self.program = program;
+        Ok(true)
+    }
+
+    /// Lets packets through, now that the backend knows what to do with them.
+    async fn open(&mut self, pass: &mut Pass<'_>, plan: &Plan, facts: &HostFacts) -> Result<()> {
+        let mut neighbours = BTreeMap::new();
+        for (&id, bridge) in &plan.bridges {
+            let Some(program) = plan.program.networks.get(&id) else { continue };
+            let result = self.netlink.open_bridge(bridge, facts).await;
+            if pass.note(Subject::Network(id), result)?.is_some() {
+                neighbours.insert(program.bridge_ifindex, BTreeMap::new());
+            }
+        }
+        for (&id, veth) in &plan.veths {
+            let Some(program) = plan.program.endpoints.get(&id) else { continue };
+            let result = self.netlink.open_veth(veth, facts).await;
+            pass.note(Subject::Endpoint(id), result)?;
+            let bridge = plan.program.networks.get(&program.network);
+            if let Some(entries) =
+                bridge.and_then(|bridge| neighbours.get_mut(&bridge.bridge_ifindex))
+            {
+                entries.insert(program.address, program.mac);
+            }
+        }
+        let result = self.netlink.ensure_neighbours(&neighbours).await;
+        pass.note(Subject::Host, result)?;
+        for (path, wanted) in &plan.sysctls {
+            let result = self.ensure_sysctl(path, wanted).await;
+            pass.note(Subject::Host, result)?;
+        }
+        Ok(())
+    }
+
+    async fn delete_orphans(
+        &mut self,
+        pass: &mut Pass<'_>,
+        plan: &Plan,
+        facts: &HostFacts,
+    ) -> Result<()> {
+        for (&ifindex, link) in facts.links.iter().filter(|(i, _)| plan.orphans.contains(i)) {
+            info!(
+                interface = link.name,
+                alias = link.alias,
+                "deleting an interface of ours that the model does not name"
+            );
+            let result = self.netlink.delete_link(ifindex, link).await;
+            pass.note(Subject::Host, result)?;
+        }
+        Ok(())
+    }
+
+    /// Remembers what a sysctl says, then makes it say what it has to.
+    async fn ensure_sysctl(&mut self, path: &str, wanted: &SysctlPlan) -> Result<()> {
+        let Some(present) = sysctl::read(path)? else { return Ok(()) };
+        let value = match wanted {
+            SysctlPlan::Is(value) => value.clone(),
+            SysctlPlan::Covers(first, last) => sysctl::with_ports(&present, *first, *last),
+        };
+        if present == value {
+            return Ok(());
+        }
+        self.remember(path, present).await?;
+        sysctl::write(path, &value)
+    }
+
+    async fn give_back(&mut self, path: String, original: String) -> Result<()> {
+        sysctl::ensure(&path, &original)?;
+        self.forget(path).await
+    }
+
+    async fn remember(&mut self, path: &str, original: String) -> Result<()> {
+        if self.setting.originals.contains_key(path) {
+            return Ok(());
+        }
+        let record = (path.to_owned(), original.clone());
+        self.store.call(move |store| store.remember_sysctl(&record.0, &record.1)).await.flatten()?;
+        self.setting.originals.insert(path.to_owned(), original);
+        Ok(())
+    }
+
+    async fn forget(&mut self, path: String) -> Result<()> {
+        self.setting.originals.remove(&path);
+        self.store.call(move |store| store.forget_sysctl(&path)).await.flatten()
+    }
+
+    /// A renamed uplink keeps its sysctls, so what we remember of it moves to its new name.
+    pub(super) async fn follow_renames(&mut self, facts: &HostFacts) -> Result<()> {
+        let renamed: Vec<_> = self
+            .setting
+            .originals
+            .iter()
+            .filter_map(|(path, original)| {
+                let (ifindex, link) = self.facts.link(forwarding_interface(path)?)?;
+                let now = facts.links.get(&ifindex)?;
+                (now.name != link.name)
+                    .then(|| (path.clone(), forwarding_sysctl(&now.name), original.clone()))
+            })
+            .collect();
+        for (old, new, original) in renamed {
+            self.remember(&new, original).await?;
+            self.forget(old).await?;
+        }
+        Ok(())
+    }
+
+    /// Keeps what a repair could not do for the operator to see, and logs it once.
+    pub(super) fn report(&mut self, failures: &[Failure]) {
+        let troubles: Vec<String> = failures.iter().map(Failure::to_string).collect();
+        for trouble in troubles.iter().filter(|trouble| !self.troubles.contains(trouble)) {
+            warn!("{trouble}");
+        }
+        if troubles.is_empty() && !self.troubles.is_empty() {
+            info!("the kernel agrees with the model again");
+        }
+        self.troubles = troubles;
+    }
+}

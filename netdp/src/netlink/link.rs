@@ -1,0 +1,298 @@
+//! Bridges, the host's ends of veth pairs, and the neighbour entries on the bridges.
+//!
+//! Everything here is idempotent and compares before it writes: a write makes an event, and an
+//! event makes the agent look again. New links stay down, and no port of a bridge, until
+//! [`Netlink::open_bridge`] and [`Netlink::open_veth`]: no packet passes before the backend knows
+//! them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::ErrorKind,
+    net::{IpAddr, Ipv4Addr},
+    os::fd::AsRawFd,
+};
+
+use anyhow::{Context, Result, bail};
+use futures::TryStreamExt;
+use rtnetlink::{
+    LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth,
+    packet_route::{
+        AddressFamily,
+        link::{InfoData, InfoVeth, LinkAttribute},
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+    },
+};
+
+use super::{Netlink, kernel_error, namespace::Namespace, sysctl, unless};
+use crate::{
+    facts::{HostFacts, Link},
+    model::MacAddress,
+    plan::{BridgePlan, VethPlan, forwarding_sysctl, is_port_of},
+};
+
+/// Interface group ("nd" in the high half) of a link from its making to its alias, which are two
+/// requests: whoever finds it knows that it is ours and was never finished.
+pub(super) const UNFINISHED_GROUP: u32 = 0x6e64_0000;
+
+/// The group that every link is in by default.
+const DEFAULT_GROUP: u32 = 0;
+
+/// Permanent neighbour entries to be on one bridge.
+pub(crate) type Neighbours = BTreeMap<Ipv4Addr, MacAddress>;
+
+impl Netlink {
+    /// Makes a bridge exist with its address, MAC, MTU and sysctls; a new one is left down.
+    ///
+    /// # Errors
+    /// Fails where the name is taken by a link that is not this network's bridge, and names what
+    /// the kernel refused.
+    pub async fn ensure_bridge(&self, plan: &BridgePlan, facts: &HostFacts) -> Result<()> {
+        let ifindex = match existing(&plan.name, &plan.alias, facts)? {
+            Some((ifindex, _)) => ifindex,
+            None => self.make_bridge(plan).await?,
+        };
+        let link = facts.links.get(&ifindex);
+        if link.is_none_or(|link| link.mtu != plan.mtu || link.mac != Some(plan.mac)) {
+            let change = LinkUnspec::new_with_index(ifindex)
+                .mtu(plan.mtu)
+                .address(plan.mac.0.to_vec());
+            self.change(change)
+                .await
+                .with_context(|| format!("set MTU and MAC of bridge {}", plan.name))?;
+        }
+        // Networks are IPv4-only: without this the bridge would answer on a link-local address.
+        sysctl::ensure(&format!("net/ipv6/conf/{}/disable_ipv6", plan.name), "1")?;
+        sysctl::ensure(&forwarding_sysctl(&plan.name), "1")?;
+        if link.is_none_or(|link| !link.addresses.contains(&plan.address)) {
+            self.add_address(ifindex, plan.address)
+                .await
+                .with_context(|| format!("give bridge {} its address", plan.name))?;
+        }
+        Ok(())
+    }
+
+    /// Makes a veth pair exist, its container's end in the container's namespace; the host's end
+    /// of a new one is left down. Returns the ifindex of the host's end.
+    ///
+    /// # Errors
+    /// Fails where a name is taken, and names what the kernel refused.
+    pub async fn ensure_veth(
+        &self,
+        plan: &VethPlan,
+        namespace: &Namespace,
+        facts: &HostFacts,
+    ) -> Result<u32> {
+        let ifindex = match existing(&plan.name, &plan.alias, facts)? {
+            Some((ifindex, _)) => ifindex,
+            None => self.make_veth(plan, namespace).await?,
+        };
+        // The host's end is a port; nothing on the host talks through it directly.
+        sysctl::ensure(&format!("net/ipv6/conf/{}/disable_ipv6", plan.name), "1")?;
+        Ok(ifindex)
+    }
+
+    /// Lets packets through a bridge.
+    ///
+    /// # Errors
+    /// Names what the kernel refused.
+    pub async fn open_bridge(&self, plan: &BridgePlan, facts: &HostFacts) -> Result<()> {
+        let Some((ifindex, link)) = facts.link(&plan.name) else {
+            bail!("set up bridge {}: it is gone", plan.name);
+        };
+        if !link.up {
+            self.change(LinkUnspec::new_with_index(ifindex).up())
+                .await
+                .with_context(|| format!("set up bridge {}", plan.name))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the host's end of a veth pair a port of its bridge and lets packets through.
+    ///
+    /// # Errors
+    /// Names what the kernel refused.
+    pub async fn open_veth(&self, plan: &VethPlan, facts: &HostFacts) -> Result<()> {
+        let (Some((ifindex, link)), Some((bridge, _))) =
+            (facts.link(&plan.name), facts.link(&plan.bridge))
+        else {
+            bail!("connect {} to bridge {}: one of them is gone", plan.name, plan.bridge);
+        };
+        if !is_port_of(facts, link, &plan.bridge) || !link.up {
+            self.change(LinkUnspec::new_with_index(ifindex).controller(bridge).up())
+                .await
+                .with_context(|| format!("connect {} to bridge {}", plan.name, plan.bridge))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the permanent neighbour entries of some interfaces exactly these.
+    ///
+    /// # Errors
+    /// Names the entry that the kernel refused.
+    pub async fn ensure_neighbours(&self, wanted: &BTreeMap<u32, Neighbours>) -> Result<()> {
+        let mut present = BTreeSet::new();
+        let dump = self.handle.neighbours().get().set_address_family(AddressFamily::Inet).execute();
+        let messages: Vec<NeighbourMessage> =
+            dump.try_collect().await.map_err(kernel_error).context("read the neighbours")?;
+        for message in messages {
+            let ifindex = message.header.ifindex;
+            let Some((address, mac)) = permanent(&message) else { continue };
+            let Some(entries) = wanted.get(&ifindex) else { continue };
+            if entries.get(&address) == Some(&mac) {
+                present.insert((ifindex, address));
+            } else if !entries.contains_key(&address) {
+                let removed = self.handle.neighbours().del(message).execute().await;
+                unless(removed, &[ErrorKind::NotFound])
+                    .with_context(|| format!("remove the neighbour entry of {address}"))?;
+            }
+        }
+        for (&ifindex, entries) in wanted {
+            for (&address, mac) in entries {
+                if !present.contains(&(ifindex, address)) {
+                    self.handle
+                        .neighbours()
+                        .add(ifindex, IpAddr::V4(address))
+                        .link_layer_address(&mac.0)
+                        .replace()
+                        .execute()
+                        .await
+                        .map_err(kernel_error)
+                        .with_context(|| format!("make a neighbour entry for {address}"))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops all packets through a link; one that is gone already is fine.
+    ///
+    /// # Errors
+    /// Names the link.
+    pub async fn shut_link(&self, ifindex: u32, link: &Link) -> Result<()> {
+        if !link.up {
+            return Ok(());
+        }
+        let message = LinkUnspec::new_with_index(ifindex).down().build();
+        let shut = self.handle.link().change(message).execute().await;
+        unless_gone(shut).with_context(|| format!("set down interface {}", link.name))
+    }
+
+    /// Deletes a link, and with a host's end of a veth pair the container's; one that is gone
+    /// already is fine.
+    ///
+    /// # Errors
+    /// Names the link.
+    pub async fn delete_link(&self, ifindex: u32, link: &Link) -> Result<()> {
+        let deleted = self.handle.link().del(ifindex).execute().await;
+        unless_gone(deleted).with_context(|| format!("delete interface {}", link.name))
+    }
+
+    pub(super) async fn change<T>(&self, change: LinkMessageBuilder<T>) -> Result<()> {
+        self.handle.link().change(change.build()).execute().await.map_err(kernel_error)
+    }
+
+    pub(super) async fn add_address(&self, ifindex: u32, net: ipnet::Ipv4Net) -> Result<()> {
+        let request = self.handle.address().add(ifindex, IpAddr::V4(net.addr()), net.prefix_len());
+        unless(request.execute().await, &[ErrorKind::AlreadyExists])
+            .with_context(|| format!("add address {net}"))
+    }
+
+    async fn make_bridge(&self, plan: &BridgePlan) -> Result<u32> {
+        let link = LinkMessageBuilder::<LinkBridge>::new(&plan.name)
+            .address(plan.mac.0.to_vec())
+            .append_extra_attribute(LinkAttribute::Group(UNFINISHED_GROUP));
+        self.handle
+            .link()
+            .add(link.build())
+            .execute()
+            .await
+            .map_err(kernel_error)
+            .with_context(|| format!("make bridge {}", plan.name))?;
+        self.finish(&plan.name, &plan.alias).await
+    }
+
+    async fn make_veth(&self, plan: &VethPlan, namespace: &Namespace) -> Result<u32> {
+        // Made where it belongs, under its final name: it never shows up on the host.
+        let container_end = LinkMessageBuilder::<LinkUnspec>::new()
+            .name(&plan.interface)
+            .mtu(plan.mtu)
+            .address(plan.mac.0.to_vec())
+            .setns_by_fd(namespace.file().as_raw_fd());
+        let link = LinkMessageBuilder::<LinkVeth>::new(&plan.name, &plan.interface)
+            .set_info_data(InfoData::Veth(InfoVeth::Peer(container_end.build())))
+            .mtu(plan.mtu)
+            .append_extra_attribute(LinkAttribute::Group(UNFINISHED_GROUP));
+        self.handle
+            .link()
+            .add(link.build())
+            .execute()
+            .await
+            .map_err(kernel_error)
+            .with_context(|| {
+                format!(
+                    "make veth {} with {} in {}",
+                    plan.name,
+                    plan.interface,
+                    plan.netns.display()
+                )
+            })?;
+        self.finish(&plan.name, &plan.alias).await
+    }
+
+    /// Gives a link that was just made its alias.
+    async fn finish(&self, name: &str, alias: &str) -> Result<u32> {
+        let mut found = self.handle.link().get().match_name(name).execute();
+        let link = found.try_next().await.map_err(kernel_error)?;
+        let ifindex = link.with_context(|| format!("find interface {name}"))?.header.index;
+        let change = LinkUnspec::new_with_index(ifindex).alias(alias).link_group(DEFAULT_GROUP);
+        self.change(change).await.with_context(|| format!("set the alias of {name}"))?;
+        Ok(ifindex)
+    }
+}
+
+/// The link of this name, if there is one and it is what the alias says.
+fn existing<'a>(
+    name: &str,
+    alias: &str,
+    facts: &'a HostFacts,
+) -> Result<Option<(u32, &'a Link)>> {
+    match facts.link(name) {
+        Some((_, link)) if link.alias.as_deref() != Some(alias) => bail!(
+            "interface {name} exists and is not \"{alias}\" (its alias is \"{}\"): rename or \
+             delete it",
+            link.alias.as_deref().unwrap_or_default()
+        ),
+        found => Ok(found),
+    }
+}
+
+fn unless_gone(result: Result<(), rtnetlink::Error>) -> Result<()> {
+    match result {
+        Err(rtnetlink::Error::NetlinkError(message))
+            if message.to_io().raw_os_error() == Some(libc::ENODEV) =>
+        {
+            Ok(())
+        }
+        other => other.map_err(kernel_error),
+    }
+}
+
+fn permanent(message: &NeighbourMessage) -> Option<(Ipv4Addr, MacAddress)> {
+    if message.header.state != NeighbourState::Permanent {
+        return None;
+    }
+    let mut address = None;
+    let mut mac = None;
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(destination)) => {
+                address = Some(*destination);
+            }
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                mac = bytes.as_slice().try_into().ok().map(MacAddress);
+            }
+            _ => {}
+        }
+    }
+    Some((address?, mac?))
+}

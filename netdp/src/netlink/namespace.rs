@@ -1,0 +1,197 @@
+//! Network namespaces of containers: which one a path means, and work inside of them.
+//!
+//! Owns the thread that enters a namespace. The agent itself never leaves the host's.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    net::Ipv4Addr,
+    os::{fd::AsFd, linux::fs::MetadataExt},
+    path::{Path, PathBuf},
+    thread,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::statfs::{NSFS_MAGIC, fstatfs},
+};
+use rtnetlink::{
+    LinkUnspec, RouteMessageBuilder,
+    packet_route::route::{RouteHeader, RouteType},
+};
+use tokio::{runtime::Handle, sync::oneshot};
+
+use super::{Netlink, kernel_error, sysctl};
+use crate::{model::NetnsIdentity, plan::VethPlan};
+
+/// An open network namespace.
+#[derive(Debug)]
+pub struct Namespace {
+    file: File,
+    path: PathBuf,
+    identity: NetnsIdentity,
+}
+
+/// What there is inside a namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Survey {
+    /// Which namespace it is.
+    pub identity: NetnsIdentity,
+    /// Names of all its interfaces.
+    pub interfaces: BTreeSet<String>,
+}
+
+/// Whether a path still means this namespace. Cheap: one `stat`.
+pub fn is_still(path: &Path, identity: NetnsIdentity) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| identity_of(&metadata) == identity)
+}
+
+/// Opens the namespace at a path, says which one it is, and lists its interfaces.
+///
+/// # Errors
+/// Fails where there is nothing at the path or something else than a network namespace.
+pub async fn survey(path: &Path) -> Result<Survey> {
+    let namespace = Namespace::open(path)?;
+    let links = namespace.within(async |netlink| netlink.links().await).await?;
+    let interfaces = links.into_values().map(|link| link.name).collect();
+    Ok(Survey { identity: namespace.identity, interfaces })
+}
+
+impl Namespace {
+    /// Opens the namespace at a path.
+    ///
+    /// # Errors
+    /// Fails where there is nothing at the path or something else than a namespace.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path)
+            .with_context(|| format!("open network namespace {}", path.display()))?;
+        let kind = fstatfs(&file)
+            .with_context(|| format!("look at network namespace {}", path.display()))?;
+        ensure!(
+            kind.filesystem_type() == NSFS_MAGIC,
+            "{} is not a network namespace: give a path like /run/netns/NAME or /proc/PID/ns/net",
+            path.display()
+        );
+        let metadata = file
+            .metadata()
+            .with_context(|| format!("look at network namespace {}", path.display()))?;
+        Ok(Self { file, path: path.into(), identity: identity_of(&metadata) })
+    }
+
+    /// Opens the namespace at a path, if it is this one.
+    ///
+    /// # Errors
+    /// As [`Namespace::open`], and where another namespace took the path.
+    pub fn open_same(path: &Path, identity: NetnsIdentity) -> Result<Self> {
+        let namespace = Self::open(path)?;
+        ensure!(
+            namespace.identity == identity,
+            "{} is another network namespace by now",
+            path.display()
+        );
+        Ok(namespace)
+    }
+
+    /// Makes the container's end of a veth pair agree with the plan: MTU, address, no IPv6, up, and
+    /// the default route unless the container has one.
+    ///
+    /// # Errors
+    /// Fails where the interface is not there, and names what the kernel refused.
+    pub async fn ensure_interface(&self, plan: &VethPlan) -> Result<()> {
+        let plan = plan.clone();
+        self.within(async move |netlink| netlink.ensure_container_end(&plan).await).await
+    }
+
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Runs `work` on a thread of its own inside the namespace, with a socket of it. Files under
+    /// `/proc/sys/net` are the namespace's there, as long as `work` itself opens them.
+    async fn within<T: Send + 'static>(
+        &self,
+        work: impl AsyncFnOnce(Netlink) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let file = self.file.try_clone().context("duplicate a namespace's descriptor")?;
+        let runtime = Handle::current();
+        let (sender, receiver) = oneshot::channel();
+        thread::Builder::new()
+            .name("netns".into())
+            .spawn(move || {
+                let result = setns(file.as_fd(), CloneFlags::CLONE_NEWNET)
+                    .context("enter")
+                    .and_then(|()| runtime.block_on(async { work(Netlink::open()?).await }));
+                // The receiver is gone only if nobody wants to know any more.
+                let _unwanted = sender.send(result);
+            })
+            .context("start a thread for a namespace")?;
+        receiver
+            .await
+            .context("the thread ended early")
+            .flatten()
+            .with_context(|| format!("in network namespace {}", self.path.display()))
+    }
+}
+
+impl Netlink {
+    async fn ensure_container_end(&self, plan: &VethPlan) -> Result<()> {
+        let facts = self.read_facts().await?;
+        // By MAC: the container may have renamed it.
+        let found = facts.links.iter().find(|(_, link)| {
+            link.mac == Some(plan.mac) && link.kind.as_deref() == Some("veth")
+        });
+        let Some((&ifindex, link)) = found else {
+            bail!("find interface {} with MAC {}: it is gone", plan.interface, plan.mac);
+        };
+        if link.mtu != plan.mtu {
+            self.change(LinkUnspec::new_with_index(ifindex).mtu(plan.mtu))
+                .await
+                .with_context(|| format!("set the MTU of {}", link.name))?;
+        }
+        sysctl::ensure(&format!("net/ipv6/conf/{}/disable_ipv6", link.name), "1")?;
+        if !link.addresses.contains(&plan.address) {
+            self.add_address(ifindex, plan.address).await?;
+        }
+        // Without a loopback that is up a container can't even reach its own address.
+        let down = facts
+            .links
+            .iter()
+            .filter(|&(&index, link)| !link.up && (link.loopback || index == ifindex));
+        for (&index, link) in down {
+            self.change(LinkUnspec::new_with_index(index).up())
+                .await
+                .with_context(|| format!("set up {}", link.name))?;
+        }
+        match plan.gateway {
+            Some(gateway) => self.ensure_default_route(ifindex, gateway).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn ensure_default_route(&self, ifindex: u32, gateway: Ipv4Addr) -> Result<()> {
+        let has_one = self.routes().await?.iter().any(|route| {
+            route.header.table == RouteHeader::RT_TABLE_MAIN
+                && route.header.kind == RouteType::Unicast
+                && route.header.destination_prefix_length == 0
+        });
+        if has_one {
+            return Ok(());
+        }
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .gateway(gateway)
+            .output_interface(ifindex)
+            .build();
+        self.handle
+            .route()
+            .add(route)
+            .execute()
+            .await
+            .map_err(kernel_error)
+            .with_context(|| format!("add a default route by {gateway}"))
+    }
+}
+
+fn identity_of(metadata: &fs::Metadata) -> NetnsIdentity {
+    NetnsIdentity { device: metadata.st_dev(), inode: metadata.st_ino() }
+}
