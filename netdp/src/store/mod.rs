@@ -232,7 +232,8 @@ impl Store {
             }
             _ => {}
         }
-        remove_if_empty(state_dir);
+        // What else is in the directory is not ours, and keeps it.
+        let _not_empty = fs::remove_dir(state_dir);
         Ok(())
     }
 
@@ -445,6 +446,17 @@ mod tests {
             assert!(error.contains("is damaged"), "{error}");
             assert_eq!(fs::read(&path).unwrap(), damaged, "the damaged file was written to");
         }
+    }
+
+    #[test]
+    fn a_removed_store_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let state_dir = dir.path().join("state");
+        fs::create_dir(&state_dir).unwrap();
+        drop(Store::open(&state_dir).unwrap());
+        Store::remove(&state_dir).unwrap();
+        assert!(!state_dir.exists());
+        Store::remove(&state_dir).unwrap();
     }
 
     #[test]

@@ -1,0 +1,163 @@
+//! `netdp agent`: from a command line to a running agent, and its orderly end.
+//!
+//! Owns the order of starting and stopping. A stop leaves the datapath as it is.
+
+use std::{
+    env,
+    fs::DirBuilder,
+    io::{self, IsTerminal},
+    os::unix::fs::DirBuilderExt,
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use tokio::{
+    select,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    time::sleep,
+};
+use tracing::{info, level_filters::LevelFilter, warn};
+use tracing_subscriber::EnvFilter;
+
+use super::{doctor::missing_rights, print};
+use crate::{
+    api::{
+        server::{Api, Socket},
+        wire,
+    },
+    config::{Config, Paths},
+    controller::{Controller, Snapshot},
+    dataplane::{
+        Dataplane,
+        ebpf::{Ebpf, EbpfOptions},
+    },
+    store::Store,
+};
+
+/// How long requests may go on after the agent was told to stop.
+const GRACE: Duration = Duration::from_secs(5);
+
+pub(super) fn run(config: &Config, socket: &Path) -> Result<()> {
+    config.check()?;
+    check_rights()?;
+    start_logging();
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("start the async runtime")?
+        .block_on(serve(config, socket))
+}
+
+pub(super) fn check_rights() -> Result<()> {
+    let missing = missing_rights()?;
+    if !missing.is_empty() {
+        bail!("the agent needs {}: run it as root", missing.join(", "));
+    }
+    Ok(())
+}
+
+/// Opens the store, its directory made if need be.
+pub(super) fn open_store(paths: &Paths) -> Result<Store> {
+    make_directory(&paths.state_dir, 0o700)?;
+    Store::open(&paths.state_dir)
+}
+
+/// Opens the backend that this configuration means.
+pub(super) fn open_dataplane(bpffs: &Path, flows: u32) -> Result<Box<dyn Dataplane>> {
+    let options = EbpfOptions { bpffs: bpffs.to_owned(), flows };
+    Ok(Box::new(Ebpf::open(options).context("open the ebpf dataplane")?))
+}
+
+async fn serve(config: &Config, path: &Path) -> Result<()> {
+    // The store first: its lock keeps a second agent from touching anything.
+    let store = open_store(&config.paths)?;
+    make_directory(&config.paths.run_dir, 0o755)?;
+    let socket = Socket::bind(path).await?;
+    let dataplane = open_dataplane(&config.paths.bpffs, config.flows)?;
+    let name = dataplane.name();
+    let controller = Controller::open(config, store, dataplane).await?;
+    print(&format!("{}\n", ready(&controller.snapshot())))?;
+
+    let api = Api::new(controller, name);
+    let purged = api.purged();
+    let overdue = async {
+        stop(purged.clone()).await;
+        info!("stopping");
+        sleep(GRACE).await;
+    };
+    select! {
+        served = socket.serve(api, stop(purged.clone())) => served?,
+        () = overdue => warn!("a request takes too long: stopping without its answer"),
+    }
+    if *purged.borrow() {
+        Store::remove(&config.paths.state_dir)?;
+    }
+    Ok(())
+}
+
+/// Waits until the agent is told to stop: by a signal, or by a client that purged everything.
+async fn stop(mut purged: watch::Receiver<bool>) {
+    let signalled = async {
+        match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
+            (Ok(mut terminate), Ok(mut interrupt)) => {
+                select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            }
+            // Without handlers the kernel's own treatment is in force: the process ends.
+            _ => std::future::pending().await,
+        }
+    };
+    select! {
+        () = signalled => {}
+        // An error says that nobody can purge any more, which is as good as being told to stop.
+        _ = purged.wait_for(|&purged| purged) => {}
+    }
+}
+
+fn make_directory(path: &Path, mode: u32) -> Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+        .with_context(|| format!("create directory {}", path.display()))
+}
+
+/// To standard error; what the user asks for in `NETDP_LOG`, "info" otherwise. The journal has
+/// its own timestamps.
+fn start_logging() {
+    let filter = EnvFilter::builder()
+        .with_default_directive(LevelFilter::INFO.into())
+        .with_env_var("NETDP_LOG")
+        .from_env_lossy();
+    let logging = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .with_ansi(io::stderr().is_terminal());
+    if env::var_os("JOURNAL_STREAM").is_some() {
+        logging.without_time().init();
+    } else {
+        logging.init();
+    }
+}
+
+/// The line that says that the agent answers from now on.
+fn ready(snapshot: &Snapshot) -> String {
+    let uplinks: Vec<String> = wire::Uplink::of(&snapshot.program, &snapshot.facts)
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    let uplinks = match &uplinks[..] {
+        [] => "no uplinks".to_owned(),
+        [uplink] => format!("uplink {uplink}"),
+        _ => format!("uplinks {}", uplinks.join(", ")),
+    };
+    let networks = count(snapshot.model.networks.len(), "network");
+    let endpoints = count(snapshot.model.endpoints.len(), "endpoint");
+    format!("netdp ready: {networks}, {endpoints}, {uplinks}")
+}
+
+fn count(number: usize, noun: &str) -> String {
+    if number == 1 { format!("1 {noun}") } else { format!("{number} {noun}s") }
+}

@@ -1,0 +1,229 @@
+//! `netdp doctor`: whether this host can run netdp, and what the agent finds wrong.
+//!
+//! Works without an agent, changes nothing.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use serde::Serialize;
+
+use super::{print, print_json, table::Table};
+use crate::{
+    api::{
+        client::{self, Client},
+        wire,
+    },
+    config::Paths,
+};
+
+#[derive(Args, Debug)]
+pub(super) struct Doctor {
+    #[command(flatten)]
+    paths: Paths,
+    /// Print a JSON list
+    #[arg(long)]
+    json: bool,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Check {
+    check: &'static str,
+    verdict: Verdict,
+    /// What was found, and what to do about it.
+    finding: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    Ok,
+    Warn,
+    Fail,
+}
+
+/// Capabilities that the agent works with (capability.h), and what for.
+const RIGHTS: [(u32, &str); 4] = [
+    (10, "CAP_NET_BIND_SERVICE"), // reserves published ports below 1024
+    (12, "CAP_NET_ADMIN"),        // makes links, attaches programs
+    (21, "CAP_SYS_ADMIN"),        // enters containers' namespaces, mounts bpffs
+    (39, "CAP_BPF"),              // loads programs; implied by CAP_SYS_ADMIN
+];
+
+/// Version of Linux that brought tcx.
+const TCX: (u32, u32) = (6, 6);
+
+impl Doctor {
+    pub(super) fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
+    pub(super) async fn run(&self, client: &Client) -> Result<()> {
+        let mut checks = vec![rights()?, kernel()?, btf(), bpffs(&self.paths.bpffs), cgroup(&self.paths)];
+        checks.extend(agent(client).await?);
+        if self.json {
+            print_json(&checks)?;
+        } else {
+            let mut table = Table::new(["CHECK", "VERDICT", "FINDING"]);
+            for Check { check, verdict, finding } in &checks {
+                table.row([(*check).to_owned(), verdict.name().to_owned(), finding.clone()]);
+            }
+            print(&table.to_string())?;
+        }
+        match checks.iter().filter(|check| check.verdict == Verdict::Fail).count() {
+            0 => Ok(()),
+            1 => bail!("1 check failed: do what it says"),
+            failed => bail!("{failed} checks failed: do what they say"),
+        }
+    }
+}
+
+impl Verdict {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Warn => "warn",
+            Self::Fail => "fail",
+        }
+    }
+}
+
+fn ok(check: &'static str, finding: impl Into<String>) -> Check {
+    Check { check, verdict: Verdict::Ok, finding: finding.into() }
+}
+
+fn warn(check: &'static str, finding: impl Into<String>) -> Check {
+    Check { check, verdict: Verdict::Warn, finding: finding.into() }
+}
+
+fn fail(check: &'static str, finding: impl Into<String>) -> Check {
+    Check { check, verdict: Verdict::Fail, finding: finding.into() }
+}
+
+/// Names of the capabilities that this process would need and does not have.
+pub(super) fn missing_rights() -> Result<Vec<&'static str>> {
+    let status = fs::read_to_string("/proc/self/status").context("read /proc/self/status")?;
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .context("find the effective capabilities in /proc/self/status")?;
+    Ok(missing_of(effective))
+}
+
+fn missing_of(effective: u64) -> Vec<&'static str> {
+    const SYS_ADMIN: u32 = 21;
+    const BPF: u32 = 39;
+    let has = |capability: u32| effective & (1 << capability) != 0;
+    RIGHTS
+        .iter()
+        .filter(|&&(capability, _)| !(has(capability) || capability == BPF && has(SYS_ADMIN)))
+        .map(|&(_, name)| name)
+        .collect()
+}
+
+fn rights() -> Result<Check> {
+    let missing = missing_rights()?;
+    Ok(if missing.is_empty() {
+        ok("rights", "all that the agent needs")
+    } else {
+        fail("rights", format!("{} missing: run the agent as root", missing.join(", ")))
+    })
+}
+
+fn kernel() -> Result<Check> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").context("read the kernel's release")?;
+    Ok(judge_kernel(release.trim()))
+}
+
+fn judge_kernel(release: &str) -> Check {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else {
+        return warn("kernel", format!("can't tell the version of {release:?}"));
+    };
+    if (major, minor) < TCX {
+        let (major, minor) = TCX;
+        return fail(
+            "kernel",
+            format!("tcx needs Linux {major}.{minor}, this is {release}: boot a newer kernel"),
+        );
+    }
+    ok("kernel", format!("Linux {release} has tcx"))
+}
+
+fn btf() -> Check {
+    if Path::new("/sys/kernel/btf/vmlinux").exists() {
+        ok("btf", "the kernel describes its types")
+    } else {
+        warn("btf", "the kernel has no BTF: fine for now, CONFIG_DEBUG_INFO_BTF for later versions")
+    }
+}
+
+fn bpffs(path: &Path) -> Check {
+    let at = path.display();
+    match statfs(path) {
+        Ok(found) if found.filesystem_type() == BPF_FS_MAGIC => ok("bpffs", format!("mounted at {at}")),
+        _ => warn("bpffs", format!("not mounted at {at}: the agent mounts one when it starts")),
+    }
+}
+
+fn cgroup(paths: &Paths) -> Check {
+    match paths.cgroup() {
+        Some(path) => ok("cgroup2", format!("mounted at {}", path.display())),
+        None => warn("cgroup2", "not mounted: published ports won't be reachable at 127.0.0.1"),
+    }
+}
+
+/// What the agent says of itself, and of the kernel's state compared with its own.
+async fn agent(client: &Client) -> Result<Vec<Check>> {
+    if !client.is_answered().await {
+        return Ok(vec![warn("agent", "does not answer: start one with `netdp agent`")]);
+    }
+    let status: wire::Status = client.get(&client::path(&["status"])).await?;
+    let mut checks = vec![ok("agent", format!("netdp {} (pid {})", status.version, status.pid))];
+    checks.extend(status.troubles.into_iter().map(|trouble| fail("trouble", trouble)));
+    let uplinks: Vec<String> = status.uplinks.iter().map(ToString::to_string).collect();
+    checks.push(if uplinks.is_empty() {
+        warn("uplinks", "none: containers reach this host only; see --uplink")
+    } else {
+        ok("uplinks", uplinks.join(", "))
+    });
+    let drift: Vec<String> = client.get(&client::path(&["check"])).await?;
+    if drift.is_empty() {
+        checks.push(ok("drift", "the kernel agrees with what was asked for"));
+    }
+    let advice = "the agent repairs it within seconds; if not, restart it";
+    checks.extend(drift.iter().map(|what| fail("drift", format!("{what}: {advice}"))));
+    Ok(checks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_are_named() {
+        assert_eq!(missing_of(u64::MAX), [""; 0]);
+        assert_eq!(missing_of(1 << 10 | 1 << 12 | 1 << 21), [""; 0], "SYS_ADMIN implies BPF");
+        assert_eq!(
+            missing_of(1 << 12),
+            ["CAP_NET_BIND_SERVICE", "CAP_SYS_ADMIN", "CAP_BPF"]
+        );
+    }
+
+    #[test]
+    fn kernels_are_judged_by_their_release() {
+        for (release, verdict) in [
+            ("6.18.0-rc1", Verdict::Ok),
+            ("6.6.0", Verdict::Ok),
+            ("10.0", Verdict::Ok),
+            ("6.5.13-cloud", Verdict::Fail),
+            ("5.10.0-28-amd64", Verdict::Fail),
+            ("next", Verdict::Warn),
+        ] {
+            assert_eq!(judge_kernel(release).verdict, verdict, "{release}");
+        }
+    }
+}
