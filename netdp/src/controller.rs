@@ -107,7 +107,11 @@ impl Controller {
     /// # Errors
     /// Fails where the store or netlink can't be read, or the backend refuses the program. A single
     /// network or endpoint that can't be restored is logged and retried instead.
-    pub async fn open(config: &Config, store: Store, dataplane: Box<dyn Dataplane>) -> Result<Self> {
+    pub async fn open(
+        config: &Config,
+        store: Store,
+        dataplane: Box<dyn Dataplane>,
+    ) -> Result<Self> {
         let netlink = Netlink::open()?;
         // Before the first reading: what changes after it must not go unnoticed.
         let events = Events::subscribe()?;
@@ -168,9 +172,9 @@ impl Controller {
         operation: impl FnOnce(&mut Model, &HostFacts) -> Result<T, Refusal> + Send,
     ) -> Result<T, ChangeError> {
         let mut state = self.lock().await;
-        state.facts = state.netlink.read_facts().await?;
+        let facts = state.netlink.read_facts().await?;
         let mut model = Model::clone(&state.model);
-        let value = operation(&mut model, &state.facts)?;
+        let value = operation(&mut model, &facts)?;
         // A task of its own: a caller who hangs up must not stop a change half-way.
         let change = tokio::spawn(async move { state.change(model).await });
         change.await.context("finish the change")??;
@@ -299,13 +303,17 @@ impl State {
     /// Reads the host again and repairs what differs, if anything does.
     async fn look(&mut self) -> Result<()> {
         let facts = self.netlink.read_facts().await?;
-        self.follow_renames(&facts).await?;
-        let is_same = facts.links == self.facts.links
-            && facts.ephemeral_ports == self.facts.ephemeral_ports
+        let plan = plan(&self.model, &facts, &self.setting);
+        // Not only against what was seen last: a change of the host in the middle of a pass may
+        // have been seen and not acted on.
+        let is_fine = facts.links == self.facts.links
+            && plan.program == *self.program
+            && link_drift(&plan, &facts).is_empty()
             && self.troubles.is_empty()
             && self.vanished().is_empty();
-        self.facts = facts;
-        if !is_same {
+        if is_fine {
+            self.facts = facts;
+        } else {
             self.repair().await?;
         }
         self.publish();
@@ -366,9 +374,12 @@ impl State {
         errors.extend(purged.context("purge the dataplane").err());
         // A sysctl that could not be given back is still remembered for the next attempt.
         let is_clean = errors.is_empty();
-        let forgotten = self.store.call(move |store| {
-            if is_clean { store.clear() } else { store.save(&before, &nothing) }
-        });
+        let forgotten =
+            self.store.call(
+                move |store| {
+                    if is_clean { store.clear() } else { store.save(&before, &nothing) }
+                },
+            );
         errors.extend(forgotten.await.flatten().context("empty the store").err());
         self.troubles.clear();
         self.program = Arc::default();

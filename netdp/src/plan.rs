@@ -17,9 +17,7 @@ use crate::{
         Uplink,
     },
     facts::{HostFacts, Link},
-    model::{
-        Endpoint, EndpointId, MacAddress, Model, NetnsIdentity, Network, NetworkId,
-    },
+    model::{Endpoint, EndpointId, MacAddress, Model, NetnsIdentity, Network, NetworkId},
 };
 
 /// What the operator decides and the model does not hold, and what is known of the host from

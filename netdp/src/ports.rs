@@ -23,6 +23,9 @@ use thiserror::Error;
 
 use crate::{dataplane::PublishedKey, model::Protocol};
 
+/// Enough for every TCP and UDP port of two addresses.
+const OPEN_FILES: u64 = 262_144 + 4096;
+
 /// The ports that we hold.
 #[derive(Debug, Default)]
 pub struct Reservations {
@@ -86,9 +89,11 @@ impl Reservations {
     /// Holds nothing yet. Raises the process's limit of open files as far as it may be: every port
     /// takes one.
     pub fn new() -> Self {
-        // Where it can't be raised, `prepare` says so when the limit is reached.
+        // Where it can't be raised enough, `prepare` says so once it is reached.
         if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-            let _lower = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+            let ample = hard.max(OPEN_FILES);
+            let _lower = setrlimit(Resource::RLIMIT_NOFILE, ample, ample)
+                .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
         }
         Self::default()
     }
@@ -249,7 +254,11 @@ fn process_with(inode: u64) -> Option<(String, u32)> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, UdpSocket};
+    use std::{
+        net::{TcpListener, UdpSocket},
+        thread,
+        time::{Duration, Instant},
+    };
 
     use super::*;
 
@@ -261,6 +270,18 @@ mod tests {
     fn free_port() -> u16 {
         let probe = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         probe.local_addr().unwrap().port()
+    }
+
+    /// Other tests start programs, and a child has a copy of our sockets until it is one.
+    fn becomes_free(port: u16) -> bool {
+        let deadline = Instant::now() + Duration::from_secs(4);
+        while TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_err() {
+            if Instant::now() > deadline {
+                return false;
+            }
+            thread::yield_now();
+        }
+        true
     }
 
     #[test]
@@ -278,7 +299,7 @@ mod tests {
         assert_eq!(udp.kind(), io::ErrorKind::AddrInUse);
 
         assert!(reservations.hold(&BTreeSet::new()).is_empty());
-        TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
+        assert!(becomes_free(port));
     }
 
     #[test]
@@ -298,7 +319,7 @@ mod tests {
         let free = loopback(Protocol::Tcp, free_port());
         let reservations = Reservations::default();
         reservations.prepare(&[taken, free].into()).unwrap_err();
-        TcpListener::bind((Ipv4Addr::LOCALHOST, free.port)).unwrap();
+        assert!(becomes_free(free.port));
     }
 
     #[test]

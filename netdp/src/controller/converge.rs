@@ -14,7 +14,7 @@ use crate::{
     facts::HostFacts,
     model::{EndpointId, Model, NetworkId},
     netlink::{namespace::Namespace, sysctl},
-    plan::{Plan, SysctlPlan, VethPlan, forwarding_interface, forwarding_sysctl, own, plan},
+    plan::{self, Plan, SysctlPlan, VethPlan, forwarding_interface, forwarding_sysctl, own},
 };
 
 /// Something that a pass could not do.
@@ -92,20 +92,28 @@ impl State {
     ) -> Result<Vec<Failure>> {
         let mut pass = Pass { model, before, failures: Vec::new() };
         let facts = self.netlink.read_facts().await?;
-        let outgoing = plan(model, &facts, &self.setting);
+        self.follow_renames(&facts).await?;
+        let outgoing = plan::plan(model, &facts, &self.setting);
         self.shut(&mut pass, &outgoing, &facts).await?;
 
         let facts = self.netlink.read_facts().await?;
-        let incoming = plan(model, &facts, &self.setting);
+        let incoming = plan::plan(model, &facts, &self.setting);
         self.make_links(&mut pass, &incoming, &facts).await?;
 
         let facts = self.netlink.read_facts().await?;
-        let plan = plan(model, &facts, &self.setting);
-        if self.apply(&mut pass, &plan).await? {
-            self.open(&mut pass, &plan, &facts).await?;
+        let present = plan::plan(model, &facts, &self.setting);
+        let is_applied = self.apply(&mut pass, &present).await?;
+        if is_applied {
+            self.open(&mut pass, &present, &facts).await?;
         }
-        self.delete_orphans(&mut pass, &plan, &facts).await?;
+        self.delete_orphans(&mut pass, &present, &facts).await?;
+
         self.facts = self.netlink.read_facts().await?;
+        let settled = plan::plan(model, &self.facts, &self.setting);
+        // Addresses, and the peers of veths, that went with the orphans.
+        if is_applied && settled.program != *self.program {
+            self.apply(&mut pass, &settled).await?;
+        }
         Ok(pass.failures)
     }
 
@@ -260,7 +268,10 @@ impl State {
             return Ok(());
         }
         let record = (path.to_owned(), original.clone());
-        self.store.call(move |store| store.remember_sysctl(&record.0, &record.1)).await.flatten()?;
+        self.store
+            .call(move |store| store.remember_sysctl(&record.0, &record.1))
+            .await
+            .flatten()?;
         self.setting.originals.insert(path.to_owned(), original);
         Ok(())
     }
@@ -271,7 +282,7 @@ impl State {
     }
 
     /// A renamed uplink keeps its sysctls, so what we remember of it moves to its new name.
-    pub(super) async fn follow_renames(&mut self, facts: &HostFacts) -> Result<()> {
+    async fn follow_renames(&mut self, facts: &HostFacts) -> Result<()> {
         let renamed: Vec<_> = self
             .setting
             .originals

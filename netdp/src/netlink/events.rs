@@ -8,10 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use futures::{StreamExt, channel::mpsc::UnboundedReceiver};
 use rtnetlink::{
-    MulticastGroup, new_multicast_connection,
-    packet_core::NetlinkMessage,
-    packet_route::RouteNetlinkMessage,
-    sys::SocketAddr,
+    MulticastGroup, new_multicast_connection, packet_core::NetlinkMessage,
+    packet_route::RouteNetlinkMessage, sys::SocketAddr,
 };
 use tokio::{task::AbortHandle, time::sleep};
 

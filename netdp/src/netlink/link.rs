@@ -53,9 +53,8 @@ impl Netlink {
         };
         let link = facts.links.get(&ifindex);
         if link.is_none_or(|link| link.mtu != plan.mtu || link.mac != Some(plan.mac)) {
-            let change = LinkUnspec::new_with_index(ifindex)
-                .mtu(plan.mtu)
-                .address(plan.mac.0.to_vec());
+            let change =
+                LinkUnspec::new_with_index(ifindex).mtu(plan.mtu).address(plan.mac.0.to_vec());
             self.change(change)
                 .await
                 .with_context(|| format!("set MTU and MAC of bridge {}", plan.name))?;
@@ -222,20 +221,16 @@ impl Netlink {
             .set_info_data(InfoData::Veth(InfoVeth::Peer(container_end.build())))
             .mtu(plan.mtu)
             .append_extra_attribute(LinkAttribute::Group(UNFINISHED_GROUP));
-        self.handle
-            .link()
-            .add(link.build())
-            .execute()
-            .await
-            .map_err(kernel_error)
-            .with_context(|| {
+        self.handle.link().add(link.build()).execute().await.map_err(kernel_error).with_context(
+            || {
                 format!(
                     "make veth {} with {} in {}",
                     plan.name,
                     plan.interface,
                     plan.netns.display()
                 )
-            })?;
+            },
+        )?;
         self.finish(&plan.name, &plan.alias).await
     }
 
@@ -251,11 +246,7 @@ impl Netlink {
 }
 
 /// The link of this name, if there is one and it is what the alias says.
-fn existing<'a>(
-    name: &str,
-    alias: &str,
-    facts: &'a HostFacts,
-) -> Result<Option<(u32, &'a Link)>> {
+fn existing<'a>(name: &str, alias: &str, facts: &'a HostFacts) -> Result<Option<(u32, &'a Link)>> {
     match facts.link(name) {
         Some((_, link)) if link.alias.as_deref() != Some(alias) => bail!(
             "interface {name} exists and is not \"{alias}\" (its alias is \"{}\"): rename or \

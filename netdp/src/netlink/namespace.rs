@@ -138,9 +138,10 @@ impl Netlink {
     async fn ensure_container_end(&self, plan: &VethPlan) -> Result<()> {
         let facts = self.read_facts().await?;
         // By MAC: the container may have renamed it.
-        let found = facts.links.iter().find(|(_, link)| {
-            link.mac == Some(plan.mac) && link.kind.as_deref() == Some("veth")
-        });
+        let found = facts
+            .links
+            .iter()
+            .find(|(_, link)| link.mac == Some(plan.mac) && link.kind.as_deref() == Some("veth"));
         let Some((&ifindex, link)) = found else {
             bail!("find interface {} with MAC {}: it is gone", plan.interface, plan.mac);
         };

@@ -1,6 +1,9 @@
 //! Reading the host's namespace into [`HostFacts`].
 
-use std::{collections::BTreeMap, net::{IpAddr, Ipv4Addr}};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use anyhow::{Context, Result};
 use futures::TryStreamExt;
@@ -150,7 +153,6 @@ fn route(message: &RouteMessage) -> Option<Route> {
             _ => {}
         }
     }
-    let destination =
-        Ipv4Net::new(destination?, message.header.destination_prefix_length).ok()?;
+    let destination = Ipv4Net::new(destination?, message.header.destination_prefix_length).ok()?;
     (destination.prefix_len() > 0).then_some(Route { destination, ifindex: ifindex? })
 }

@@ -80,9 +80,11 @@ pub fn with_ports(list: &str, first: u16, last: u16) -> String {
     }
     let items: Vec<String> = merged
         .into_iter()
-        .map(|(first, last)| {
-            if first == last { first.to_string() } else { format!("{first}-{last}") }
-        })
+        .map(
+            |(first, last)| {
+                if first == last { first.to_string() } else { format!("{first}-{last}") }
+            },
+        )
         .collect();
     items.join(",")
 }

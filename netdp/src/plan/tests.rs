@@ -85,7 +85,8 @@ fn link(name: &str) -> Link {
 /// lo, eth0 with two addresses, a tun device, and a bond with its port.
 fn host() -> HostFacts {
     let addresses = |nets: &[&str]| nets.iter().map(|net| net.parse().unwrap()).collect();
-    let lo = Link { loopback: true, mac: None, addresses: addresses(&["127.0.0.1/8"]), ..link("lo") };
+    let lo =
+        Link { loopback: true, mac: None, addresses: addresses(&["127.0.0.1/8"]), ..link("lo") };
     let eth0 = Link { addresses: addresses(&["10.0.0.2/24", "10.0.0.9/24"]), ..link("eth0") };
     let tun0 = Link { mac: None, forwarding: true, up: false, ..link("tun0") };
     let port = Link { master: Some(5), ..link("eth1") };
@@ -106,11 +107,8 @@ fn host_with_links() -> HostFacts {
         forwarding: true,
         ..link("nd-1")
     };
-    let veth = Link {
-        alias: Some("netdp endpoint n1/e1".into()),
-        master: Some(10),
-        ..link("ndv1")
-    };
+    let veth =
+        Link { alias: Some("netdp endpoint n1/e1".into()), master: Some(10), ..link("ndv1") };
     facts.links.extend([(10, bridge), (11, veth)]);
     facts
 }
@@ -163,8 +161,7 @@ fn the_first_plan_makes_links_and_keeps_them_from_the_backend_until_they_exist()
 #[test]
 fn the_program_names_what_exists() {
     let plan = plan(&model(), &host_with_links(), &Setting::default());
-    let target =
-        PublishedTarget { endpoint: A1, address: Ipv4Addr::new(172, 20, 0, 2), port: 80 };
+    let target = PublishedTarget { endpoint: A1, address: Ipv4Addr::new(172, 20, 0, 2), port: 80 };
     let uplink = |masquerade: Option<[u8; 4]>, ethernet, forwarded_before| Uplink {
         masquerade: masquerade.map(Ipv4Addr::from),
         ethernet,
@@ -224,7 +221,8 @@ fn the_program_names_what_exists() {
 
 #[test]
 fn named_uplinks_are_the_only_ones() {
-    let setting = Setting { uplinks: ["eth0".to_owned(), "wan0".to_owned()].into(), ..Setting::default() };
+    let setting =
+        Setting { uplinks: ["eth0".to_owned(), "wan0".to_owned()].into(), ..Setting::default() };
     let plan = plan(&model(), &host(), &setting);
     assert_eq!(plan.program.uplinks.into_keys().collect::<Vec<_>>(), [2]);
 }
