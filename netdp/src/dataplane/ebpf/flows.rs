@@ -10,7 +10,7 @@ use netdp_common::{
 };
 use nix::time::{ClockId, clock_gettime};
 
-use super::{image::Image, sys::Wire, tables::Hash};
+use super::{image::Image, sys::Wire, tables::{Hash, absent_is_fine}};
 use crate::{dataplane::FlowRecord, model::NetworkId};
 
 /// A reply half without its original is left alone for this long: it may be new, and the original
@@ -45,10 +45,7 @@ impl Flows {
     fn remove(&mut self, flows: &[(FlowKey4, Flow4)]) -> Result<()> {
         for (key, half) in flows {
             for key in [half.peer_key(key.proto), *key] {
-                match self.map.remove(&Wire(key)) {
-                    Ok(()) | Err(MapError::KeyNotFound) => {}
-                    Err(error) => return Err(error).context("delete from map FLOW4"),
-                }
+                absent_is_fine(self.map.remove(&Wire(key))).context("delete from map FLOW4")?;
             }
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! The maps that the agent writes, typed, and bringing them to what an image says.
 
-use std::{collections::BTreeMap, fmt::Debug};
+use std::{collections::BTreeMap, fmt::Debug, io};
 
 use anyhow::{Context, Result};
 use aya::maps::{
@@ -15,6 +15,18 @@ use super::{image::Prefix, sys::Wire};
 pub(super) struct Table<M> {
     name: &'static str,
     map: M,
+}
+
+/// Somebody else may have been faster with a deletion: a program, or an operator.
+pub(super) fn absent_is_fine(deleted: Result<(), MapError>) -> Result<(), MapError> {
+    match deleted {
+        Err(MapError::SyscallError(error))
+            if error.io_error.kind() == io::ErrorKind::NotFound =>
+        {
+            Ok(())
+        }
+        deleted => deleted,
+    }
 }
 
 /// The kinds of maps a [`Table`] can be.
@@ -136,14 +148,8 @@ impl<M> Table<M> {
         let gone: Vec<K> =
             current.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
         for &key in &gone {
-            match self.map.delete(key) {
-                // Somebody else was faster.
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(error) => {
-                    return Err(error)
-                        .with_context(|| format!("delete {key:?} from map {}", self.name));
-                }
-            }
+            absent_is_fine(self.map.delete(key))
+                .with_context(|| format!("delete {key:?} from map {}", self.name))?;
             current.remove(&key);
         }
         Ok(gone.len())

@@ -1,0 +1,698 @@
+//! A host of real interfaces in a network namespace of its own, the real backend with a real
+//! program on it, and packets that are run through the loaded programs with `BPF_PROG_TEST_RUN`.
+//!
+//! Owns the layout of the host and the checking of one step. Knows nothing of what is promised.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    io::Write,
+    net::{Ipv4Addr, SocketAddrV4},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+use aya::{
+    TestRun, TestRunOptions,
+    maps::{HashMap, Map, MapData},
+    programs::{SchedClassifier, TcAttachType},
+};
+use ipnet::Ipv4Net;
+use netdp::{
+    dataplane::{
+        Count, Dataplane, EndpointProgram, FlowRecord, NatPorts, NetworkProgram, Program,
+        PublishedKey, PublishedTarget, Uplink,
+        ebpf::{Ebpf, EbpfOptions},
+    },
+    model::{EndpointId, GatewayMode, MacAddress, NetworkId, Protocol},
+};
+use netdp_common::{
+    counter::Reason,
+    flow::{Flow4, FlowKey4},
+};
+use netdp_tests::packet::ETHERNET_BYTES;
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    net::if_::if_nametoindex,
+    sched::{CloneFlags, unshare},
+};
+use tempfile::TempDir;
+
+use crate::datagram::{Datagram, Wire, verify};
+
+/// An ordinary network: a1, a2.
+pub(crate) const A: NetworkId = NetworkId(1);
+/// Another one: b1.
+pub(crate) const B: NetworkId = NetworkId(2);
+/// Members may not talk to each other: c1, c2.
+pub(crate) const ICC_OFF: NetworkId = NetworkId(3);
+/// No way out or in: i1, i2.
+pub(crate) const INTERNAL: NetworkId = NetworkId(4);
+/// The host is out of reach, too: x1, x2.
+pub(crate) const ISOLATED: NetworkId = NetworkId(5);
+/// Gateway mode nat-unprotected: u1.
+pub(crate) const UNPROTECTED: NetworkId = NetworkId(6);
+/// Gateway mode routed: r1.
+pub(crate) const ROUTED: NetworkId = NetworkId(7);
+/// Masquerade off: m1.
+pub(crate) const UNMASQUERADED: NetworkId = NetworkId(8);
+/// Masquerade with [`SNAT`]: s1.
+pub(crate) const FIXED_SOURCE: NetworkId = NetworkId(9);
+
+/// The host on up0.
+pub(crate) const HOST: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+/// Its second address there.
+pub(crate) const HOST_SECOND: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 7);
+/// Its address for the network with a fixed source.
+pub(crate) const SNAT: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 9);
+/// Somebody outside, by the default route through up0.
+pub(crate) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 3);
+/// The host on up1.
+pub(crate) const HOST_UP1: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 2);
+/// Somebody behind up1.
+pub(crate) const OUTSIDE_UP1: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 3);
+/// The host on tun0, an uplink without Ethernet.
+pub(crate) const HOST_TUN: Ipv4Addr = Ipv4Addr::new(10, 2, 0, 2);
+/// Somebody behind tun0.
+pub(crate) const OUTSIDE_TUN: Ipv4Addr = Ipv4Addr::new(10, 2, 0, 3);
+/// Somebody behind other0, which is nobody's uplink.
+pub(crate) const OUTSIDE_UNKNOWN: Ipv4Addr = Ipv4Addr::new(10, 3, 0, 3);
+
+/// The host's own MAC on every uplink.
+pub(crate) const UPLINK_MAC: [u8; 6] = [2, 0, 0, 1, 0, 0];
+/// The next router's on every uplink.
+pub(crate) const ROUTER_MAC: [u8; 6] = [2, 0, 0, 2, 0, 0];
+
+/// tc verdicts (linux/bpf.h and linux/pkt_cls.h).
+pub(crate) const TCX_NEXT: i32 = -1;
+/// See [`TCX_NEXT`].
+pub(crate) const TCX_DROP: i32 = 2;
+/// See [`TCX_NEXT`].
+pub(crate) const TCX_REDIRECT: i32 = 7;
+
+/// Default size of the flow table in tests, in flows.
+const FLOWS: u32 = 4096;
+
+/// Endpoints, by the name of the host's end of their veth, and their networks. The n-th member of
+/// a network has address .1 + n.
+const MEMBERS: [(&str, NetworkId); 14] = [
+    ("a1", A),
+    ("a2", A),
+    ("b1", B),
+    ("c1", ICC_OFF),
+    ("c2", ICC_OFF),
+    ("i1", INTERNAL),
+    ("i2", INTERNAL),
+    ("x1", ISOLATED),
+    ("x2", ISOLATED),
+    ("u1", UNPROTECTED),
+    ("r1", ROUTED),
+    ("m1", UNMASQUERADED),
+    ("s1", FIXED_SOURCE),
+    ("s2", FIXED_SOURCE),
+];
+const BRIDGES: [(&str, NetworkId); 9] = [
+    ("br-a", A),
+    ("br-b", B),
+    ("br-c", ICC_OFF),
+    ("br-i", INTERNAL),
+    ("br-x", ISOLATED),
+    ("br-u", UNPROTECTED),
+    ("br-r", ROUTED),
+    ("br-m", UNMASQUERADED),
+    ("br-s", FIXED_SOURCE),
+];
+const UPLINKS: [(&str, Ipv4Addr); 4] = [
+    ("up0", HOST),
+    ("up1", HOST_UP1),
+    ("tun0", HOST_TUN),
+    ("other0", Ipv4Addr::new(10, 3, 0, 2)),
+];
+/// Without an Ethernet header.
+const TUN: &str = "tun0";
+/// Not in the program.
+const UNKNOWN: &str = "other0";
+
+/// Address of an endpoint.
+pub(crate) fn address(endpoint: &str) -> Ipv4Addr {
+    let network = network_of(endpoint);
+    let before = MEMBERS.iter().take_while(|(name, _)| *name != endpoint);
+    let place = before.filter(|(_, other)| *other == network).count() as u8;
+    host_in(network, 2 + place)
+}
+
+/// Address and port of an endpoint.
+pub(crate) fn socket(endpoint: &str, port: u16) -> SocketAddrV4 {
+    SocketAddrV4::new(address(endpoint), port)
+}
+
+/// MAC of an endpoint.
+pub(crate) fn mac(endpoint: &str) -> [u8; 6] {
+    let [a, b, c, d] = address(endpoint).octets();
+    [2, 0x42, a, b, c, d]
+}
+
+/// Network of an endpoint.
+pub(crate) fn network_of(endpoint: &str) -> NetworkId {
+    MEMBERS.iter().find(|(name, _)| *name == endpoint).expect("an endpoint of the fixture").1
+}
+
+/// Id of an endpoint.
+pub(crate) fn id_of(endpoint: &str) -> EndpointId {
+    let place = MEMBERS.iter().position(|(name, _)| *name == endpoint);
+    EndpointId(100 + place.expect("an endpoint of the fixture") as u32)
+}
+
+/// The n-th address of a network.
+pub(crate) fn host_in(network: NetworkId, n: u8) -> Ipv4Addr {
+    Ipv4Addr::new(172, 19 + network.0 as u8, 0, n)
+}
+
+/// Address of a network's bridge.
+pub(crate) fn gateway(network: NetworkId) -> Ipv4Addr {
+    host_in(network, 1)
+}
+
+/// MAC of a network's bridge.
+pub(crate) fn bridge_mac(network: NetworkId) -> [u8; 6] {
+    [2, 0, 0, 0, network.0 as u8, 1]
+}
+
+/// Name of a network's bridge.
+pub(crate) fn bridge(network: NetworkId) -> &'static str {
+    BRIDGES.iter().find(|(_, id)| *id == network).expect("a network of the fixture").0
+}
+
+/// A packet that a container sends to its gateway.
+pub(crate) fn from_container_wire(endpoint: &str, port: u16, to: SocketAddrV4) -> Wire {
+    Wire {
+        source_mac: mac(endpoint),
+        destination_mac: bridge_mac(network_of(endpoint)),
+        source: socket(endpoint, port),
+        destination: to,
+    }
+}
+
+/// A packet that comes in at an uplink.
+pub(crate) fn from_outside_wire(source: SocketAddrV4, destination: SocketAddrV4) -> Wire {
+    Wire { source_mac: ROUTER_MAC, destination_mac: UPLINK_MAC, source, destination }
+}
+
+/// The programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Hook {
+    FromContainer,
+    IntoNetwork,
+    FromUplink,
+    ToUplink,
+}
+
+impl Hook {
+    pub(crate) const ALL: [Self; 4] =
+        [Self::FromContainer, Self::IntoNetwork, Self::FromUplink, Self::ToUplink];
+
+    /// An interface where the program is, the direction, the program's name.
+    fn place(self) -> (&'static str, TcAttachType, &'static str) {
+        match self {
+            Self::FromContainer => ("a1", TcAttachType::Ingress, "from_container"),
+            Self::IntoNetwork => ("br-a", TcAttachType::Egress, "into_network"),
+            Self::FromUplink => ("up0", TcAttachType::Ingress, "from_uplink"),
+            Self::ToUplink => ("up0", TcAttachType::Egress, "to_uplink"),
+        }
+    }
+}
+
+/// Where a packet meets a program.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct At {
+    hook: Hook,
+    interface: &'static str,
+    /// Where the packet came into the host; `None` = the host sends it.
+    arrived: Option<&'static str>,
+}
+
+/// What a container sends.
+pub(crate) fn from_container(endpoint: &'static str) -> At {
+    At { hook: Hook::FromContainer, interface: endpoint, arrived: Some(endpoint) }
+}
+
+/// What the host's stack sends into a network.
+pub(crate) fn into_network(network: NetworkId, arrived: Option<&'static str>) -> At {
+    At { hook: Hook::IntoNetwork, interface: bridge(network), arrived }
+}
+
+/// What comes in from outside.
+pub(crate) fn from_uplink(uplink: &'static str) -> At {
+    At { hook: Hook::FromUplink, interface: uplink, arrived: Some(uplink) }
+}
+
+/// What leaves the host.
+pub(crate) fn to_uplink(uplink: &'static str, arrived: Option<&'static str>) -> At {
+    At { hook: Hook::ToUplink, interface: uplink, arrived }
+}
+
+/// What should become of a packet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Want {
+    verdict: i32,
+    /// `None` = as it came.
+    wire: Option<Wire>,
+    /// What is counted for the first frame; drops count every frame.
+    counted: Option<(Option<NetworkId>, Reason)>,
+}
+
+/// Passes as it came.
+pub(crate) fn pass() -> Want {
+    Want { verdict: TCX_NEXT, wire: None, counted: None }
+}
+
+/// Passes, rewritten.
+pub(crate) fn pass_as(wire: Wire) -> Want {
+    Want { verdict: TCX_NEXT, wire: Some(wire), counted: None }
+}
+
+/// Goes back out of the interface it came from, rewritten.
+pub(crate) fn turn_around_as(wire: Wire) -> Want {
+    Want { verdict: TCX_REDIRECT, wire: Some(wire), counted: None }
+}
+
+/// Dropped and counted for a network.
+pub(crate) fn dropped(network: NetworkId, reason: Reason) -> Want {
+    Want { verdict: TCX_DROP, wire: None, counted: Some((Some(network), reason)) }
+}
+
+/// Dropped and counted for none.
+pub(crate) fn dropped_for_nobody(reason: Reason) -> Want {
+    Want { verdict: TCX_DROP, wire: None, counted: Some((None, reason)) }
+}
+
+impl Want {
+    /// And opens a flow.
+    pub(crate) fn opening(self, network: NetworkId, kind: Reason) -> Self {
+        Self { counted: Some((Some(network), kind)), ..self }
+    }
+}
+
+/// What became of one frame.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    pub(crate) verdict: i32,
+    pub(crate) frame: Vec<u8>,
+}
+
+/// The host under test.
+pub(crate) struct Fixture {
+    pub(crate) backend: Ebpf,
+    /// What was applied last.
+    pub(crate) program: Program,
+    programs: BTreeMap<Hook, SchedClassifier>,
+    ifindexes: BTreeMap<&'static str, u32>,
+    bpffs: Bpffs,
+}
+
+impl Fixture {
+    /// The standard host with the standard program.
+    pub(crate) fn new() -> Result<Self> {
+        Self::with(FLOWS, |_| {})
+    }
+
+    /// The standard host with a flow table of `flows` and a changed program.
+    pub(crate) fn with(flows: u32, change: impl FnOnce(&mut Program)) -> Result<Self> {
+        // The main thread moves on to a new namespace; the old one ends.
+        unshare(CloneFlags::CLONE_NEWNET).context("create a network namespace")?;
+        let ifindexes = build_host()?;
+        let bpffs = Bpffs::mount()?;
+        let mut backend = Ebpf::open(EbpfOptions { bpffs: bpffs.path().to_owned(), flows })?;
+        let mut program = standard_program(&ifindexes);
+        change(&mut program);
+        backend.apply(&program)?;
+        let mut programs = BTreeMap::new();
+        for hook in Hook::ALL {
+            let (interface, direction, name) = hook.place();
+            let (_, infos) = SchedClassifier::query_tcx(interface, direction)
+                .with_context(|| format!("look for {name} on {interface}"))?;
+            let info = infos
+                .into_iter()
+                .find(|info| info.name_as_str().is_some_and(|found| name.starts_with(found)))
+                .with_context(|| format!("find {name} on {interface}"))?;
+            programs.insert(hook, SchedClassifier::from_program_info(info, name.into())?);
+        }
+        Ok(Self { backend, program, programs, ifindexes, bpffs })
+    }
+
+    /// Changes the program and applies it; returns the number of writes.
+    pub(crate) fn apply(&mut self, change: impl FnOnce(&mut Program)) -> Result<usize> {
+        change(&mut self.program);
+        Ok(self.backend.apply(&self.program)?.writes)
+    }
+
+    /// ifindex of an interface of the fixture.
+    pub(crate) fn ifindex(&self, interface: &str) -> u32 {
+        self.ifindexes[interface]
+    }
+
+    /// Runs one frame through a program, whatever becomes of it.
+    pub(crate) fn run(&self, at: At, frame: &[u8]) -> Result<Outcome> {
+        let mut context = SkbContext::default();
+        context.set(SkbContext::IFINDEX, self.ifindex(at.interface));
+        context.set(SkbContext::INGRESS_IFINDEX, at.arrived.map_or(0, |name| self.ifindex(name)));
+        let mut out = vec![0; frame.len() + 256];
+        let result = self.programs[&at.hook]
+            .test_run(TestRunOptions {
+                data_in: Some(frame),
+                data_out: Some(&mut out),
+                ctx_in: Some(&context.bytes),
+                ..TestRunOptions::new()
+            })
+            .with_context(|| format!("run {} bytes through {at:?}", frame.len()))?;
+        out.truncate(result.data_size_out as usize);
+        Ok(Outcome { verdict: result.return_value as i32, frame: out })
+    }
+
+    /// Runs a datagram, frame by frame, and compares verdict, bytes and every counter with what
+    /// is wanted. Returns the datagram as it left.
+    pub(crate) fn expect(
+        &mut self,
+        name: &str,
+        at: At,
+        datagram: &Datagram,
+        want: Want,
+    ) -> Result<Datagram> {
+        self.try_expect(at, datagram, want)
+            .with_context(|| format!("{name}: {:?} at {at:?}, wanted {want:?}", datagram))
+    }
+
+    fn try_expect(&mut self, at: At, datagram: &Datagram, want: Want) -> Result<Datagram> {
+        let wanted = datagram.with_wire(want.wire.unwrap_or(datagram.wire));
+        let mut left = Vec::new();
+        for (index, (frame, wanted)) in
+            datagram.frames().iter().zip(wanted.frames()).enumerate()
+        {
+            // A device without Ethernet sees the packet only; the oracle wants a frame.
+            let hidden = if at.interface == TUN { ETHERNET_BYTES } else { 0 };
+            let counted = want
+                .counted
+                .filter(|_| index == 0 || want.verdict == TCX_DROP)
+                .map(|(network, reason)| Count {
+                    network,
+                    reason,
+                    packets: 1,
+                    bytes: (frame.len() - hidden) as u64,
+                });
+            let out = self.expect_frame(at, &frame[hidden..], want.verdict, counted)?;
+            if want.verdict == TCX_DROP {
+                continue;
+            }
+            ensure!(
+                out == wanted[hidden..],
+                "frame {index}: wanted {}\n        seen {}",
+                hex(&wanted[hidden..]),
+                hex(&out)
+            );
+            left.push([&wanted[..hidden], &out].concat());
+        }
+        verify(&left)?;
+        Ok(wanted)
+    }
+
+    /// Runs a frame and compares verdict and every counter; returns what came out.
+    pub(crate) fn expect_frame(
+        &mut self,
+        at: At,
+        frame: &[u8],
+        verdict: i32,
+        counted: Option<Count>,
+    ) -> Result<Vec<u8>> {
+        let before = self.backend.counters()?;
+        let outcome = self.run(at, frame)?;
+        let moved = moved(&before, &self.backend.counters()?);
+        ensure!(
+            outcome.verdict == verdict && moved == Vec::from_iter(counted),
+            "verdict: wanted {verdict}, seen {}; counted: wanted {counted:?}, seen {moved:?}",
+            outcome.verdict
+        );
+        Ok(outcome.frame)
+    }
+
+    /// All flows, checked against what is wanted of each but its times.
+    pub(crate) fn expect_flows(&mut self, wanted: &[FlowRecord]) -> Result<()> {
+        let timeless = |record: &FlowRecord| FlowRecord {
+            idle: std::time::Duration::ZERO,
+            expires: std::time::Duration::ZERO,
+            ..record.clone()
+        };
+        let key = |record: &FlowRecord| (record.protocol, record.source, record.destination);
+        let mut seen: Vec<_> = self.backend.flows()?.iter().map(timeless).collect();
+        let mut wanted: Vec<_> = wanted.iter().map(timeless).collect();
+        seen.sort_by_key(key);
+        wanted.sort_by_key(key);
+        ensure!(seen == wanted, "flows: wanted {wanted:#?}, seen {seen:#?}");
+        Ok(())
+    }
+
+    /// The pinned flow table, raw.
+    pub(crate) fn flow_table(
+        &self,
+    ) -> Result<HashMap<MapData, [u8; size_of::<FlowKey4>()], [u8; size_of::<Flow4>()]>> {
+        let data = MapData::from_pin(self.map_path("FLOW4")).context("open the pin of FLOW4")?;
+        Ok(Map::HashMap(data).try_into()?)
+    }
+
+    /// Removes every half of a flow for which `is_doomed`; returns how many.
+    pub(crate) fn remove_halves(&self, is_doomed: impl Fn(Zone) -> bool) -> Result<usize> {
+        let mut table = self.flow_table()?;
+        let keys = table.keys().collect::<Result<Vec<_>, _>>()?;
+        let doomed: Vec<_> = keys.iter().filter(|key| is_doomed(Zone::of(*key))).collect();
+        for key in &doomed {
+            table.remove(key)?;
+        }
+        Ok(doomed.len())
+    }
+
+    /// Number of halves in the flow table.
+    pub(crate) fn halves(&self) -> Result<usize> {
+        Ok(self.flow_table()?.keys().collect::<Result<Vec<_>, _>>()?.len())
+    }
+
+    /// Pin of a map.
+    pub(crate) fn map_path(&self, name: &str) -> PathBuf {
+        self.bpffs.path().join(format!("netdp/v{}/maps", netdp_common::abi::ABI)).join(name)
+    }
+}
+
+/// Where packets of a half arrive: a network's id, or 0 for the world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Zone(pub(crate) u32);
+
+impl Zone {
+    fn of(key: &[u8]) -> Self {
+        // The first field of `FlowKey4`.
+        Self(u32::from_ne_bytes([key[0], key[1], key[2], key[3]]))
+    }
+}
+
+/// A bpffs of the test's own.
+struct Bpffs(TempDir);
+
+impl Bpffs {
+    fn mount() -> Result<Self> {
+        let directory = tempfile::tempdir().context("make a directory for bpffs")?;
+        mount(Some("bpffs"), directory.path(), Some("bpf"), MsFlags::empty(), None::<&str>)
+            .context("mount a bpffs")?;
+        Ok(Self(directory))
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Bpffs {
+    fn drop(&mut self) {
+        // Nobody is left to complain to; the mount namespace ends with the process.
+        let _ = umount2(self.path(), MntFlags::MNT_DETACH);
+    }
+}
+
+/// `struct __sk_buff` (linux/bpf.h) as `BPF_PROG_TEST_RUN` takes it.
+struct SkbContext {
+    bytes: [u8; 192],
+}
+
+impl Default for SkbContext {
+    fn default() -> Self {
+        Self { bytes: [0; 192] }
+    }
+}
+
+impl SkbContext {
+    const INGRESS_IFINDEX: usize = 36;
+    const IFINDEX: usize = 40;
+
+    fn set(&mut self, field: usize, value: u32) {
+        self.bytes[field..field + 4].copy_from_slice(&value.to_ne_bytes());
+    }
+}
+
+/// Counters that moved, and by how much.
+fn moved(before: &[Count], after: &[Count]) -> Vec<Count> {
+    let old = |count: &Count| {
+        before
+            .iter()
+            .find(|old| (old.network, old.reason) == (count.network, count.reason))
+            .map_or((0, 0), |old| (old.packets, old.bytes))
+    };
+    after
+        .iter()
+        .filter(|count| (count.packets, count.bytes) != old(count))
+        .map(|count| {
+            let (packets, bytes) = old(count);
+            Count { packets: count.packets - packets, bytes: count.bytes - bytes, ..*count }
+        })
+        .collect()
+}
+
+/// Bytes in hexadecimal.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn build_host() -> Result<BTreeMap<&'static str, u32>> {
+    // No router solicitation may disturb the counters.
+    for scope in ["all", "default"] {
+        fs::write(format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6"), "1")
+            .context("switch IPv6 off")?;
+    }
+    fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("switch forwarding on")?;
+    let mut script = String::from("link set lo up\n");
+    let mac = |bytes| MacAddress(bytes).to_string();
+    for (name, id) in BRIDGES {
+        script += &format!(
+            "link add {name} address {} type bridge\naddress add {}/24 dev {name}\nlink set {name} up\n",
+            mac(bridge_mac(id)),
+            gateway(id)
+        );
+    }
+    for (name, id) in MEMBERS {
+        script += &format!(
+            "link add {name} type veth peer name {name}-peer\nlink set {name} master {} up\nlink set {name}-peer up\n",
+            bridge(id)
+        );
+    }
+    for (name, address) in UPLINKS {
+        script += &format!(
+            "link add {name} address {} type veth peer name {name}-peer\naddress add {address}/24 dev {name}\nlink set {name} up\nlink set {name}-peer up\n",
+            mac(UPLINK_MAC)
+        );
+    }
+    script += &format!("address add {HOST_SECOND}/24 dev up0\naddress add {SNAT}/24 dev up0\n");
+    script += &format!("route add default via {OUTSIDE}\n");
+    ip_batch(&script)?;
+    let names = BRIDGES.iter().map(|(name, _)| *name);
+    let names = names.chain(MEMBERS.iter().map(|(name, _)| *name));
+    names
+        .chain(UPLINKS.iter().map(|(name, _)| *name))
+        .map(|name| {
+            Ok((name, if_nametoindex(name).with_context(|| format!("find interface {name}"))?))
+        })
+        .collect()
+}
+
+/// Runs lines of `ip` in this thread's namespace.
+fn ip_batch(script: &str) -> Result<()> {
+    let mut child = Command::new("ip")
+        .args(["-batch", "-"])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("start ip: install iproute2")?;
+    child.stdin.take().context("open ip's input")?.write_all(script.as_bytes())?;
+    let output = child.wait_with_output().context("run ip")?;
+    ensure!(output.status.success(), "build the host: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
+    let networks = BRIDGES.map(|(name, id)| {
+        let gateway_mode = match id {
+            ISOLATED => GatewayMode::Isolated,
+            UNPROTECTED => GatewayMode::NatUnprotected,
+            ROUTED => GatewayMode::Routed,
+            _ => GatewayMode::Nat,
+        };
+        let network = NetworkProgram {
+            bridge_ifindex: ifindexes[name],
+            bridge_mac: MacAddress(bridge_mac(id)),
+            subnet: Ipv4Net::new_assert(host_in(id, 0), 24),
+            gateway: gateway(id),
+            gateway_mode,
+            internal: id == INTERNAL,
+            icc: id != ICC_OFF,
+            masquerade: id != UNMASQUERADED,
+            snat_ip: (id == FIXED_SOURCE).then_some(SNAT),
+            policy: Vec::new(),
+            policy_generation: 1,
+        };
+        (id, network)
+    });
+    let endpoints = MEMBERS.map(|(name, network)| {
+        let endpoint = EndpointProgram {
+            network,
+            ifindex: ifindexes[name],
+            address: address(name),
+            mac: MacAddress(mac(name)),
+        };
+        (id_of(name), endpoint)
+    });
+    let uplinks = UPLINKS.iter().filter(|(name, _)| *name != UNKNOWN).map(|&(name, address)| {
+        let uplink =
+            Uplink { masquerade: Some(address), ethernet: name != TUN, forwarded_before: false };
+        (ifindexes[name], uplink)
+    });
+    let local: BTreeSet<_> = UPLINKS
+        .iter()
+        .map(|&(_, address)| address)
+        .chain([HOST_SECOND, SNAT])
+        .chain(BRIDGES.map(|(_, id)| gateway(id)))
+        .collect();
+    let mut program = Program {
+        nat_ports: NatPorts::default(),
+        networks: networks.into(),
+        endpoints: endpoints.into(),
+        published: BTreeMap::new(),
+        uplinks: uplinks.collect(),
+        local,
+    };
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let mut publish = |address, port, endpoint, container_port| {
+            let (key, target) = published(address, port, protocol, endpoint, container_port);
+            program.published.insert(key, target);
+        };
+        publish(Ipv4Addr::UNSPECIFIED, 8080, "a1", 80);
+        publish(Ipv4Addr::UNSPECIFIED, 8081, "a1", 80);
+        publish(HOST, 9090, "a1", 90);
+        publish(Ipv4Addr::UNSPECIFIED, 8443, "b1", 443);
+        publish(Ipv4Addr::UNSPECIFIED, 7070, "c1", 70);
+        publish(Ipv4Addr::UNSPECIFIED, 8082, "r1", 80);
+    }
+    program
+}
+
+/// A published port.
+pub(crate) fn published(
+    address: Ipv4Addr,
+    port: u16,
+    protocol: Protocol,
+    endpoint: &str,
+    container_port: u16,
+) -> (PublishedKey, PublishedTarget) {
+    (
+        PublishedKey { address, port, protocol },
+        PublishedTarget {
+            endpoint: id_of(endpoint),
+            address: self::address(endpoint),
+            port: container_port,
+        },
+    )
+}
