@@ -31,7 +31,7 @@ use crate::{
     model::{EndpointId, Model, Refusal},
     netlink::{Netlink, events::Events, namespace},
     plan::{Setting, link_drift, plan, reservations},
-    ports::{PortError, Reservations},
+    ports::{PortError, Prepared, Reservations},
     store::Store,
 };
 
@@ -165,18 +165,35 @@ impl Controller {
     /// it. Where anything fails, kernel, model and store go back to what they were. Once the
     /// operation was granted, the change goes on even if the caller drops the future.
     ///
+    /// The operation runs again where it chose a port that another program of the host has; the
+    /// facts then say so.
+    ///
     /// # Errors
     /// The operation's refusal, a published port that another program has, or what failed.
     pub async fn change<T: Send>(
         &self,
-        operation: impl FnOnce(&mut Model, &HostFacts) -> Result<T, Refusal> + Send,
+        operation: impl Fn(&mut Model, &HostFacts) -> Result<T, Refusal> + Send,
     ) -> Result<T, ChangeError> {
         let mut state = self.lock().await;
-        let facts = state.netlink.read_facts().await?;
-        let mut model = Model::clone(&state.model);
-        let value = operation(&mut model, &facts)?;
+        let mut facts = state.netlink.read_facts().await?;
+        let (value, model, prepared) = loop {
+            let mut model = Model::clone(&state.model);
+            let value = operation(&mut model, &facts)?;
+            match state.prepare_ports(&model).await? {
+                Ok(prepared) => break (value, model, prepared),
+                // The second time, the user gave the port.
+                Err(PortError::InUse { key, .. })
+                    if facts.ports_in_use.insert((key.protocol, key.port)) => {}
+                Err(error @ PortError::InUse { .. }) => {
+                    return Err(Refusal::conflict(error.to_string()).into());
+                }
+                Err(error @ PortError::Refused { .. }) => {
+                    return Err(ChangeError::Failed(error.into()));
+                }
+            }
+        };
         // A task of its own: a caller who hangs up must not stop a change half-way.
-        let change = tokio::spawn(async move { state.change(model).await });
+        let change = tokio::spawn(async move { state.change(model, prepared).await });
         change.await.context("finish the change")??;
         Ok(value)
     }
@@ -234,20 +251,18 @@ impl Drop for Shared {
 }
 
 impl State {
-    async fn change(&mut self, model: Model) -> Result<(), ChangeError> {
+    /// Takes the host ports that a model wants and that are not held yet.
+    async fn prepare_ports(&mut self, model: &Model) -> Result<Result<Prepared, PortError>> {
+        let wanted = reservations(model);
+        self.reservations.call(move |reservations| reservations.prepare(&wanted)).await
+    }
+
+    async fn change(&mut self, model: Model, prepared: Prepared) -> Result<(), ChangeError> {
         let before = Arc::clone(&self.model);
         if model == *before {
             return Ok(());
         }
-        let wanted = Arc::new(reservations(&model));
-        let prepared = {
-            let wanted = Arc::clone(&wanted);
-            self.reservations.call(move |reservations| reservations.prepare(&wanted)).await?
-        };
-        let prepared = prepared.map_err(|error| match error {
-            PortError::InUse { .. } => ChangeError::Refused(Refusal::conflict(error.to_string())),
-            PortError::Refused { .. } => ChangeError::Failed(error.into()),
-        })?;
+        let wanted = reservations(&model);
         let model = Arc::new(model);
         match self.enforce_and_store(&model, &before).await {
             Ok(failures) => {

@@ -2,11 +2,14 @@
 //!
 //! Owns the shapes. Filling them is netlink's work; drawing conclusions is the planner's.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+};
 
 use ipnet::Ipv4Net;
 
-use crate::model::MacAddress;
+use crate::model::{MacAddress, Protocol};
 
 /// A reading of the host's namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -17,6 +20,8 @@ pub struct HostFacts {
     pub routes: Vec<Route>,
     /// `net.ipv4.ip_local_port_range`, inclusive.
     pub ephemeral_ports: (u16, u16),
+    /// Ports that other programs of the host were found to have: none to choose.
+    pub ports_in_use: BTreeSet<(Protocol, u16)>,
 }
 
 /// A network interface.

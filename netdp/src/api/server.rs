@@ -234,7 +234,7 @@ async fn create_network(
         .controller
         .change(move |model, facts| {
             let name = spec.name.clone();
-            model.create_network(spec, facts)?;
+            model.create_network(spec.clone(), facts)?;
             Ok(wire::Network::of(model, model.network(&name)?))
         })
         .await?;
@@ -273,7 +273,7 @@ async fn connect(
         .controller
         .change(move |model, facts| {
             let network = spec.network.clone();
-            let id = model.connect(spec, facts)?;
+            let id = model.connect(spec.clone(), facts)?;
             let network = model.network(&network)?;
             let endpoint = model.endpoints.get(&id).map(|e| wire::Endpoint::of(network, e));
             endpoint.ok_or_else(|| Refusal::not_found("the endpoint is gone already"))
@@ -335,7 +335,7 @@ async fn set_policy(
     Body(request): Body<wire::Policy>,
 ) -> Answer<Vec<wire::NumberedRule>> {
     let rules = model::policy::parse(&request.text)?;
-    change_policy(&api, &network, |model| model.set_policy(&network, rules)).await
+    change_policy(&api, &network, |model| model.set_policy(&network, rules.clone())).await
 }
 
 async fn add_rules(
@@ -361,7 +361,7 @@ async fn remove_rule(
 async fn change_policy(
     api: &Api,
     network: &str,
-    operation: impl FnOnce(&mut model::Model) -> Result<(), Refusal> + Send,
+    operation: impl Fn(&mut model::Model) -> Result<(), Refusal> + Send + Sync,
 ) -> Answer<Vec<wire::NumberedRule>> {
     let rules = api
         .controller

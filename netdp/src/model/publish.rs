@@ -286,8 +286,8 @@ impl Model {
                         }
                         port
                     }
-                    HostPorts::OneOf(range) => taken.choose(range, port)?,
-                    HostPorts::Any => taken.choose(&CHOSEN_PORTS, port)?,
+                    HostPorts::OneOf(range) => taken.choose(range, facts, port)?,
+                    HostPorts::Any => taken.choose(&CHOSEN_PORTS, facts, port)?,
                 };
                 taken.add(&choice, "this request");
                 resolved.push(choice);
@@ -329,11 +329,16 @@ impl<'a> TakenPorts<'a> {
     fn choose(
         &self,
         range: &RangeInclusive<u16>,
+        facts: &HostFacts,
         port: impl Fn(u16) -> PublishedPort,
     ) -> Result<PublishedPort, Refusal> {
-        range.clone().map(port).find(|port| self.owner(port).is_none()).ok_or_else(|| {
+        let is_free = |port: &PublishedPort| {
+            self.owner(port).is_none()
+                && !facts.ports_in_use.contains(&(port.protocol, port.host_port))
+        };
+        range.clone().map(port).find(is_free).ok_or_else(|| {
             Refusal::conflict(format!(
-                "all host ports from {} to {} are published already: give another range",
+                "all host ports from {} to {} are published or in use: give another range",
                 range.start(),
                 range.end()
             ))

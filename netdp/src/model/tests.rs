@@ -629,7 +629,7 @@ fn ports_that_collide_are_refused() {
             "A1",
             &["9000-9001:80", "9000-9001:81"],
             Conflict,
-            "all host ports from 9000 to 9001 are published already: give another range",
+            "all host ports from 9000 to 9001 are published or in use: give another range",
         ),
         (
             "A1",

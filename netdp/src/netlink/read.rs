@@ -1,7 +1,7 @@
 //! Reading the host's namespace into [`HostFacts`].
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
 };
 
@@ -40,7 +40,8 @@ impl Netlink {
             link.addresses.extend(address(&message));
         }
         let routes = self.routes().await?.iter().filter_map(route).collect();
-        Ok(HostFacts { links, routes, ephemeral_ports: sysctl::ephemeral_ports()? })
+        let ephemeral_ports = sysctl::ephemeral_ports()?;
+        Ok(HostFacts { links, routes, ephemeral_ports, ports_in_use: BTreeSet::new() })
     }
 
     /// Every link without its addresses.

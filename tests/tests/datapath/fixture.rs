@@ -4,6 +4,7 @@
 //! Owns the layout of the host and the checking of one step. Knows nothing of what is promised.
 
 use std::{
+    cell::OnceCell,
     collections::{BTreeMap, BTreeSet},
     fs,
     io::Write,
@@ -319,9 +320,10 @@ impl Fixture {
 
     /// The standard host with a flow table of `flows` and a changed program.
     pub(crate) fn with(flows: u32, change: impl FnOnce(&mut Program)) -> Result<Self> {
-        // The main thread moves on to a new namespace; the old one ends.
-        unshare(CloneFlags::CLONE_NEWNET).context("create a network namespace")?;
-        let ifindexes = build_host()?;
+        let ifindexes = HOST_INTERFACES.with(|built| match built.get() {
+            Some(ifindexes) => Ok(ifindexes.clone()),
+            None => build_host().map(|ifindexes| built.get_or_init(|| ifindexes).clone()),
+        })?;
         let bpffs = Bpffs::mount()?;
         let mut backend = Ebpf::open(EbpfOptions { bpffs: bpffs.path().to_owned(), flows })?;
         let mut program = standard_program(&ifindexes);
@@ -558,18 +560,27 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+thread_local! {
+    /// Interfaces of the host by name, once it is built: no test changes them, and a namespace
+    /// takes the kernel half a second to clear away.
+    static HOST_INTERFACES: OnceCell<BTreeMap<&'static str, u32>> = const { OnceCell::new() };
+}
+
+/// Moves the thread to a new network namespace and builds the host in it.
 fn build_host() -> Result<BTreeMap<&'static str, u32>> {
+    unshare(CloneFlags::CLONE_NEWNET).context("create a network namespace")?;
     // No router solicitation may disturb the counters.
     for scope in ["all", "default"] {
         fs::write(format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6"), "1")
             .context("switch IPv6 off")?;
     }
     fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("switch forwarding on")?;
+    // Bridges are told not to snoop multicast: they would join a group, and say so.
     let mut script = String::from("link set lo up\n");
     let mac = |bytes| MacAddress(bytes).to_string();
     for (name, id) in BRIDGES {
         script += &format!(
-            "link add {name} address {} type bridge\naddress add {}/24 dev {name}\nlink set {name} up\n",
+            "link add {name} address {} type bridge mcast_snooping 0\naddress add {}/24 dev {name}\nlink set {name} up\n",
             mac(bridge_mac(id)),
             gateway(id)
         );

@@ -10,9 +10,8 @@ use netdp_common::counter::Reason;
 use crate::{
     datagram::{Datagram, Kind, Shape, Wire},
     fixture::{
-        A, At, B, FIXED_SOURCE, Fixture, HOST, HOST_SECOND, HOST_TUN, HOST_UP1, ICC_OFF, OUTSIDE,
-        OUTSIDE_TUN, OUTSIDE_UP1, ROUTED, ROUTER_MAC, SNAT, UNMASQUERADED, UNPROTECTED, UPLINK_MAC,
-        Want, Zone, address, bridge, bridge_mac, from_container, from_container_wire,
+        A, At, B, Fixture, HOST, HOST_SECOND, HOST_TUN, HOST_UP1, OUTSIDE, OUTSIDE_TUN,
+        OUTSIDE_UP1, ROUTER_MAC, SNAT, UPLINK_MAC, Want, Zone, address, bridge, bridge_mac, from_container, from_container_wire,
         from_outside_wire, from_uplink, gateway, into_network, mac, network_of, pass, pass_as,
         to_uplink, turn_around_as,
     },
@@ -116,11 +115,14 @@ impl Journey {
 }
 
 /// Walks a journey with every protocol in every shape.
-fn walk(talks: &[Talk], journey: impl Fn(Talk) -> Journey) -> Result<()> {
-    let mut fixture = Fixture::new()?;
+fn walk(
+    fixture: &mut Fixture,
+    talks: &[Talk],
+    journey: impl Fn(Talk) -> Journey,
+) -> Result<()> {
     for &talk in talks {
         for shape in Shape::ALL {
-            walk_once(&mut fixture, talk, shape, &journey(talk))
+            walk_once(fixture, talk, shape, &journey(talk))
                 .with_context(|| format!("{talk:?}, {shape:?}"))?;
             fixture.remove_halves(|Zone(_)| true)?;
         }
@@ -131,6 +133,8 @@ fn walk(talks: &[Talk], journey: impl Fn(Talk) -> Journey) -> Result<()> {
 fn walk_once(fixture: &mut Fixture, talk: Talk, shape: Shape, journey: &Journey) -> Result<()> {
     let [asked, answered, established] = talk.states();
     for (round, (question, answer)) in talk.rounds().into_iter().enumerate() {
+        // A SYN is never in pieces: the rest would count as data.
+        let shape = Shape { cut: shape.cut && question != Kind::Syn, ..shape };
         let datagram = Datagram::new(question, journey.there[0].arrives);
         travel(fixture, "question", &journey.there, datagram.shaped(shape), |want| {
             if round == 0 { want.opening(journey.opens.0, journey.opens.1) } else { want }
@@ -282,65 +286,65 @@ const UP1: (&str, Ipv4Addr) = ("up1", OUTSIDE_UP1);
 const TUN0: (&str, Ipv4Addr) = ("tun0", OUTSIDE_TUN);
 
 pub(crate) fn a_container_reaches_the_world_as_the_uplink() -> Result<()> {
-    walk(ALL, |talk| outward(talk, "a1", UP0, HOST))?;
-    walk(ALL, |talk| outward(talk, "a1", UP1, HOST_UP1))
+    let mut fixture = Fixture::new()?;
+    walk(&mut fixture, ALL, |talk| outward(talk, "a1", UP0, HOST))?;
+    walk(&mut fixture, ALL, |talk| outward(talk, "a1", UP1, HOST_UP1))
 }
 
 pub(crate) fn a_container_reaches_the_world_through_an_uplink_without_ethernet() -> Result<()> {
-    walk(ALL, |talk| outward(talk, "a1", TUN0, HOST_TUN))
+    let mut fixture = Fixture::new()?;
+    walk(&mut fixture, ALL, |talk| outward(talk, "a1", TUN0, HOST_TUN))
 }
 
 pub(crate) fn a_fixed_source_address_is_kept() -> Result<()> {
-    walk(ALL, |talk| outward(talk, "s1", UP0, SNAT))?;
-    walk(ALL, |talk| outward(talk, "s1", UP1, SNAT))
+    let mut fixture = Fixture::new()?;
+    walk(&mut fixture, ALL, |talk| outward(talk, "s1", UP0, SNAT))?;
+    walk(&mut fixture, ALL, |talk| outward(talk, "s1", UP1, SNAT))
 }
 
 pub(crate) fn a_container_keeps_its_address_where_masquerade_is_off() -> Result<()> {
-    walk(ALL, |talk| outward(talk, "m1", UP0, address("m1")))?;
-    walk(ALL, |talk| outward(talk, "r1", UP0, address("r1")))
+    let mut fixture = Fixture::new()?;
+    walk(&mut fixture, ALL, |talk| outward(talk, "m1", UP0, address("m1")))?;
+    walk(&mut fixture, ALL, |talk| outward(talk, "r1", UP0, address("r1")))
 }
 
 pub(crate) fn a_published_port_answers_the_world() -> Result<()> {
-    walk(PORTS, |talk| inward(talk, UP0, SocketAddrV4::new(HOST, 8080), "a1"))?;
-    walk(PORTS, |talk| inward(talk, UP0, SocketAddrV4::new(HOST_SECOND, 8081), "a1"))?;
-    walk(PORTS, |talk| inward(talk, UP1, SocketAddrV4::new(HOST_UP1, 8080), "a1"))?;
-    walk(PORTS, |talk| inward(talk, TUN0, SocketAddrV4::new(HOST_TUN, 8080), "a1"))
+    let mut fixture = Fixture::new()?;
+    walk(&mut fixture, PORTS, |talk| inward(talk, UP0, SocketAddrV4::new(HOST, 8080), "a1"))?;
+    walk(&mut fixture, PORTS, |talk| inward(talk, UP0, SocketAddrV4::new(HOST_SECOND, 8081), "a1"))?;
+    walk(&mut fixture, PORTS, |talk| inward(talk, UP1, SocketAddrV4::new(HOST_UP1, 8080), "a1"))?;
+    walk(&mut fixture, PORTS, |talk| inward(talk, TUN0, SocketAddrV4::new(HOST_TUN, 8080), "a1"))
 }
 
 pub(crate) fn an_unprotected_network_is_dialled_directly() -> Result<()> {
-    walk(ALL, |talk| inward(talk, UP0, talk.at(address("u1"), 80), "u1"))
+    let mut fixture = Fixture::new()?;
+    walk(&mut fixture, ALL, |talk| inward(talk, UP0, talk.at(address("u1"), 80), "u1"))
 }
 
 pub(crate) fn a_routed_network_is_dialled_at_published_ports_and_pinged() -> Result<()> {
-    walk(ALL, |talk| inward(talk, UP0, talk.at(address("r1"), 80), "r1"))
+    let mut fixture = Fixture::new()?;
+    walk(&mut fixture, ALL, |talk| inward(talk, UP0, talk.at(address("r1"), 80), "r1"))
 }
 
 pub(crate) fn a_published_port_answers_other_networks() -> Result<()> {
+    let mut fixture = Fixture::new()?;
     for dialled in [HOST, HOST_UP1, gateway(A), gateway(B)] {
-        walk(PORTS, |_| across(SocketAddrV4::new(dialled, 8080)))?;
+        walk(&mut fixture, PORTS, |_| across(SocketAddrV4::new(dialled, 8080)))?;
     }
     Ok(())
 }
 
 pub(crate) fn a_published_port_answers_its_own_network() -> Result<()> {
-    walk(PORTS, |_| switched("a2", "a1", 8080, 80))
+    let mut fixture = Fixture::new()?;
+    walk(&mut fixture, PORTS, |_| switched("a2", "a1", 8080, 80))
 }
 
 pub(crate) fn a_published_port_answers_its_own_network_without_icc() -> Result<()> {
-    assert_eq!(network_of("c2"), ICC_OFF);
-    walk(PORTS, |_| switched("c2", "c1", 7070, 70))
+    let mut fixture = Fixture::new()?;
+    walk(&mut fixture, PORTS, |_| switched("c2", "c1", 7070, 70))
 }
 
 pub(crate) fn a_container_reaches_its_own_published_port_as_the_gateway() -> Result<()> {
-    walk(PORTS, to_itself)
-}
-
-/// The networks of these journeys, so that a change of the fixture is noticed here.
-pub(crate) fn the_journeys_start_where_they_say() -> Result<()> {
-    for (endpoint, network) in
-        [("s1", FIXED_SOURCE), ("m1", UNMASQUERADED), ("u1", UNPROTECTED), ("r1", ROUTED)]
-    {
-        assert_eq!(network_of(endpoint), network);
-    }
-    Ok(())
+    let mut fixture = Fixture::new()?;
+    walk(&mut fixture, PORTS, to_itself)
 }
