@@ -121,8 +121,14 @@ mod tests {
     #[test]
     fn cgroup2_is_found_wherever_it_is_mounted() {
         let lines = [
-            ("36 35 98:0 / /sys/fs/cgroup rw,noatime shared:1 - cgroup2 cgroup2 rw", "/sys/fs/cgroup"),
-            ("40 36 0:33 / /sys/fs/cgroup/unified rw - cgroup2 none rw,nsdelegate", "/sys/fs/cgroup/unified"),
+            (
+                "36 35 98:0 / /sys/fs/cgroup rw,noatime shared:1 - cgroup2 cgroup2 rw",
+                "/sys/fs/cgroup",
+            ),
+            (
+                "40 36 0:33 / /sys/fs/cgroup/unified rw - cgroup2 none rw,nsdelegate",
+                "/sys/fs/cgroup/unified",
+            ),
         ];
         for (line, point) in lines {
             assert_eq!(cgroup2_mount_point(line), Some(point.into()));

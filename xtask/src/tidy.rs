@@ -29,7 +29,7 @@ const SERDE_HOMES: [&str; 5] = ["api", "cli", "config", "integrations", "store"]
 /// What a rule says of one file.
 type Check = fn(&File) -> Vec<Breach>;
 
-const RULES: [(&str, Check); 11] = [
+const RULES: [(&str, Check); 12] = [
     ("aya", aya),
     ("netfilter", netfilter),
     ("netlink", netlink),
@@ -41,6 +41,7 @@ const RULES: [(&str, Check); 11] = [
     ("exceptions", exceptions),
     ("sleep", sleep),
     ("links", links),
+    ("promises", promises),
 ];
 
 /// One place that breaks a rule.
@@ -342,6 +343,32 @@ fn normal(path: &Path) -> Option<PathBuf> {
     Some(normal)
 }
 
+/// Where promises are tested; ids stand there as `("PUB-01",` or head the file.
+const PROMISE_TESTS: [&str; 2] = ["tests/tests/conformance/main.rs", "tests/tests/lifecycle.rs"];
+
+/// The catalogue says ✅ where there is a test by that id, and nowhere else.
+fn promises(file: &File) -> Vec<Breach> {
+    if file.path != Path::new("docs/behaviour.md") {
+        return Vec::new();
+    }
+    let read = |path| fs::read_to_string(file.root.join(path)).unwrap_or_default();
+    let tests = PROMISE_TESTS.map(read).concat();
+    let rows = (1..).zip(file.text.lines()).filter_map(|(line, text)| {
+        let id = text.strip_prefix("| ")?.split(' ').next()?;
+        let is_id = id.split_once('-').is_some_and(|(_, number)| number.parse::<u8>().is_ok());
+        is_id.then_some((line, text, id))
+    });
+    rows.filter_map(|(line, text, id)| {
+        let tested = tests.contains(&format!("(\"{id}\",")) || tests.contains(&format!("//! {id}"));
+        match (text.contains('✅'), tested) {
+            (true, false) => Some(Breach { line, message: format!("{id} is ✅ without a test") }),
+            (false, true) => Some(Breach { line, message: format!("{id} has a test, yet no ✅") }),
+            _ => None,
+        }
+    })
+    .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -441,6 +468,13 @@ mod tests {
             "[a](no.md)\n![b](../no.svg \"t\")\n[c]: no/c.md\n<img src=\"no.svg\">\n[`d`](../../x)";
         let expected = ["links:1", "links:2", "links:3", "links:4", "links:5"];
         check("docs/b.md", bad, &expected);
+    }
+
+    #[test]
+    fn promises_are_kept_by_tests_of_their_name() {
+        let rows = "| id | x |\n|---|---|\n| PUB-01 | a | ✅ |\n| PUB-02 | b | ❌ |\n";
+        check("docs/behaviour.md", rows, &["promises:3"]);
+        check("docs/other.md", rows, &[]);
     }
 
     #[test]

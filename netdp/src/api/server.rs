@@ -258,9 +258,8 @@ async fn connect(
     Body(request): Body<wire::Connect>,
 ) -> Result<(StatusCode, Json<wire::Endpoint>), Failure> {
     let netns = request.netns_path()?;
-    let survey = namespace::survey(&netns)
-        .await
-        .map_err(|error| Refusal::invalid(format!("{error:#}")))?;
+    let survey =
+        namespace::survey(&netns).await.map_err(|error| Refusal::invalid(format!("{error:#}")))?;
     if namespace::is_still(Path::new("/proc/self/ns/net"), survey.identity) {
         return Err(Refusal::invalid(format!(
             "{} is the host's own network namespace: give a container's",
@@ -313,10 +312,8 @@ async fn unpublish(
 ) -> Answer<Vec<wire::Published>> {
     let wire::Publish { name, network, .. } = &request;
     let specs = wire::ports(&request.ports)?;
-    let ports = api
-        .controller
-        .change(|model, _| model.unpublish(name, network.as_deref(), &specs))
-        .await?;
+    let ports =
+        api.controller.change(|model, _| model.unpublish(name, network.as_deref(), &specs)).await?;
     info!("took back {} published ports of {name}", ports.len());
     Ok(Json(ports.iter().map(wire::Published::from).collect()))
 }

@@ -106,7 +106,11 @@ impl CreateNetwork {
     pub fn into_spec(self) -> Result<NetworkSpec, Refusal> {
         let mut spec = NetworkSpec {
             name: self.name,
-            subnets: self.subnets.iter().map(|text| cidr("subnet", text)).collect::<Result<_, _>>()?,
+            subnets: self
+                .subnets
+                .iter()
+                .map(|text| cidr("subnet", text))
+                .collect::<Result<_, _>>()?,
             gateways: addresses("gateway", &self.gateways)?,
             ip_range: self.ip_range.as_deref().map(|text| cidr("IP range", text)).transpose()?,
             bridge: None,
@@ -120,7 +124,11 @@ impl CreateNetwork {
                 .as_deref()
                 .map(|text| address("host binding", text))
                 .transpose()?,
-            snat_ip: self.snat_ip.as_deref().map(|text| address("SNAT address", text)).transpose()?,
+            snat_ip: self
+                .snat_ip
+                .as_deref()
+                .map(|text| address("SNAT address", text))
+                .transpose()?,
         };
         for (key, value) in &self.options {
             spec.apply_option(key, value)?;

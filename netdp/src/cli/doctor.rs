@@ -61,7 +61,8 @@ impl Doctor {
     }
 
     pub(super) async fn run(&self, client: &Client) -> Result<()> {
-        let mut checks = vec![rights()?, kernel()?, btf(), bpffs(&self.paths.bpffs), cgroup(&self.paths)];
+        let mut checks =
+            vec![rights()?, kernel()?, btf(), bpffs(&self.paths.bpffs), cgroup(&self.paths)];
         checks.extend(agent(client).await?);
         if self.json {
             print_json(&checks)?;
@@ -134,7 +135,8 @@ fn rights() -> Result<Check> {
 }
 
 fn kernel() -> Result<Check> {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").context("read the kernel's release")?;
+    let release =
+        fs::read_to_string("/proc/sys/kernel/osrelease").context("read the kernel's release")?;
     Ok(judge_kernel(release.trim()))
 }
 
@@ -164,7 +166,9 @@ fn btf() -> Check {
 fn bpffs(path: &Path) -> Check {
     let at = path.display();
     match statfs(path) {
-        Ok(found) if found.filesystem_type() == BPF_FS_MAGIC => ok("bpffs", format!("mounted at {at}")),
+        Ok(found) if found.filesystem_type() == BPF_FS_MAGIC => {
+            ok("bpffs", format!("mounted at {at}"))
+        }
         _ => warn("bpffs", format!("not mounted at {at}: the agent mounts one when it starts")),
     }
 }
@@ -207,10 +211,7 @@ mod tests {
     fn capabilities_are_named() {
         assert_eq!(missing_of(u64::MAX), [""; 0]);
         assert_eq!(missing_of(1 << 10 | 1 << 12 | 1 << 21), [""; 0], "SYS_ADMIN implies BPF");
-        assert_eq!(
-            missing_of(1 << 12),
-            ["CAP_NET_BIND_SERVICE", "CAP_SYS_ADMIN", "CAP_BPF"]
-        );
+        assert_eq!(missing_of(1 << 12), ["CAP_NET_BIND_SERVICE", "CAP_SYS_ADMIN", "CAP_BPF"]);
     }
 
     #[test]

@@ -82,7 +82,8 @@ pub fn run() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             // One line, whatever an error from below brought along.
-            let line = format!("{error:#}").split('\n').map(str::trim).collect::<Vec<_>>().join(" ");
+            let line =
+                format!("{error:#}").split('\n').map(str::trim).collect::<Vec<_>>().join(" ");
             eprintln!("netdp: {line}");
             ExitCode::FAILURE
         }
@@ -133,9 +134,7 @@ fn print_json(value: &impl Serialize) -> Result<()> {
 
 /// `netdp flows | head`: whoever reads has seen enough.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error
-        .downcast_ref::<io::Error>()
-        .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 #[cfg(test)]

@@ -215,7 +215,8 @@ fn render(network: &wire::NetworkDetail) -> String {
         ("gateway", settings.gateways.join(", ")),
     ];
     facts.extend(settings.ip_range.clone().map(|range| ("ip range", range)));
-    facts.push(("bridge", format!("{}, mtu {}, id {}", settings.bridge, settings.mtu, settings.id)));
+    facts
+        .push(("bridge", format!("{}, mtu {}, id {}", settings.bridge, settings.mtu, settings.id)));
     facts.push(("mode", mode(settings)));
     facts.push(("publishes on", settings.host_binding.clone()));
     facts.extend(settings.snat_ip.clone().map(|address| ("leaves as", address)));

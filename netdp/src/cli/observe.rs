@@ -38,7 +38,15 @@ impl Flows {
             return print_json(&flows);
         }
         let mut table = Table::new([
-            "PROTOCOL", "NETWORK", "SOURCE", "DESTINATION", "AS", "TO", "STATE", "IDLE", "EXPIRES",
+            "PROTOCOL",
+            "NETWORK",
+            "SOURCE",
+            "DESTINATION",
+            "AS",
+            "TO",
+            "STATE",
+            "IDLE",
+            "EXPIRES",
         ]);
         for flow in flows {
             // An end that stays as it was needs no second column.

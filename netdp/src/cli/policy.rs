@@ -98,12 +98,7 @@ impl Verb {
     }
 }
 
-async fn change(
-    client: &Client,
-    method: Method,
-    path: &str,
-    request: &wire::Policy,
-) -> Result<()> {
+async fn change(client: &Client, method: Method, path: &str, request: &wire::Policy) -> Result<()> {
     let _rules: Vec<wire::NumberedRule> = client.send(method, path, request).await?;
     Ok(())
 }

@@ -55,11 +55,7 @@ impl Model {
     /// Refuses an unknown network, a used name, an address that is outside the subnet or taken,
     /// a MAC address that is no station's or taken, an interface name that is taken, a namespace
     /// that is attached already, and whatever [`Model::publish`] refuses.
-    pub fn connect(
-        &mut self,
-        spec: ConnectSpec,
-        facts: &HostFacts,
-    ) -> Result<EndpointId, Refusal> {
+    pub fn connect(&mut self, spec: ConnectSpec, facts: &HostFacts) -> Result<EndpointId, Refusal> {
         let network = self.network(&spec.network)?;
         let members: Vec<&Endpoint> = self.endpoints_of(network.id).collect();
         if let Some(twin) = members.iter().find(|e| e.netns_identity == spec.netns_identity) {

@@ -128,7 +128,8 @@ impl Model {
             ));
         }
         let masquerade = spec.masquerade.unwrap_or(translates && !spec.internal);
-        let snat_ip = spec.snat_ip.map(|address| source_address(address, masquerade)).transpose()?;
+        let snat_ip =
+            spec.snat_ip.map(|address| source_address(address, masquerade)).transpose()?;
         let (id, bridge) = self.choose_bridge(spec.bridge.as_deref(), &spec.name, facts)?;
 
         self.next.network = if id.0 == MAX_NETWORK_ID { 1 } else { id.0 + 1 };
@@ -172,7 +173,9 @@ impl Model {
     fn choose_subnet(&self, spec: &NetworkSpec, facts: &HostFacts) -> Result<Subnet4, Refusal> {
         let [subnet] = spec.subnets[..] else {
             if !spec.subnets.is_empty() {
-                return Err(Refusal::invalid("more than one subnet is not supported yet: give one"));
+                return Err(Refusal::invalid(
+                    "more than one subnet is not supported yet: give one",
+                ));
             }
             if !spec.gateways.is_empty() || spec.ip_range.is_some() {
                 return Err(Refusal::invalid("a gateway or an IP range needs a subnet: give one"));

@@ -155,13 +155,14 @@ impl Model {
     pub fn remove_rule(&mut self, network: &str, number: usize) -> Result<Rule, Refusal> {
         let network = self.network_mut(network)?;
         let mut policy = network.policy.clone();
-        let index = number.checked_sub(1).filter(|&index| index < policy.len()).ok_or_else(|| {
-            Refusal::not_found(format!(
-                "network {:?} has no rule {number}: it has {}, numbered from 1",
-                network.name,
-                policy.len()
-            ))
-        })?;
+        let index =
+            number.checked_sub(1).filter(|&index| index < policy.len()).ok_or_else(|| {
+                Refusal::not_found(format!(
+                    "network {:?} has no rule {number}: it has {}, numbered from 1",
+                    network.name,
+                    policy.len()
+                ))
+            })?;
         let removed = policy.remove(index);
         network.replace_policy(policy);
         Ok(removed)

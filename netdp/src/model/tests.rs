@@ -552,7 +552,8 @@ fn macs_read_as_they_are_written() {
     for text in ["02:42:ac:14:00:02", "00:00:00:00:00:01"] {
         assert_eq!(text.parse::<MacAddress>().unwrap().to_string(), text);
     }
-    for text in ["", "02:42:ac:14:00", "02:42:ac:14:00:02:03", "2:42:ac:14:0:2", "+2:42:ac:14:00:02"]
+    for text in
+        ["", "02:42:ac:14:00", "02:42:ac:14:00:02:03", "2:42:ac:14:0:2", "+2:42:ac:14:00:02"]
     {
         assert!(text.parse::<MacAddress>().is_err(), "{text}");
     }
@@ -713,8 +714,7 @@ fn published_ports_are_taken_back_by_what_was_said() {
         assert_eq!(left, 5 - removed.len(), "{spec}");
     }
     for spec in ["8082:80", "9001-9002:90-91", "80-90", "81", "127.0.0.1:8080:80"] {
-        let refusal =
-            publish_all().unpublish("A1", None, &ports(&["8080:80", spec])).unwrap_err();
+        let refusal = publish_all().unpublish("A1", None, &ports(&["8080:80", spec])).unwrap_err();
         assert_eq!(refusal.kind, RefusalKind::NotFound, "{spec}");
     }
 }
@@ -732,17 +732,11 @@ fn what_is_no_port_argument_is_refused() {
             "port \"8000-8002:80-81\": 3 host ports can't lead to 2 container ports: \
              give ranges of equal length",
         ),
-        (
-            "80:80/sctp",
-            "port \"80:80/sctp\": sctp is not supported yet: give tcp or udp",
-        ),
+        ("80:80/sctp", "port \"80:80/sctp\": sctp is not supported yet: give tcp or udp"),
         ("80/icmp", "port \"80/icmp\": \"icmp\" is no protocol: give tcp or udp"),
         ("host:80:80", "port \"host:80:80\": \"host\" is no IPv4 address"),
         ("[::1]:80:80", "IPv6 host addresses are not supported yet: give an IPv4 address"),
-        (
-            "1:2:3:4",
-            "port \"1:2:3:4\": write [HOSTIP:]HOST[-END]:PORT[-END][/tcp|udp]",
-        ),
+        ("1:2:3:4", "port \"1:2:3:4\": write [HOSTIP:]HOST[-END]:PORT[-END][/tcp|udp]"),
     ] {
         let refusal = spec.parse::<PublishSpec>().unwrap_err();
         assert_eq!(refusal.message, message);

@@ -103,7 +103,11 @@ impl Store {
             .map(|(id, record)| (EndpointId(id), record.into_endpoint(EndpointId(id))))
             .collect();
         if let Some(orphan) = endpoints.values().find(|e| !networks.contains_key(&e.network)) {
-            bail!("endpoint {:?} belongs to network {}, which is missing", orphan.name, orphan.network.0);
+            bail!(
+                "endpoint {:?} belongs to network {}, which is missing",
+                orphan.name,
+                orphan.network.0
+            );
         }
         Ok(Model { networks, endpoints, next })
     }

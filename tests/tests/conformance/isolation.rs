@@ -6,7 +6,7 @@ use netdp_tests::lab::{SUBNET_A, SecondInterface};
 use netdp_tests::namespace::Namespace;
 use netdp_tests::probe::{Failure, expect_failure, expect_same};
 
-use crate::{counted, standard_containers};
+use crate::{counted, counted_soon, standard_containers};
 
 pub(crate) fn neighbours_talk_untranslated(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
@@ -155,5 +155,81 @@ pub(crate) fn host_reaches_every_container_port(row: &Row) -> Result<Outcome> {
         expect_same("the replier", &seen.reply_from, &"172.20.0.2:80".parse()?)?;
         lab.host().ping("172.20.0.2").replied()?;
         lab.host().ping("172.21.0.2").replied()
+    })
+}
+
+pub(crate) fn unprotected_network_accepts_direct_access(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        lab.create_network("net-a", SUBNET_A, &["--gateway-mode", "nat-unprotected"])?;
+        let a1 = lab.attach("net-a", "a1", "172.20.0.2", &["8080:80"])?;
+        let _server = a1.tcp_server("a1", "172.20.0.2:80")?;
+        for destination in ["172.20.0.2:80", "10.0.0.2:8080"] {
+            let seen = lab.outside().tcp(destination).exchange()?;
+            seen.by("a1")?.saw_client_at("10.0.0.3")?;
+        }
+        lab.outside().ping("172.20.0.2").replied()?;
+        let _outside = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
+        a1.tcp("10.0.0.3:7").exchange()?.by("outside")?.saw_client_at("10.0.0.2")?;
+        Ok(())
+    })
+}
+
+pub(crate) fn routed_network_accepts_published_ports(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        lab.create_network("net-a", SUBNET_A, &["--gateway-mode", "routed"])?;
+        let a1 = lab.attach("net-a", "a1", "172.20.0.2", &["8080:80"])?;
+        let _published = a1.tcp_server("a1", "172.20.0.2:80")?;
+        let closed = a1.tcp_server("a1", "172.20.0.2:81")?;
+        let seen = lab.outside().tcp("172.20.0.2:80").exchange()?;
+        seen.by("a1")?.saw_client_at("10.0.0.3")?;
+        lab.outside().ping("172.20.0.2").replied()?;
+        counted(lab, "direct_access", || lab.outside().tcp("172.20.0.2:81").dropped())?;
+        expect_same("clients of the other port", &closed.accepted(), &vec![])?;
+        lab.outside().tcp("10.0.0.2:8080").refused()?;
+        let _outside = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
+        a1.tcp("10.0.0.3:7").exchange()?.by("outside")?.saw_client_at("172.20.0.2")?;
+        Ok(())
+    })
+}
+
+pub(crate) fn isolated_network_has_no_host(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        lab.create_network("net-a", SUBNET_A, &["--gateway-mode", "isolated"])?;
+        let a1 = lab.attach("net-a", "a1", "172.20.0.2", &[])?;
+        let a2 = lab.attach("net-a", "a2", "172.20.0.3", &[])?;
+        let server = a1.tcp_server("a1", "172.20.0.2:80")?;
+        a2.tcp("172.20.0.2:80").exchange()?.by("a1")?.saw_client_at("172.20.0.3")?;
+        let before = server.accepted().len();
+        let host = lab.host().tcp_server("host", "0.0.0.0:7")?;
+        counted(lab, "host_access", || lab.host().tcp("172.20.0.2:80").dropped())?;
+        counted(lab, "host_access", || a1.tcp("172.20.0.1:7").dropped())?;
+        counted(lab, "host_access", || a1.ping("172.20.0.1").dropped())?;
+        a1.ip("route add default via 172.20.0.1\n")?;
+        counted(lab, "host_access", || a1.tcp("10.0.0.2:7").dropped())?;
+        counted(lab, "internal", || a1.ping("10.0.0.3").dropped())?;
+        counted(lab, "direct_access", || lab.outside().tcp("172.20.0.2:80").dropped())?;
+        expect_same("clients of the host", &host.accepted(), &vec![])?;
+        expect_same("clients of the container", &server.accepted().len(), &before)
+    })
+}
+
+pub(crate) fn ipv6_does_not_pass_an_ipv4_network(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let (a1, a2) = (&containers.a1, &containers.a2);
+        let is_ipv6 = |frame: &[u8]| frame.get(12..14) == Some(&[0x86, 0xdd]);
+        let neighbour = a2.sniff("eth0", is_ipv6)?;
+        let outside = lab.outside().sniff("out0", is_ipv6)?;
+        // An empty IPv6 packet, to everybody and to the gateway.
+        let mut frame = vec![0xff; 6];
+        frame.extend(a1.mac("eth0")?);
+        frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 0, 59, 64]);
+        frame.extend([0xfe; 32]);
+        counted_soon(lab, "family", || a1.inject("eth0", &frame))?;
+        // Something that does pass, later: what was before it has had its chance.
+        a2.ping("172.20.0.2").replied()?;
+        lab.outside().ping("10.0.0.2").replied()?;
+        expect_same("IPv6 frames at the neighbour", &neighbour.frames(), &vec![])?;
+        expect_same("IPv6 frames outside", &outside.frames(), &vec![])
     })
 }

@@ -10,7 +10,8 @@ use anyhow::Result;
 use netdp_tests::harness::{Outcome, Row, run_rows};
 use netdp_tests::lab::{Lab, Offload, SUBNET_A, SUBNET_B};
 use netdp_tests::namespace::Namespace;
-use netdp_tests::probe::{TcpServer, UdpServer};
+use netdp_tests::probe::{PATIENCE, TcpServer, UdpServer};
+use netdp_tests::runtime::poll_until;
 
 mod isolation;
 mod lifecycle;
@@ -32,10 +33,13 @@ const CHECKS: &[(&str, Check)] = &[
     ("PUB-06", publishing::other_network_reaches_the_published_port),
     ("PUB-07", publishing::other_host_addresses_stay_the_hosts),
     ("PUB-08", publishing::outside_port_of_the_same_number_is_reached),
+    ("PUB-09", publishing::chosen_port_is_reported_and_stays),
     ("PUB-10", publishing::port_ranges_lead_each_to_its_own),
     ("PUB-12", publishing::ports_in_use_are_refused_both_ways),
     ("PUB-13", publishing::udp_flow_never_reaches_a_successor),
     ("PUB-14", publishing::unpublish_ends_open_flows),
+    ("PUB-15", publishing::fragmented_datagrams_arrive_whole),
+    ("PUB-16", publishing::loopback_publish_is_closed_to_the_outside),
     ("OUT-01", out::outside_sees_the_uplink_address),
     ("OUT-02", out::outside_sees_the_chosen_address),
     ("OUT-03", out::outside_sees_the_container_without_masquerade),
@@ -50,9 +54,17 @@ const CHECKS: &[(&str, Check)] = &[
     ("ISO-03", isolation::networks_are_walls),
     ("ISO-04", isolation::direct_access_from_outside_is_dropped),
     ("ISO-05", isolation::interface_without_program_opens_no_hole),
+    ("ISO-06", isolation::unprotected_network_accepts_direct_access),
+    ("ISO-07", isolation::routed_network_accepts_published_ports),
     ("ISO-08", isolation::internal_network_is_closed),
+    ("ISO-09", isolation::isolated_network_has_no_host),
+    ("ISO-11", isolation::ipv6_does_not_pass_an_ipv4_network),
     ("ISO-12", isolation::host_reaches_every_container_port),
     ("POL-01", policy::listed_sources_pass_and_others_do_not),
+    ("POL-02", policy::first_match_decides),
+    ("POL-04", policy::new_deny_cuts_an_open_flow),
+    ("POL-05", policy::allow_put_back_opens_again),
+    ("POL-06", policy::narrower_rules_hold_where_they_are_written),
     ("POL-11", policy::bad_rule_file_is_refused_whole),
     ("LIF-07", lifecycle::vanished_container_leaves_nothing),
     ("LIF-10", lifecycle::purge_leaves_the_host_as_before),
@@ -105,6 +117,17 @@ fn counted(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -> Res
     let before = lab.counters()?;
     attempt()?;
     lab.counters()?.expect_moved(&before, reason, &FLOW_COUNTERS)
+}
+
+/// Waits until the counter `reason` has moved: an injected frame has no answer to wait for.
+fn counted_soon(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -> Result<()> {
+    let before = lab.counters()?;
+    counted(lab, reason, || {
+        attempt()?;
+        poll_until(PATIENCE, &format!("the counter {reason}"), || {
+            Ok((lab.counters()? != before).then_some(()))
+        })
+    })
 }
 
 /// Fails when `netdp flows` still knows the address.

@@ -73,3 +73,61 @@ pub(crate) fn bad_rule_file_is_refused_whole(row: &Row) -> Result<Outcome> {
         expect_admitted(lab, &containers, &["192.0.2.1"], &["192.0.2.2", "10.0.0.3"])
     })
 }
+
+pub(crate) fn first_match_decides(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        lab.set_policy("net-a", "deny from 192.0.2.1\nallow from 192.0.2.0/24\ndeny from any\n")?;
+        expect_admitted(lab, &containers, &["192.0.2.2"], &["192.0.2.1", "10.0.0.3"])?;
+        lab.set_policy("net-a", "allow from 192.0.2.0/24\ndeny from 192.0.2.1\n")?;
+        expect_admitted(lab, &containers, &["192.0.2.1", "192.0.2.2", "10.0.0.3"], &[])?;
+        // The user's rules come before netdp's own, and an allow is no way around those.
+        lab.set_policy("net-a", "allow from any\n")?;
+        counted(lab, "direct_access", || lab.outside().tcp("172.20.0.2:80").dropped())
+    })
+}
+
+pub(crate) fn narrower_rules_hold_where_they_are_written(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        lab.set_policy("net-a", "allow from 192.0.2.2-192.0.2.3\ndeny from 192.0.2.0/24\n")?;
+        expect_admitted(lab, &containers, &["192.0.2.3", "10.0.0.3"], &["192.0.2.1", "192.0.2.4"])?;
+        lab.set_policy("net-a", "deny from 192.0.2.0/24\nallow from 192.0.2.2-192.0.2.3\n")?;
+        expect_admitted(lab, &containers, &["10.0.0.3"], &["192.0.2.1", "192.0.2.3"])
+    })
+}
+
+pub(crate) fn new_deny_cuts_an_open_flow(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let open = || lab.outside().tcp("10.0.0.2:8080").from("192.0.2.1:0").open();
+        let mut cut = open()?;
+        cut.exchange(100_000)?.by("a1")?;
+        let mut spared = lab.outside().tcp("10.0.0.2:8080").from("192.0.2.2:0").open()?;
+        spared.exchange(100_000)?.by("a1")?;
+        lab.set_policy("net-a", "deny from 192.0.2.1\n")?;
+        counted(lab, "policy", || {
+            ensure!(cut.exchange(1000).is_err(), "the denied flow goes on");
+            Ok(())
+        })?;
+        spared.exchange(100_000)?.by("a1")?;
+        expect_admitted(lab, &containers, &["192.0.2.2"], &["192.0.2.1"])
+    })
+}
+
+pub(crate) fn allow_put_back_opens_again(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let allowed = "allow from 192.0.2.1\ndeny from any\n";
+        lab.set_policy("net-a", allowed)?;
+        let mut session = lab.outside().tcp("10.0.0.2:8080").from("192.0.2.1:0").open()?;
+        session.exchange(100_000)?.by("a1")?;
+        lab.netdp(&["policy", "rm", "net-a", "1"])?;
+        counted(lab, "policy", || {
+            ensure!(session.exchange(1000).is_err(), "the flow outlived its allow");
+            Ok(())
+        })?;
+        lab.set_policy("net-a", allowed)?;
+        expect_admitted(lab, &containers, &["192.0.2.1"], &["192.0.2.2"])
+    })
+}

@@ -1,13 +1,16 @@
 //! PUB: what a published port does, and what it leaves alone.
 
+use std::net::Ipv4Addr;
+
 use anyhow::{Context, Result, ensure};
 use netdp_tests::harness::{Outcome, Row};
 use netdp_tests::lab::SUBNET_A;
+use netdp_tests::packet::Envelope;
 use netdp_tests::probe::{Failure, PATIENCE, expect_same};
 use netdp_tests::runtime::poll_until;
 use serde_json::Value;
 
-use crate::{expect_no_flows_of, standard_containers};
+use crate::{counted_soon, expect_no_flows_of, standard_containers};
 
 /// Bytes of a datagram that fills a frame.
 const FULL_DATAGRAM_BYTES: usize = 1400;
@@ -246,6 +249,62 @@ pub(crate) fn unpublish_ends_open_flows(row: &Row) -> Result<Outcome> {
         poll_until(PATIENCE, "the end of the flows", || {
             Ok(expect_no_flows_of(lab, "172.20.0.2").ok())
         })
+    })
+}
+
+pub(crate) fn chosen_port_is_reported_and_stays(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        lab.create_network("net-a", SUBNET_A, &[])?;
+        let a1 = lab.attach("net-a", "a1", "172.20.0.2", &[])?;
+        let _server = a1.tcp_server("a1", "172.20.0.2:80")?;
+        let reported = lab.json(&["publish", "a1", "-p", "80"])?;
+        let port = reported[0]["host_port"].as_u64().context("read the chosen port")?;
+        let dialled = format!("10.0.0.2:{port}");
+        lab.outside().tcp(&dialled).exchange()?.by("a1")?.saw_client_at("10.0.0.3")?;
+        lab.agent()?.kill9()?;
+        lab.agent()?.start()?;
+        let inspected = lab.json(&["network", "inspect", "net-a"])?;
+        let kept = inspected[0]["endpoints"][0]["published"][0]["host_port"].as_u64();
+        expect_same("the port after a restart", &kept, &Some(port))?;
+        lab.outside().tcp(&dialled).exchange()?.by("a1")?.saw_client_at("10.0.0.3")?;
+        Ok(())
+    })
+}
+
+pub(crate) fn fragmented_datagrams_arrive_whole(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        for bytes in [1473, 9000, 40_000] {
+            let seen = lab.outside().udp("10.0.0.2:8080").bytes(bytes).exchange()?;
+            seen.by("a1")?.saw_client_at("10.0.0.3")?;
+            let seen = containers.a2.udp("10.0.0.2:8080").bytes(bytes).exchange()?;
+            seen.by("a1")?.saw_client_at("172.20.0.3")?;
+            let seen = containers.b1.udp("10.0.0.2:8080").bytes(bytes).exchange()?;
+            seen.by("a1")?.saw_client_at("172.21.0.2")?;
+        }
+        let _outside = lab.outside().udp_server("outside", "10.0.0.3:7")?;
+        let seen = containers.a1.udp("10.0.0.3:7").bytes(9000).exchange()?;
+        seen.by("outside")?.saw_client_at("10.0.0.2")?;
+        Ok(())
+    })
+}
+
+pub(crate) fn loopback_publish_is_closed_to_the_outside(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        lab.create_network("net-a", SUBNET_A, &[])?;
+        let a1 = lab.attach("net-a", "a1", "172.20.0.2", &["127.0.0.1:8080:80/udp"])?;
+        let server = a1.udp_server("a1", "172.20.0.2:80")?;
+        let outside = lab.outside();
+        let knock = Envelope {
+            source_mac: outside.mac("out0")?,
+            destination_mac: lab.host().mac("up0")?,
+            source: Ipv4Addr::new(10, 0, 0, 3),
+            destination: Ipv4Addr::LOCALHOST,
+            ttl: 64,
+        };
+        counted_soon(lab, "martian", || outside.inject("out0", &knock.udp(9, 8080, b"knock")))?;
+        outside.udp("10.0.0.2:8080").refused()?;
+        expect_same("datagrams of the container", &server.received(), &vec![])
     })
 }
 

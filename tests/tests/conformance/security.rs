@@ -10,23 +10,12 @@ use netdp_tests::packet::{Envelope, arp, summarise};
 use netdp_tests::probe::{PATIENCE, expect_same};
 use netdp_tests::runtime::poll_until;
 
-use crate::{counted, standard_containers};
+use crate::{counted_soon, standard_containers};
 
 const A1: Ipv4Addr = Ipv4Addr::new(172, 20, 0, 2);
 const A2: Ipv4Addr = Ipv4Addr::new(172, 20, 0, 3);
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 3);
-
-/// Waits until the counter `reason` has moved: an injected frame has no answer to wait for.
-fn counted_soon(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -> Result<()> {
-    let before = lab.counters()?;
-    counted(lab, reason, || {
-        attempt()?;
-        poll_until(PATIENCE, &format!("the counter {reason}"), || {
-            Ok((lab.counters()? != before).then_some(()))
-        })
-    })
-}
 
 pub(crate) fn forged_sources_are_dropped(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {

@@ -329,24 +329,21 @@ impl Fixture {
         let mut program = standard_program(&ifindexes);
         change(&mut program);
         backend.apply(&program)?;
-        let mut programs = BTreeMap::new();
-        for hook in Hook::ALL {
-            let (interface, direction, name) = hook.place();
-            let (_, infos) = SchedClassifier::query_tcx(interface, direction)
-                .with_context(|| format!("look for {name} on {interface}"))?;
-            let info = infos
-                .into_iter()
-                .find(|info| info.name_as_str().is_some_and(|found| name.starts_with(found)))
-                .with_context(|| format!("find {name} on {interface}"))?;
-            programs.insert(hook, SchedClassifier::from_program_info(info, name.into())?);
-        }
-        Ok(Self { backend, program, programs, ifindexes, bpffs })
+        Ok(Self { backend, program, programs: attached_programs()?, ifindexes, bpffs })
     }
 
     /// Changes the program and applies it; returns the number of writes.
     pub(crate) fn apply(&mut self, change: impl FnOnce(&mut Program)) -> Result<usize> {
         change(&mut self.program);
         Ok(self.backend.apply(&self.program)?.writes)
+    }
+
+    /// Closes the backend as the end of the agent would, and opens it again.
+    pub(crate) fn reopen(&mut self) -> Result<()> {
+        let options = EbpfOptions { bpffs: self.bpffs.path().to_owned(), flows: FLOWS };
+        self.backend = Ebpf::open(options)?;
+        self.programs = attached_programs()?;
+        Ok(())
     }
 
     /// ifindex of an interface of the fixture.
@@ -481,6 +478,22 @@ impl Fixture {
     pub(crate) fn map_path(&self, name: &str) -> PathBuf {
         self.bpffs.path().join(format!("netdp/v{}/maps", netdp_common::abi::ABI)).join(name)
     }
+}
+
+/// The programs that the kernel runs, found where they are attached.
+fn attached_programs() -> Result<BTreeMap<Hook, SchedClassifier>> {
+    let mut programs = BTreeMap::new();
+    for hook in Hook::ALL {
+        let (interface, direction, name) = hook.place();
+        let (_, infos) = SchedClassifier::query_tcx(interface, direction)
+            .with_context(|| format!("look for {name} on {interface}"))?;
+        let info = infos
+            .into_iter()
+            .find(|info| info.name_as_str().is_some_and(|found| name.starts_with(found)))
+            .with_context(|| format!("find {name} on {interface}"))?;
+        programs.insert(hook, SchedClassifier::from_program_info(info, name.into())?);
+    }
+    Ok(programs)
 }
 
 /// Where packets of a half arrive: a network's id, or 0 for the world.

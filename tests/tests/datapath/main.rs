@@ -12,9 +12,15 @@ use anyhow::Result;
 use libtest_mimic::{Arguments, Trial};
 use netdp_tests::runtime::isolate;
 
+mod apply;
 mod datagram;
 mod fixture;
+mod flows;
+mod hostile;
 mod journeys;
+mod nat;
+mod policies;
+mod walls;
 
 /// Tests by name.
 macro_rules! trials {
@@ -36,6 +42,64 @@ const TRIALS: &[(&str, fn() -> Result<()>)] = trials! {
         a_published_port_answers_its_own_network,
         a_published_port_answers_its_own_network_without_icc,
         a_container_reaches_its_own_published_port_as_the_gateway;
+    walls:
+        networks_are_walls,
+        internal_and_isolated_networks_have_no_way_out,
+        an_internal_network_stays_closed_in_every_gateway_mode,
+        the_world_reaches_no_container_address,
+        the_world_is_not_inside,
+        the_host_becomes_no_router_for_others,
+        a_container_is_only_itself,
+        a_spoofed_first_fragment_teaches_nothing,
+        a_container_claims_only_its_own_address_by_arp,
+        other_families_stay_out,
+        multicast_and_broadcast_stay_in_the_network,
+        a_packet_at_the_end_of_its_life_is_the_stacks_to_answer,
+        only_the_host_and_flows_enter_a_network,
+        nothing_of_a_container_leaves_without_a_flow,
+        only_what_can_open_a_flow_does;
+    nat:
+        a_port_outside_the_ephemeral_range_is_kept,
+        a_port_in_the_ephemeral_range_moves_to_the_reserved_one,
+        two_containers_with_one_port_get_two,
+        a_published_port_is_never_a_source,
+        without_a_free_port_a_new_flow_is_refused,
+        without_a_source_address_nothing_leaves,
+        clients_that_collide_behind_a_published_port_stay_apart,
+        containers_that_collide_behind_a_published_port_stay_apart,
+        checksums_hold_for_every_carry;
+    flows:
+        a_tcp_flow_shows_its_state,
+        a_syn_on_an_ending_flow_starts_afresh,
+        a_connection_survives_the_loss_of_its_flow,
+        a_flow_that_lost_its_original_half_is_rebuilt,
+        a_flow_that_lost_its_reply_half_is_rebuilt,
+        a_full_table_refuses_new_flows_and_keeps_old_ones,
+        a_successor_inherits_no_flow,
+        an_unpublished_port_is_closed_to_its_flows,
+        an_unpublished_port_of_a_routed_network_is_closed_to_its_flows,
+        a_port_published_elsewhere_leads_there_at_once,
+        other_ports_changes_leave_a_flow_alone,
+        flows_from_a_lost_address_of_the_host_end,
+        a_reopened_backend_keeps_flows_and_programs;
+    policies:
+        the_examples_of_docker_user_hold,
+        the_first_rule_that_matches_decides,
+        a_new_rule_cuts_the_flow_at_its_next_packet,
+        a_new_rule_cuts_the_answers_too,
+        a_flow_that_lost_its_approval_gets_no_fragment_through,
+        rules_reach_other_networks_but_not_members,
+        a_hairpin_flow_is_judged_by_the_dialling_container;
+    apply:
+        publishing_a_port_is_at_most_two_writes,
+        applying_twice_writes_nothing,
+        an_entry_deleted_behind_our_back_is_found_and_put_back,
+        an_entry_added_behind_our_back_is_found_and_removed,
+        a_container_that_goes_leaves_nothing;
+    hostile:
+        every_prefix_of_a_packet_is_survived,
+        every_value_of_a_header_byte_is_survived,
+        random_mutations_are_survived;
 };
 
 fn main() -> ExitCode {

@@ -1,0 +1,291 @@
+//! The life of flows: opening, following, ending, losing a half, losing what they rest on.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use anyhow::{Result, ensure};
+use netdp::{
+    dataplane::{Dataplane, PublishedKey},
+    model::{EndpointId, Protocol},
+};
+use netdp_common::counter::Reason;
+
+use crate::{
+    datagram::{Datagram, Kind},
+    fixture::{
+        A, Fixture, HOST, OUTSIDE, ROUTED, ROUTER_MAC, UPLINK_MAC, Zone, address, bridge_mac,
+        dropped, from_container, from_container_wire, from_outside_wire, from_uplink, id_of,
+        into_network, mac, pass, pass_as, published, socket, to_uplink,
+    },
+};
+
+const SERVER: SocketAddrV4 = SocketAddrV4::new(OUTSIDE, 80);
+const CLIENT: SocketAddrV4 = SocketAddrV4::new(OUTSIDE, 5000);
+const DIALLED: SocketAddrV4 = SocketAddrV4::new(HOST, 8080);
+
+/// A packet of a1 to the world.
+fn asks(fixture: &mut Fixture, kind: Kind, port: u16, opens: bool) -> Result<()> {
+    let packet = Datagram::new(kind, from_container_wire("a1", port, SERVER));
+    let want = if opens { pass().opening(A, Reason::FlowOut) } else { pass() };
+    fixture.expect("asks", from_container("a1"), &packet, want)?;
+    Ok(())
+}
+
+/// Its answer.
+fn is_answered(fixture: &mut Fixture, kind: Kind, port: u16) -> Result<()> {
+    let wire = from_outside_wire(SERVER, SocketAddrV4::new(HOST, port));
+    let want = pass_as(wire.to(socket("a1", port)));
+    fixture.expect("is answered", from_uplink("up0"), &Datagram::new(kind, wire), want)?;
+    Ok(())
+}
+
+/// A packet from outside to a1's published port.
+fn is_dialled(fixture: &mut Fixture, kind: Kind, opens: bool) -> Result<()> {
+    let wire = from_outside_wire(CLIENT, DIALLED);
+    let want = pass_as(wire.to(socket("a1", 80)));
+    let want = if opens { want.opening(A, Reason::FlowIn) } else { want };
+    fixture.expect("is dialled", from_uplink("up0"), &Datagram::new(kind, wire), want)?;
+    Ok(())
+}
+
+fn expect_state(fixture: &mut Fixture, wanted: &str) -> Result<()> {
+    let states: Vec<_> = fixture.backend.flows()?.iter().map(|flow| flow.state).collect();
+    ensure!(states == [wanted], "wanted one flow, {wanted}; seen {states:?}");
+    Ok(())
+}
+
+pub(crate) fn a_tcp_flow_shows_its_state() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    for (from_a1, kind, state) in [
+        (true, Kind::Syn, "half-open"),
+        (true, Kind::Syn, "half-open"),
+        (false, Kind::SynAck, "half-open"),
+        (true, Kind::Segment, "established"),
+        (false, Kind::Segment, "established"),
+        (false, Kind::Fin, "closing"),
+        (true, Kind::Segment, "closing"),
+        (true, Kind::Fin, "closing"),
+        (false, Kind::Reset, "reset"),
+        (true, Kind::Segment, "reset"),
+    ] {
+        if from_a1 {
+            let opens = fixture.halves()? == 0;
+            asks(&mut fixture, kind, 4000, opens)?;
+        } else {
+            is_answered(&mut fixture, kind, 4000)?;
+        }
+        expect_state(&mut fixture, state)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn a_syn_on_an_ending_flow_starts_afresh() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    asks(&mut fixture, Kind::Syn, 4000, true)?;
+    for end in [Kind::Fin, Kind::Reset] {
+        is_answered(&mut fixture, Kind::SynAck, 4000)?;
+        asks(&mut fixture, Kind::Segment, 4000, false)?;
+        expect_state(&mut fixture, "established")?;
+        is_answered(&mut fixture, end, 4000)?;
+        asks(&mut fixture, end, 4000, false)?;
+        asks(&mut fixture, Kind::Syn, 4000, false)?;
+        expect_state(&mut fixture, "half-open")?;
+    }
+    is_answered(&mut fixture, Kind::SynAck, 4000)?;
+    asks(&mut fixture, Kind::Segment, 4000, false)?;
+    expect_state(&mut fixture, "established")
+}
+
+pub(crate) fn a_connection_survives_the_loss_of_its_flow() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    asks(&mut fixture, Kind::Segment, 4000, true)?;
+    is_answered(&mut fixture, Kind::Segment, 4000)?;
+    expect_state(&mut fixture, "established")?;
+    is_dialled(&mut fixture, Kind::Segment, true)
+}
+
+pub(crate) fn a_flow_that_lost_its_original_half_is_rebuilt() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    asks(&mut fixture, Kind::Syn, 4000, true)?;
+    ensure!(fixture.remove_halves(|zone| zone == Zone(A.0))? == 1);
+    asks(&mut fixture, Kind::Segment, 4000, true)?;
+    is_answered(&mut fixture, Kind::Segment, 4000)?;
+    ensure!(fixture.halves()? == 2);
+    Ok(())
+}
+
+pub(crate) fn a_flow_that_lost_its_reply_half_is_rebuilt() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    asks(&mut fixture, Kind::Syn, 4000, true)?;
+    ensure!(fixture.remove_halves(|zone| zone == Zone(0))? == 1);
+    // However the packets that follow put it right, the answer has to find its way again.
+    for _ in 0..2 {
+        let packet = Datagram::new(Kind::Segment, from_container_wire("a1", 4000, SERVER));
+        fixture.run(from_container("a1"), &packet.frame_bytes())?;
+    }
+    is_answered(&mut fixture, Kind::Segment, 4000)
+}
+
+pub(crate) fn a_full_table_refuses_new_flows_and_keeps_old_ones() -> Result<()> {
+    let flows = 16;
+    let mut fixture = Fixture::with(flows, |_| {})?;
+    let mut opened = 0;
+    for port in 4000..4000 + flows as u16 {
+        asks(&mut fixture, Kind::Udp, port, true)?;
+        opened += 1;
+    }
+    let halves = fixture.halves()?;
+    ensure!(halves == 2 * opened, "{opened} flows in {halves} halves");
+    let full = |network| dropped(network, Reason::FlowTableFull);
+    let out = Datagram::new(Kind::Udp, from_container_wire("a1", 3000, SERVER));
+    fixture.expect("one more out", from_container("a1"), &out, full(A))?;
+    let into = Datagram::new(Kind::Udp, from_outside_wire(CLIENT, DIALLED));
+    fixture.expect("one more in", from_uplink("up0"), &into, full(A))?;
+    let across = Datagram::new(Kind::Udp, from_container_wire("b1", 3000, DIALLED));
+    fixture.expect("one more across", from_container("b1"), &across, full(A))?;
+    ensure!(fixture.halves()? == halves, "a refused flow left a half");
+    for port in 4000..4000 + flows as u16 {
+        asks(&mut fixture, Kind::Udp, port, false)?;
+        is_answered(&mut fixture, Kind::Udp, port)?;
+    }
+    // Room for one half is no room.
+    let mut table = fixture.flow_table()?;
+    let reply = table.keys().flatten().find(|key| key[..4] == [0; 4]).expect("a reply half");
+    table.remove(&reply)?;
+    fixture.expect("half the room", from_container("a1"), &out, full(A))?;
+    ensure!(fixture.halves()? == halves - 1, "a refused flow left a half");
+    Ok(())
+}
+
+pub(crate) fn a_successor_inherits_no_flow() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    asks(&mut fixture, Kind::Udp, 4000, true)?;
+    is_answered(&mut fixture, Kind::Udp, 4000)?;
+    is_dialled(&mut fixture, Kind::Udp, true)?;
+    let wire = from_container_wire("b1", 4000, DIALLED);
+    let opening = pass_as(wire.to(socket("a1", 80))).opening(A, Reason::FlowHairpin);
+    fixture.expect("across", from_container("b1"), &Datagram::new(Kind::Udp, wire), opening)?;
+    fixture.apply(|program| {
+        let successor = EndpointId(999);
+        let endpoint = program.endpoints.remove(&id_of("a1")).unwrap();
+        program.endpoints.insert(successor, endpoint);
+        for target in program.published.values_mut() {
+            if target.endpoint == id_of("a1") {
+                target.endpoint = successor;
+            }
+        }
+    })?;
+    fixture.expect_flows(&[])?;
+    ensure!(fixture.halves()? == 0, "half a flow is left");
+    // An answer to the predecessor is the host's to refuse, and may not enter the network.
+    let late = Datagram::new(Kind::Udp, from_outside_wire(SERVER, SocketAddrV4::new(HOST, 4000)));
+    fixture.expect("late answer", from_uplink("up0"), &late, pass())?;
+    let inside = late.wire.to(socket("a1", 4000)).on_link(bridge_mac(A), mac("a1"));
+    let want = dropped(A, Reason::DirectAccess);
+    fixture.expect("late", into_network(A, Some("up0")), &late.with_wire(inside), want)?;
+    is_dialled(&mut fixture, Kind::Udp, true)
+}
+
+pub(crate) fn an_unpublished_port_is_closed_to_its_flows() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    for kind in [Kind::Syn, Kind::Udp] {
+        is_dialled(&mut fixture, kind, true)?;
+    }
+    asks(&mut fixture, Kind::Udp, 4000, true)?;
+    fixture.apply(|program| program.published.retain(|key, _| key.port != 8080))?;
+    // The one that did not come through the port lives.
+    let left = fixture.backend.flows()?;
+    ensure!(left.len() == 1 && left[0].source.1 == 4000, "{left:?}");
+    let wire = from_outside_wire(CLIENT, DIALLED);
+    for kind in [Kind::Segment, Kind::Udp] {
+        fixture.expect("to the host", from_uplink("up0"), &Datagram::new(kind, wire), pass())?;
+    }
+    let answer = Datagram::new(Kind::Segment, wire.to(socket("a1", 80)).answer());
+    let answer = answer.with_wire(answer.wire.on_link(mac("a1"), bridge_mac(A)));
+    // The container's next segment opens a flow of its own, from its own port.
+    let opening = pass().opening(A, Reason::FlowOut);
+    fixture.expect("answer", from_container("a1"), &answer, opening)?;
+    Ok(())
+}
+
+pub(crate) fn an_unpublished_port_of_a_routed_network_is_closed_to_its_flows() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    let wire = from_outside_wire(CLIENT, socket("r1", 80));
+    let packet = Datagram::new(Kind::Udp, wire);
+    let opening = pass().opening(ROUTED, Reason::FlowIn);
+    fixture.expect("published", from_uplink("up0"), &packet, opening)?;
+    fixture.apply(|program| program.published.retain(|_, target| target.endpoint != id_of("r1")))?;
+    let want = dropped(ROUTED, Reason::DirectAccess);
+    fixture.expect("unpublished", from_uplink("up0"), &packet, want)?;
+    fixture.expect_flows(&[])
+}
+
+pub(crate) fn a_port_published_elsewhere_leads_there_at_once() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    is_dialled(&mut fixture, Kind::Udp, true)?;
+    fixture.apply(|program| {
+        let (key, target) = published(Ipv4Addr::UNSPECIFIED, 8080, Protocol::Udp, "a2", 53);
+        program.published.insert(key, target);
+    })?;
+    let wire = from_outside_wire(CLIENT, DIALLED);
+    let packet = Datagram::new(Kind::Udp, wire);
+    let wanted = wire.to(socket("a2", 53));
+    let opening = pass_as(wanted).opening(A, Reason::FlowIn);
+    fixture.expect("moved", from_uplink("up0"), &packet, opening)?;
+    // A narrower address wins over all of them.
+    fixture.apply(|program| {
+        let (key, target) = published(HOST, 8080, Protocol::Udp, "a1", 54);
+        program.published.insert(key, target);
+    })?;
+    let opening = pass_as(wire.to(socket("a1", 54))).opening(A, Reason::FlowIn);
+    fixture.expect("narrowed", from_uplink("up0"), &packet, opening)?;
+    ensure!(fixture.halves()? == 2);
+    Ok(())
+}
+
+pub(crate) fn other_ports_changes_leave_a_flow_alone() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    is_dialled(&mut fixture, Kind::Syn, true)?;
+    asks(&mut fixture, Kind::Syn, 4000, true)?;
+    fixture.apply(|program| {
+        program.published.remove(&PublishedKey {
+            address: Ipv4Addr::UNSPECIFIED,
+            port: 8081,
+            protocol: Protocol::Tcp,
+        });
+        program.endpoints.remove(&id_of("a2"));
+    })?;
+    is_dialled(&mut fixture, Kind::Segment, false)?;
+    asks(&mut fixture, Kind::Segment, 4000, false)
+}
+
+pub(crate) fn flows_from_a_lost_address_of_the_host_end() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    asks(&mut fixture, Kind::Udp, 4000, true)?;
+    let up0 = fixture.ifindex("up0");
+    let next = Ipv4Addr::new(10, 0, 0, 50);
+    fixture.apply(|program| {
+        program.local.remove(&HOST);
+        program.local.insert(next);
+        program.uplinks.get_mut(&up0).unwrap().masquerade = Some(next);
+    })?;
+    fixture.expect_flows(&[])?;
+    asks(&mut fixture, Kind::Udp, 4000, true)?;
+    let wire = from_container_wire("a1", 4000, SERVER).on_link(UPLINK_MAC, ROUTER_MAC);
+    let wanted = pass_as(wire.from(SocketAddrV4::new(next, 4000)));
+    let packet = Datagram::new(Kind::Udp, wire);
+    fixture.expect("leaves", to_uplink("up0", Some("br-a")), &packet, wanted)?;
+    Ok(())
+}
+
+pub(crate) fn a_reopened_backend_keeps_flows_and_programs() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    asks(&mut fixture, Kind::Syn, 4000, true)?;
+    is_dialled(&mut fixture, Kind::Syn, true)?;
+    fixture.reopen()?;
+    ensure!(fixture.apply(|_| {})? == 0, "the first apply after adoption wrote something");
+    is_answered(&mut fixture, Kind::SynAck, 4000)?;
+    asks(&mut fixture, Kind::Segment, 4000, false)?;
+    is_dialled(&mut fixture, Kind::Segment, false)?;
+    ensure!(address("a1") == *socket("a1", 0).ip() && fixture.halves()? == 4);
+    Ok(())
+}

@@ -1,0 +1,303 @@
+//! Which source ports translation chooses.
+
+use std::{
+    collections::BTreeSet,
+    net::{Ipv4Addr, SocketAddrV4},
+};
+
+use anyhow::{Result, ensure};
+use netdp::{
+    dataplane::{Dataplane, NatPorts},
+    model::Protocol,
+};
+use netdp_common::counter::Reason;
+
+use crate::{
+    datagram::{Datagram, Kind, Shape, Wire},
+    fixture::{
+        A, FIXED_SOURCE, Fixture, HOST, OUTSIDE, ROUTER_MAC, UPLINK_MAC, address, bridge_mac,
+        dropped, from_container, from_container_wire, from_outside_wire, from_uplink, into_network,
+        mac, network_of, pass, pass_as, published, socket, to_uplink,
+    },
+};
+
+/// The flow table in tests of ports, in flows.
+const FLOWS: u32 = 4096;
+
+/// Opens a flow from a container to the world and returns the source it got. The packet has left
+/// through up0, and its answer has come back.
+fn dial(
+    fixture: &mut Fixture,
+    kind: Kind,
+    endpoint: &'static str,
+    port: u16,
+    to: SocketAddrV4,
+) -> Result<SocketAddrV4> {
+    let network = network_of(endpoint);
+    let dials = from_container_wire(endpoint, port, to);
+    let packet = Datagram::new(kind, dials);
+    fixture.expect("dial", from_container(endpoint), &packet, pass().opening(network, Reason::FlowOut))?;
+    let key = ((*dials.source.ip(), port), (*to.ip(), to.port()), kind.protocol().0);
+    let flows = fixture.backend.flows()?;
+    let flow = flows
+        .iter()
+        .find(|flow| (flow.source, flow.destination, flow.protocol) == key)
+        .expect("a flow that has just been opened");
+    let source = SocketAddrV4::new(flow.translated_source.0, flow.translated_source.1);
+    let routed = dials.on_link(UPLINK_MAC, ROUTER_MAC);
+    let leaves = to_uplink("up0", Some(crate::fixture::bridge(network)));
+    fixture.expect("leave", leaves, &packet.with_wire(routed), pass_as(routed.from(source)))?;
+    let reply = match kind {
+        Kind::Syn => Kind::SynAck,
+        Kind::Request => Kind::Reply,
+        other => other,
+    };
+    let answer = Datagram::new(reply, routed.from(source).answer());
+    let back = answer.wire.to(dials.source);
+    fixture.expect("answer", from_uplink("up0"), &answer, pass_as(back))?;
+    let back = answer.with_wire(back.on_link(bridge_mac(network), mac(endpoint)));
+    fixture.expect("deliver", into_network(network, Some("up0")), &back, pass())?;
+    Ok(source)
+}
+
+const SERVER: SocketAddrV4 = SocketAddrV4::new(OUTSIDE, 80);
+
+pub(crate) fn a_port_outside_the_ephemeral_range_is_kept() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    for kind in [Kind::Syn, Kind::Udp] {
+        for port in [1, 80, 4000, 32_767, 61_000, 65_535] {
+            let source = dial(&mut fixture, kind, "a1", port, SERVER)?;
+            ensure!(source == SocketAddrV4::new(HOST, port), "{kind:?} from {port}: {source}");
+        }
+    }
+    for identifier in [0, 1, 4000, 61_000] {
+        let to = SocketAddrV4::new(OUTSIDE, 0);
+        let source = dial(&mut fixture, Kind::Request, "a1", identifier, to)?;
+        ensure!(source.port() == identifier, "ping {identifier}: {source}");
+    }
+    Ok(())
+}
+
+pub(crate) fn a_port_in_the_ephemeral_range_moves_to_the_reserved_one() -> Result<()> {
+    // Apart, so that one is not mistaken for the other.
+    let ports = NatPorts { reserved: (20_000, 20_999), ephemeral: (32_768, 60_999) };
+    let mut fixture = Fixture::with(FLOWS, |program| program.nat_ports = ports)?;
+    for (kind, to) in
+        [(Kind::Syn, SERVER), (Kind::Udp, SERVER), (Kind::Request, SocketAddrV4::new(OUTSIDE, 0))]
+    {
+        for port in [32_768, 40_000, 60_999] {
+            let source = dial(&mut fixture, kind, "a1", port, to)?;
+            let reserved = (20_000..=20_999).contains(&source.port());
+            ensure!(reserved && *source.ip() == HOST, "{kind:?} from {port}: {source}");
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn two_containers_with_one_port_get_two() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    let ephemeral_free = |port: u16| (50_000..=60_999).contains(&port);
+    for (kind, to) in
+        [(Kind::Syn, SERVER), (Kind::Udp, SERVER), (Kind::Request, SocketAddrV4::new(OUTSIDE, 0))]
+    {
+        let first = dial(&mut fixture, kind, "a1", 4000, to)?;
+        let second = dial(&mut fixture, kind, "a2", 4000, to)?;
+        let third = dial(&mut fixture, kind, "b1", 4000, to)?;
+        ensure!(first == SocketAddrV4::new(HOST, 4000), "{kind:?}: {first}");
+        ensure!(ephemeral_free(second.port()) && ephemeral_free(third.port()), "{second}, {third}");
+        ensure!(second != third, "{kind:?}: both are {second}");
+    }
+    // Not needlessly: another destination is another flow.
+    let other = dial(&mut fixture, Kind::Udp, "a2", 4000, SocketAddrV4::new(OUTSIDE, 81))?;
+    ensure!(other == SocketAddrV4::new(HOST, 4000), "{other}");
+    Ok(())
+}
+
+pub(crate) fn a_published_port_is_never_a_source() -> Result<()> {
+    let ports = NatPorts { reserved: (20_000, 20_003), ephemeral: (32_768, 60_999) };
+    let mut fixture = Fixture::with(FLOWS, |program| {
+        program.nat_ports = ports;
+        // Three of the four reserved ports are published: on all addresses, on this one, and on
+        // another one, which does no harm.
+        for (address, port) in [
+            (Ipv4Addr::UNSPECIFIED, 20_000),
+            (HOST, 20_001),
+            (Ipv4Addr::new(10, 1, 0, 2), 20_002),
+        ] {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                let (key, target) = published(address, port, protocol, "a1", 80);
+                program.published.insert(key, target);
+            }
+        }
+    })?;
+    for kind in [Kind::Syn, Kind::Udp] {
+        let mut taken = BTreeSet::new();
+        // From a published port itself, from one that is published elsewhere, from any other.
+        for (port, to) in [(8080, 80), (9090, 81), (40_000, 82), (20_000, 83), (20_001, 84)] {
+            let source = dial(&mut fixture, kind, "a1", port, SocketAddrV4::new(OUTSIDE, to))?;
+            taken.insert(source.port());
+        }
+        ensure!(taken.is_subset(&BTreeSet::from([20_002, 20_003])), "{kind:?}: {taken:?}");
+    }
+    // An ICMP identifier is no port.
+    let ping = dial(&mut fixture, Kind::Request, "a1", 8080, SocketAddrV4::new(OUTSIDE, 0))?;
+    ensure!(ping.port() == 8080, "{ping}");
+    Ok(())
+}
+
+pub(crate) fn without_a_free_port_a_new_flow_is_refused() -> Result<()> {
+    let ports = NatPorts { reserved: (20_000, 20_003), ephemeral: (32_768, 60_999) };
+    let mut fixture = Fixture::with(FLOWS, |program| program.nat_ports = ports)?;
+    for (kind, to, other) in [
+        (Kind::Syn, SERVER, SocketAddrV4::new(OUTSIDE, 81)),
+        (Kind::Udp, SERVER, SocketAddrV4::new(OUTSIDE, 81)),
+        (
+            Kind::Request,
+            SocketAddrV4::new(OUTSIDE, 0),
+            SocketAddrV4::new(Ipv4Addr::new(10, 0, 0, 4), 0),
+        ),
+    ] {
+        let mut taken = BTreeSet::new();
+        for port in 40_000..40_004 {
+            taken.insert(dial(&mut fixture, kind, "a1", port, to)?.port());
+        }
+        ensure!(taken == (20_000..=20_003).collect(), "{kind:?}: {taken:?}");
+        let halves = fixture.halves()?;
+        let refused = Datagram::new(kind, from_container_wire("a1", 40_004, to));
+        let want = dropped(A, Reason::PortsExhausted);
+        fixture.expect("a fifth", from_container("a1"), &refused, want)?;
+        ensure!(fixture.halves()? == halves, "a refused flow left a half");
+        // The others go on, and other destinations and kept ports are no part of it.
+        let established = Datagram::new(kind, from_container_wire("a1", 40_000, to));
+        fixture.expect("an older one", from_container("a1"), &established, pass())?;
+        dial(&mut fixture, kind, "a1", 40_004, other)?;
+        dial(&mut fixture, kind, "a1", 4000, to)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn without_a_source_address_nothing_leaves() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    let up0 = fixture.ifindex("up0");
+    fixture.apply(|program| program.uplinks.get_mut(&up0).unwrap().masquerade = None)?;
+    let packet = Datagram::new(Kind::Syn, from_container_wire("a1", 4000, SERVER));
+    let want = dropped(A, Reason::NoUplink);
+    fixture.expect("no address", from_container("a1"), &packet, want)?;
+    fixture.expect_flows(&[])?;
+    // A fixed source needs none of the uplink's.
+    let source = dial(&mut fixture, Kind::Syn, "s1", 4000, SERVER)?;
+    ensure!(network_of("s1") == FIXED_SOURCE && *source.ip() != HOST, "{source}");
+    Ok(())
+}
+
+pub(crate) fn clients_that_collide_behind_a_published_port_stay_apart() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    let client = SocketAddrV4::new(OUTSIDE, 5000);
+    let dialled = [8080, 8081].map(|port| from_outside_wire(client, SocketAddrV4::new(HOST, port)));
+    for kind in [Kind::Syn, Kind::Udp] {
+        let mut seen = Vec::new();
+        for dials in dialled {
+            let opened = open_at(&mut fixture, kind, "a1", dials)?;
+            ensure!(*opened.source.ip() == OUTSIDE, "the client's address stays: {opened:?}");
+            seen.push(opened.source);
+        }
+        ensure!(seen[0] == client && seen[1] != client, "{seen:?}");
+        // Each answer comes from the port that was dialled.
+        for (source, dials) in seen.into_iter().zip(dialled) {
+            let reply = if kind == Kind::Syn { Kind::SynAck } else { kind };
+            let wire = from_container_wire("a1", 80, source).on_link(UPLINK_MAC, ROUTER_MAC);
+            let answer = Datagram::new(reply, wire);
+            let inside = answer.with_wire(wire.on_link(mac("a1"), bridge_mac(A)));
+            fixture.expect("answers", from_container("a1"), &inside, pass())?;
+            let wanted = wire.from(dials.destination).to(client);
+            let leaves = to_uplink("up0", Some("br-a"));
+            fixture.expect("leaves", leaves, &answer, pass_as(wanted))?;
+        }
+    }
+    Ok(())
+}
+
+/// Opens a flow from outside to a container's port 80 and returns the packet as it went in.
+fn open_at(fixture: &mut Fixture, kind: Kind, endpoint: &str, dials: Wire) -> Result<Wire> {
+    let port = |socket: SocketAddrV4| (*socket.ip(), socket.port());
+    let before = fixture.backend.flows()?;
+    let frame = Datagram::new(kind, dials).frame_bytes();
+    let outcome = fixture.run(from_uplink("up0"), &frame)?;
+    ensure!(outcome.verdict == crate::fixture::TCX_NEXT, "{outcome:?}");
+    let flows = fixture.backend.flows()?;
+    let flow = flows
+        .iter()
+        .find(|flow| {
+            flow.protocol == kind.protocol().0
+                && (flow.source, flow.destination) == (port(dials.source), port(dials.destination))
+        })
+        .expect("a flow that has just been opened");
+    ensure!(flows.len() == before.len() + 1, "{flows:?}");
+    let (address, source_port) = flow.translated_source;
+    let wanted = dials.from(SocketAddrV4::new(address, source_port)).to(socket(endpoint, 80));
+    ensure!(outcome.frame == Datagram::new(kind, wanted).frame_bytes(), "{outcome:?}");
+    Ok(wanted)
+}
+
+pub(crate) fn containers_that_collide_behind_a_published_port_stay_apart() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    let dials = [8080, 8081].map(|port| from_container_wire("b1", 4000, SocketAddrV4::new(HOST, port)));
+    let first = dials[0].to(socket("a1", 80));
+    let opening = pass_as(first).opening(A, Reason::FlowHairpin);
+    fixture.expect("first", from_container("b1"), &Datagram::new(Kind::Udp, dials[0]), opening)?;
+    let second = Datagram::new(Kind::Udp, dials[1]);
+    let outcome = fixture.run(from_container("b1"), &second.frame_bytes())?;
+    let flows = fixture.backend.flows()?;
+    let sources: BTreeSet<_> = flows.iter().map(|flow| flow.translated_source).collect();
+    ensure!(flows.len() == 2 && sources.len() == 2, "{flows:?}");
+    ensure!(sources.iter().all(|(source, _)| *source == address("b1")), "{sources:?}");
+    let port = sources.iter().map(|(_, port)| *port).find(|port| *port != 4000).expect("a second port");
+    let wanted = first.from(socket("b1", port));
+    ensure!(outcome.frame == second.with_wire(wanted).frame_bytes(), "{outcome:?}");
+    // And back, to the port that b1 dialled from.
+    let routed = wanted.answer().on_link(bridge_mac(network_of("b1")), mac("b1"));
+    let answer = Datagram::new(Kind::Udp, routed);
+    let inside = answer.with_wire(routed.on_link(mac("a1"), bridge_mac(A)));
+    fixture.expect("answers", from_container("a1"), &inside, pass())?;
+    let returned = routed.from(dials[1].destination).to(dials[1].source);
+    fixture.expect("returns", into_network(network_of("b1"), Some("br-a")), &answer, pass_as(returned))?;
+    Ok(())
+}
+
+pub(crate) fn checksums_hold_for_every_carry() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    let seed = 0x6e65_7464_7020_2026_u64;
+    let mut random = Random(seed);
+    for round in 0..400 {
+        let kind = [Kind::Segment, Kind::Udp, Kind::BareUdp, Kind::Request][round % 4];
+        let port = if kind == Kind::Request { 0 } else { random.next() as u16 | 1 };
+        let outside = Ipv4Addr::from(0x0b00_0000 | (random.next() as u32 & 0x00ff_ffff));
+        let dials = from_container_wire("a1", 1 + round as u16, SocketAddrV4::new(outside, port));
+        let length = random.next() as usize % 1400;
+        let mut packet = Datagram::new(kind, dials).shaped(Shape {
+            options: random.next() % 2 == 0,
+            cut: false,
+        });
+        packet.identification = random.next() as u16;
+        packet.payload = (0..length).map(|_| random.next() as u8).collect();
+        let opening = pass().opening(A, Reason::FlowOut);
+        let name = format!("round {round} of seed {seed:#x}");
+        fixture.expect(&name, from_container("a1"), &packet, opening)?;
+        let routed = dials.on_link(UPLINK_MAC, ROUTER_MAC);
+        let seen = pass_as(routed.from(SocketAddrV4::new(HOST, 1 + round as u16)));
+        fixture.expect(&name, to_uplink("up0", Some("br-a")), &packet.with_wire(routed), seen)?;
+    }
+    Ok(())
+}
+
+/// SplitMix64: the same numbers for the same seed, everywhere.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+}
