@@ -37,7 +37,9 @@ fn build() -> Result<(), String> {
         .status()
         .map_err(|error| format!("start cargo for netdp-ebpf: {error}"))?;
     if !status.success() {
-        return Err("build netdp-ebpf: see above; `cargo xtask setup` installs what it needs".into());
+        return Err(
+            "build netdp-ebpf: see above; `cargo xtask setup` installs what it needs".into()
+        );
     }
     let object = target_dir.join(TARGET).join("release/netdp-ebpf");
     println!("cargo::rustc-env=NETDP_EBPF_OBJECT={}", object.display());

@@ -182,7 +182,8 @@ mod tests {
         let container = Ipv4Addr::new(172, 20, 0, 2).into();
         let host = Ipv4Addr::new(10, 0, 0, 2).into();
         let world = Ipv4Addr::new(10, 0, 0, 3).into();
-        let arrives = Tuple4 { src: container, dst: world, sport: Be16::new(4000), dport: Be16::new(80) };
+        let arrives =
+            Tuple4 { src: container, dst: world, sport: Be16::new(4000), dport: Be16::new(80) };
         let leaves = Tuple4 { src: host, sport: Be16::new(50_000), ..arrives };
         let original = FlowKey4::new(7, arrives, IPPROTO_TCP);
         let half = Flow4 { to: leaves, reply_zone: ZONE_WORLD, ..Flow4::default() };

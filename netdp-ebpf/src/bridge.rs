@@ -2,12 +2,7 @@
 //! it came in, so an interface without a program opens no hole.
 
 use aya_ebpf::programs::TcContext;
-use netdp_common::{
-    counter::Reason,
-    flow::stage,
-    interface::role,
-    network::flag,
-};
+use netdp_common::{counter::Reason, flow::stage, interface::role, network::flag};
 use network_types::eth::EthHdr;
 
 use crate::{

@@ -14,7 +14,6 @@ pub(crate) fn allows(id: u32, network: &Network, source: Be32) -> bool {
     if !network.has(flag::POLICY) {
         return true;
     }
-    let key =
-        PolicyKey4 { network: id, generation: network.policy_generation, address: source };
+    let key = PolicyKey4 { network: id, generation: network.policy_generation, address: source };
     maps::policy(key).is_none_or(|verdict| verdict.allow != 0)
 }

@@ -2,10 +2,7 @@
 //!
 //! Owns where things are on the host. Knows nothing of networks.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
@@ -45,7 +42,7 @@ pub struct Paths {
     /// Mount point of the BPF file system
     #[arg(long, value_name = "D", default_value = BPFFS)]
     pub bpffs: PathBuf,
-    /// Mount point of the cgroup2 hierarchy; the host's where none is given
+    /// Mount point of the cgroup2 hierarchy; checked, and not used before there are socket hooks
     #[arg(long, value_name = "D")]
     pub cgroup: Option<PathBuf>,
 }
@@ -93,52 +90,5 @@ impl Paths {
     /// Where the agent listens.
     pub fn socket(&self) -> PathBuf {
         self.run_dir.join("netdp.sock")
-    }
-
-    /// The cgroup2 hierarchy: as configured, else where the host has it mounted.
-    pub fn cgroup(&self) -> Option<PathBuf> {
-        self.cgroup.clone().or_else(|| {
-            let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-            mounts.lines().find_map(cgroup2_mount_point)
-        })
-    }
-}
-
-/// The mount point in a line of mountinfo (proc_pid_mountinfo(5)), if it is a cgroup2's.
-fn cgroup2_mount_point(line: &str) -> Option<PathBuf> {
-    let (mount, file_system) = line.split_once(" - ")?;
-    let point = mount.split(' ').nth(4)?;
-    // The kernel writes blanks and backslashes in octal; a mount point of that kind is no
-    // cgroup2's on any host that we know of.
-    let found = file_system.starts_with("cgroup2 ") && !point.contains('\\');
-    found.then(|| Path::new(point).to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn cgroup2_is_found_wherever_it_is_mounted() {
-        let lines = [
-            (
-                "36 35 98:0 / /sys/fs/cgroup rw,noatime shared:1 - cgroup2 cgroup2 rw",
-                "/sys/fs/cgroup",
-            ),
-            (
-                "40 36 0:33 / /sys/fs/cgroup/unified rw - cgroup2 none rw,nsdelegate",
-                "/sys/fs/cgroup/unified",
-            ),
-        ];
-        for (line, point) in lines {
-            assert_eq!(cgroup2_mount_point(line), Some(point.into()));
-        }
-        for line in [
-            "37 36 0:31 / /sys/fs/cgroup/memory rw master:1 - cgroup cgroup rw,memory",
-            "22 1 8:1 / / rw - ext4 /dev/cgroup2 rw",
-            "",
-        ] {
-            assert_eq!(cgroup2_mount_point(line), None);
-        }
     }
 }

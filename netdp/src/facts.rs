@@ -61,7 +61,10 @@ pub struct Route {
 impl HostFacts {
     /// The link with this name.
     pub fn link(&self, name: &str) -> Option<(u32, &Link)> {
-        self.links.iter().find(|(_, link)| link.name == name).map(|(&ifindex, link)| (ifindex, link))
+        self.links
+            .iter()
+            .find(|(_, link)| link.name == name)
+            .map(|(&ifindex, link)| (ifindex, link))
     }
 
     /// Whether one of the host's interfaces has this address.

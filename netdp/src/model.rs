@@ -4,12 +4,7 @@
 //! Owns the shapes and the pure operations on them. Knows nothing of kernel objects, of files, of
 //! wire formats.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    net::Ipv4Addr,
-    path::PathBuf,
-};
+use std::{collections::BTreeMap, fmt, net::Ipv4Addr, path::PathBuf};
 
 use ipnet::Ipv4Net;
 

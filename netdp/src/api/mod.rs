@@ -3,7 +3,6 @@
 //! Owns the wire format and its translation into the model's terms. Everything that is decided is
 //! decided by the model and the controller.
 
-mod busy;
 pub mod client;
 pub mod server;
 pub mod wire;

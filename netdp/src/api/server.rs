@@ -258,6 +258,13 @@ async fn connect(
     Body(request): Body<wire::Connect>,
 ) -> Result<(StatusCode, Json<wire::Endpoint>), Failure> {
     let netns = request.netns_path()?;
+    if !netns.exists() {
+        return Err(Refusal::not_found(format!(
+            "there is no network namespace {}: give a path, or a name that `ip netns` shows",
+            netns.display()
+        ))
+        .into());
+    }
     let survey =
         namespace::survey(&netns).await.map_err(|error| Refusal::invalid(format!("{error:#}")))?;
     if namespace::is_still(Path::new("/proc/self/ns/net"), survey.identity) {
@@ -302,7 +309,7 @@ async fn publish(
         .controller
         .change(|model, facts| model.publish(name, network.as_deref(), &specs, facts))
         .await?;
-    info!("published {} ports of {name}", ports.len());
+    info!("published of {name}: {}", summary(&ports));
     Ok(Json(ports.iter().map(wire::Published::from).collect()))
 }
 
@@ -314,8 +321,18 @@ async fn unpublish(
     let specs = wire::ports(&request.ports)?;
     let ports =
         api.controller.change(|model, _| model.unpublish(name, network.as_deref(), &specs)).await?;
-    info!("took back {} published ports of {name}", ports.len());
+    info!("no longer published of {name}: {}", summary(&ports));
     Ok(Json(ports.iter().map(wire::Published::from).collect()))
+}
+
+/// Ports for the log: the first few, and how many more.
+fn summary(ports: &[model::PublishedPort]) -> String {
+    const SHOWN: usize = 4;
+    let mut words: Vec<String> = ports.iter().take(SHOWN).map(ToString::to_string).collect();
+    if ports.len() > SHOWN {
+        words.push(format!("{} more", ports.len() - SHOWN));
+    }
+    words.join(", ")
 }
 
 async fn show_policy(

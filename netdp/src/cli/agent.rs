@@ -4,7 +4,7 @@
 
 use std::{
     env,
-    fs::DirBuilder,
+    fs::{self, DirBuilder},
     io::{self, IsTerminal},
     os::unix::fs::DirBuilderExt,
     path::Path,
@@ -92,8 +92,22 @@ async fn serve(config: &Config, path: &Path) -> Result<()> {
         () = overdue => warn!("a request takes too long: stopping without its answer"),
     }
     if *purged.borrow() {
-        Store::remove(&config.paths.state_dir)?;
+        remove_traces(&config.paths, path)?;
     }
+    Ok(())
+}
+
+/// Removes what only a running or returning agent needs.
+pub(super) fn remove_traces(paths: &Paths, socket: &Path) -> Result<()> {
+    Store::remove(&paths.state_dir)?;
+    match fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("remove socket {}", socket.display()));
+        }
+        _ => {}
+    }
+    // What else is in the directory is not ours, and keeps it.
+    let _not_empty = fs::remove_dir(&paths.run_dir);
     Ok(())
 }
 
@@ -149,13 +163,15 @@ fn ready(snapshot: &Snapshot) -> String {
         .map(ToString::to_string)
         .collect();
     let uplinks = match &uplinks[..] {
-        [] => "no uplinks".to_owned(),
-        [uplink] => format!("uplink {uplink}"),
-        _ => format!("uplinks {}", uplinks.join(", ")),
+        // None is worked with before there is a network to lead out of.
+        [] if snapshot.model.networks.is_empty() => String::new(),
+        [] => ", no uplinks".to_owned(),
+        [uplink] => format!(", uplink {uplink}"),
+        _ => format!(", uplinks {}", uplinks.join(", ")),
     };
     let networks = count(snapshot.model.networks.len(), "network");
     let endpoints = count(snapshot.model.endpoints.len(), "endpoint");
-    format!("netdp ready: {networks}, {endpoints}, {uplinks}")
+    format!("netdp ready: {networks}, {endpoints}{uplinks}")
 }
 
 fn count(number: usize, noun: &str) -> String {

@@ -61,8 +61,7 @@ impl Doctor {
     }
 
     pub(super) async fn run(&self, client: &Client) -> Result<()> {
-        let mut checks =
-            vec![rights()?, kernel()?, btf(), bpffs(&self.paths.bpffs), cgroup(&self.paths)];
+        let mut checks = vec![rights()?, kernel()?, btf(), bpffs(&self.paths.bpffs)];
         checks.extend(agent(client).await?);
         if self.json {
             print_json(&checks)?;
@@ -173,13 +172,6 @@ fn bpffs(path: &Path) -> Check {
     }
 }
 
-fn cgroup(paths: &Paths) -> Check {
-    match paths.cgroup() {
-        Some(path) => ok("cgroup2", format!("mounted at {}", path.display())),
-        None => warn("cgroup2", "not mounted: published ports won't be reachable at 127.0.0.1"),
-    }
-}
-
 /// What the agent says of itself, and of the kernel's state compared with its own.
 async fn agent(client: &Client) -> Result<Vec<Check>> {
     if !client.is_answered().await {
@@ -189,7 +181,9 @@ async fn agent(client: &Client) -> Result<Vec<Check>> {
     let mut checks = vec![ok("agent", format!("netdp {} (pid {})", status.version, status.pid))];
     checks.extend(status.troubles.into_iter().map(|trouble| fail("trouble", trouble)));
     let uplinks: Vec<String> = status.uplinks.iter().map(ToString::to_string).collect();
-    checks.push(if uplinks.is_empty() {
+    checks.push(if status.networks == 0 {
+        ok("uplinks", "not needed before there is a network")
+    } else if uplinks.is_empty() {
         warn("uplinks", "none: containers reach this host only; see --uplink")
     } else {
         ok("uplinks", uplinks.join(", "))

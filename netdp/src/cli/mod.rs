@@ -31,10 +31,10 @@ mod table;
 
 /// Container networks without iptables in the packet path.
 #[derive(Debug, Parser)]
-#[command(name = "netdp", version, propagate_version = true, arg_required_else_help = true)]
+#[command(name = "netdp", version, arg_required_else_help = true)]
 struct Cli {
     /// Socket of the agent [default: /run/netdp/netdp.sock]
-    #[arg(long, global = true, env = "NETDP_SOCKET", value_name = "PATH")]
+    #[arg(long, global = true, env = "NETDP_SOCKET", hide_env_values = true, value_name = "PATH")]
     socket: Option<PathBuf>,
     #[command(subcommand)]
     verb: Verb,
@@ -104,7 +104,10 @@ fn execute(cli: Cli) -> Result<()> {
         Verb::Flows(verb) => wait_for(verb.run(&client())),
         Verb::Status(verb) => wait_for(verb.run(&client())),
         Verb::Doctor(verb) => wait_for(verb.run(&Client::new(&socket(verb.paths())))),
-        Verb::Purge(verb) => wait_for(verb.run(&Client::new(&socket(verb.paths())))),
+        Verb::Purge(verb) => {
+            let socket = socket(verb.paths());
+            wait_for(verb.run(&Client::new(&socket), &socket))
+        }
         Verb::Completions(verb) => verb.run(),
         Verb::Man(verb) => verb.run(),
     }

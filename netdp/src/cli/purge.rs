@@ -2,6 +2,8 @@
 //!
 //! Asks the agent where one runs; does the same by itself where none does.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use clap::{Args, Parser};
 use hyper::Method;
@@ -32,11 +34,14 @@ impl Purge {
         &self.paths
     }
 
-    pub(super) async fn run(&self, client: &Client) -> Result<()> {
+    /// `socket` is the one that `client` talks to.
+    pub(super) async fn run(&self, client: &Client, socket: &Path) -> Result<()> {
         let purged = if client.is_answered().await {
             Some(client.order(Method::POST, &client::path(&["purge"])).await?)
         } else {
-            purge_without_agent(&self.paths).await?
+            let purged = purge_without_agent(&self.paths).await?;
+            agent::remove_traces(&self.paths, socket)?;
+            purged
         };
         print(&purged.map_or_else(|| "nothing of netdp is on this host\n".to_owned(), render))
     }
@@ -61,7 +66,6 @@ async fn purge_without_agent(paths: &Paths) -> Result<Option<wire::Purged>> {
     let dataplane = agent::open_dataplane(&paths.bpffs, config.flows)?;
     let controller = Controller::open(&config, store, dataplane).await?;
     controller.purge().await?;
-    Store::remove(&paths.state_dir)?;
     Ok(Some(purged))
 }
 

@@ -7,7 +7,7 @@
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use anyhow::{Context, Error, Result};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::State;
 use crate::{
@@ -190,7 +190,7 @@ impl State {
         let applied = applied.flatten().context("apply the program to the dataplane");
         let Some(applied) = pass.note(Subject::Backend, applied)? else { return Ok(false) };
         if applied.writes > 0 {
-            info!(writes = applied.writes, "dataplane agrees with the model again");
+            debug!(writes = applied.writes, "applied the program to the dataplane");
         }
         self.program = program;
         Ok(true)

@@ -208,7 +208,7 @@ async fn create(controller: &Controller, name: &str, subnet: &str) {
         subnets: vec![subnet.parse().unwrap()],
         ..NetworkSpec::default()
     };
-    controller.change(|model, facts| model.create_network(spec, facts)).await.unwrap();
+    controller.change(|model, facts| model.create_network(spec.clone(), facts)).await.unwrap();
 }
 
 async fn connect(
@@ -242,7 +242,7 @@ async fn publish_and_connect(
     controller: &Controller,
     spec: ConnectSpec,
 ) -> Result<Ipv4Addr, ChangeError> {
-    let id = controller.change(|model, facts| model.connect(spec, facts)).await?;
+    let id = controller.change(|model, facts| model.connect(spec.clone(), facts)).await?;
     Ok(controller.model().await.endpoints[&id].address)
 }
 
@@ -473,7 +473,8 @@ fn killed_at_any_moment_the_next_start_completes_or_undoes() {
                 });
             });
             is_started.recv().unwrap();
-            thread::sleep(Duration::from_millis(2 * step));
+            // At another moment each time, at the latest when all is done.
+            let _done = is_started.recv_timeout(Duration::from_millis(2 * step));
             doomed.shutdown_background();
 
             new_runtime().block_on(async {

@@ -13,9 +13,7 @@ use anyhow::Result;
 use ipnet::Ipv4Net;
 use netdp_common::counter::Reason;
 
-use crate::model::{
-    EndpointId, GatewayMode, MacAddress, NetworkId, Protocol, PublishedPort, Rule,
-};
+use crate::model::{EndpointId, GatewayMode, MacAddress, NetworkId, Protocol, PublishedPort, Rule};
 
 pub mod ebpf;
 pub mod fake;

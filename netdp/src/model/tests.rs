@@ -1,6 +1,6 @@
 //! Operations of the model: what is chosen, what is refused, and that a refusal changes nothing.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use super::*;
 use crate::facts::{HostFacts, Link, Route};
@@ -38,6 +38,7 @@ pub(crate) fn host() -> HostFacts {
             route("192.168.0.0/16", 3),
         ],
         ephemeral_ports: (32_768, 60_999),
+        ports_in_use: BTreeSet::new(),
     }
 }
 
@@ -592,6 +593,17 @@ fn a_range_gives_the_next_free_port() {
     assert_eq!(ports, ["tcp 0.0.0.0:8002->80", "tcp 0.0.0.0:8003->81"]);
     let ports = publish(&mut model, "A1", &["10.0.0.2:8000-8010:82"]).unwrap();
     assert_eq!(ports, ["tcp 10.0.0.2:8001->82"], "10.0.0.4:8001 is another one");
+}
+
+#[test]
+fn ports_of_other_programs_are_not_chosen() {
+    let mut facts = host();
+    facts.ports_in_use =
+        [(Protocol::Tcp, 8000), (Protocol::Udp, 8001), (Protocol::Tcp, 49_153)].into();
+    let specs = ports(&["8000-8010:80", "80", "8000:81"]);
+    let published = lab().publish("A1", None, &specs, &facts).unwrap();
+    let chosen: Vec<u16> = published.iter().map(|port| port.host_port).collect();
+    assert_eq!(chosen, [8001, 49_154, 8000], "one that was named is the reservation's business");
 }
 
 #[test]

@@ -95,6 +95,7 @@ fn host() -> HostFacts {
         links: [(1, lo), (2, eth0), (3, tun0), (4, port), (5, bond)].into(),
         routes: Vec::new(),
         ephemeral_ports: (32_768, 60_999),
+        ports_in_use: BTreeSet::new(),
     }
 }
 

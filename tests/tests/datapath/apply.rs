@@ -8,8 +8,7 @@ use netdp::{dataplane::Dataplane, model::Protocol};
 
 use crate::fixture::{Fixture, id_of, published};
 
-pub(crate) fn publishing_a_port_is_at_most_two_writes() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn publishing_a_port_is_at_most_two_writes(fixture: &mut Fixture) -> Result<()> {
     let (key, target) = published(Ipv4Addr::UNSPECIFIED, 9000, Protocol::Tcp, "a2", 90);
     let writes = fixture.apply(|program| {
         program.published.insert(key, target);
@@ -22,8 +21,7 @@ pub(crate) fn publishing_a_port_is_at_most_two_writes() -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn applying_twice_writes_nothing() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn applying_twice_writes_nothing(fixture: &mut Fixture) -> Result<()> {
     ensure!(fixture.apply(|_| {})? == 0, "a second apply wrote something");
     let drift = fixture.backend.check(&fixture.program)?;
     ensure!(drift.is_empty(), "{drift:?}");
@@ -31,8 +29,9 @@ pub(crate) fn applying_twice_writes_nothing() -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn an_entry_deleted_behind_our_back_is_found_and_put_back() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn an_entry_deleted_behind_our_back_is_found_and_put_back(
+    fixture: &mut Fixture,
+) -> Result<()> {
     let endpoints: Vec<u8> = {
         let data = MapData::from_pin(fixture.map_path("PUBLISHED4"))?;
         let mut map: HashMap<_, [u8; 8], [u8; 12]> = Map::HashMap(data).try_into()?;
@@ -49,8 +48,9 @@ pub(crate) fn an_entry_deleted_behind_our_back_is_found_and_put_back() -> Result
     Ok(())
 }
 
-pub(crate) fn an_entry_added_behind_our_back_is_found_and_removed() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn an_entry_added_behind_our_back_is_found_and_removed(
+    fixture: &mut Fixture,
+) -> Result<()> {
     {
         let data = MapData::from_pin(fixture.map_path("LOCAL4"))?;
         let mut map: HashMap<_, [u8; 4], u32> = Map::HashMap(data).try_into()?;
@@ -64,8 +64,7 @@ pub(crate) fn an_entry_added_behind_our_back_is_found_and_removed() -> Result<()
     Ok(())
 }
 
-pub(crate) fn a_container_that_goes_leaves_nothing() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn a_container_that_goes_leaves_nothing(fixture: &mut Fixture) -> Result<()> {
     fixture.apply(|program| {
         program.endpoints.remove(&id_of("b1"));
         program.published.retain(|_, target| target.endpoint != id_of("b1"));

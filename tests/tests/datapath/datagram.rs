@@ -239,12 +239,10 @@ impl Datagram {
                 let echo = IcmpEchoHeader { id: destination.port(), seq: 1 };
                 icmp(Icmpv4Type::EchoReply(echo), &self.payload)
             }
-            Kind::Timestamp => {
-                icmp(
-                    Icmpv4Type::Unknown { type_u8: 13, code_u8: 0, bytes5to8: [0, 9, 0, 1] },
-                    &self.payload,
-                )
-            }
+            Kind::Timestamp => icmp(
+                Icmpv4Type::Unknown { type_u8: 13, code_u8: 0, bytes5to8: [0, 9, 0, 1] },
+                &self.payload,
+            ),
             _ => self.tcp_header(),
         };
         body.extend_from_slice(&self.payload);

@@ -4,7 +4,7 @@
 //! Owns the layout of the host and the checking of one step. Knows nothing of what is promised.
 
 use std::{
-    cell::OnceCell,
+    cell::{OnceCell, RefCell},
     collections::{BTreeMap, BTreeSet},
     fs,
     io::Write,
@@ -31,6 +31,7 @@ use netdp::{
 use netdp_common::{
     counter::Reason,
     flow::{Flow4, FlowKey4},
+    fragment::{FragmentKey4, Ports},
 };
 use netdp_tests::packet::ETHERNET_BYTES;
 use nix::{
@@ -92,7 +93,7 @@ pub(crate) const TCX_DROP: i32 = 2;
 /// See [`TCX_NEXT`].
 pub(crate) const TCX_REDIRECT: i32 = 7;
 
-/// Default size of the flow table in tests, in flows.
+/// Size of the shared flow table, in flows.
 const FLOWS: u32 = 4096;
 
 /// Endpoints, by the name of the host's end of their veth, and their networks. The n-th member of
@@ -124,12 +125,8 @@ const BRIDGES: [(&str, NetworkId); 9] = [
     ("br-m", UNMASQUERADED),
     ("br-s", FIXED_SOURCE),
 ];
-const UPLINKS: [(&str, Ipv4Addr); 4] = [
-    ("up0", HOST),
-    ("up1", HOST_UP1),
-    ("tun0", HOST_TUN),
-    ("other0", Ipv4Addr::new(10, 3, 0, 2)),
-];
+const UPLINKS: [(&str, Ipv4Addr); 4] =
+    [("up0", HOST), ("up1", HOST_UP1), ("tun0", HOST_TUN), ("other0", Ipv4Addr::new(10, 3, 0, 2))];
 /// Without an Ethernet header.
 const TUN: &str = "tun0";
 /// Not in the program.
@@ -313,23 +310,46 @@ pub(crate) struct Fixture {
 }
 
 impl Fixture {
-    /// The standard host with the standard program.
-    pub(crate) fn new() -> Result<Self> {
-        Self::with(FLOWS, |_| {})
-    }
-
-    /// The standard host with a flow table of `flows` and a changed program.
-    pub(crate) fn with(flows: u32, change: impl FnOnce(&mut Program)) -> Result<Self> {
+    /// The standard host and program with a flow table of `flows`.
+    pub(crate) fn new(flows: u32) -> Result<Self> {
         let ifindexes = HOST_INTERFACES.with(|built| match built.get() {
             Some(ifindexes) => Ok(ifindexes.clone()),
             None => build_host().map(|ifindexes| built.get_or_init(|| ifindexes).clone()),
         })?;
         let bpffs = Bpffs::mount()?;
         let mut backend = Ebpf::open(EbpfOptions { bpffs: bpffs.path().to_owned(), flows })?;
-        let mut program = standard_program(&ifindexes);
-        change(&mut program);
+        let program = standard_program(&ifindexes);
         backend.apply(&program)?;
         Ok(Self { backend, program, programs: attached_programs()?, ifindexes, bpffs })
+    }
+
+    /// Runs a test on a fixture that tests share, the standard program on it and no flow in it:
+    /// loading the programs takes a second. A test that fails takes the fixture with it.
+    pub(crate) fn share(test: fn(&mut Self) -> Result<()>) -> Result<()> {
+        thread_local! {
+            static SHARED: RefCell<Option<Fixture>> = const { RefCell::new(None) };
+        }
+        let mut fixture = match SHARED.with(RefCell::take) {
+            Some(fixture) => fixture,
+            None => Self::new(FLOWS)?,
+        };
+        fixture.reset()?;
+        test(&mut fixture)?;
+        SHARED.set(Some(fixture));
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<()> {
+        self.program = standard_program(&self.ifindexes);
+        self.backend.apply(&self.program)?;
+        self.remove_halves(|_| true)?;
+        let data = MapData::from_pin(self.map_path("FRAGMENT4"))?;
+        let mut fragments: HashMap<_, [u8; size_of::<FragmentKey4>()], [u8; size_of::<Ports>()]> =
+            Map::LruHashMap(data).try_into()?;
+        for key in fragments.keys().collect::<Result<Vec<_>, _>>()? {
+            fragments.remove(&key)?;
+        }
+        Ok(())
     }
 
     /// Changes the program and applies it; returns the number of writes.
@@ -385,20 +405,17 @@ impl Fixture {
     fn try_expect(&mut self, at: At, datagram: &Datagram, want: Want) -> Result<Datagram> {
         let wanted = datagram.with_wire(want.wire.unwrap_or(datagram.wire));
         let mut left = Vec::new();
-        for (index, (frame, wanted)) in
-            datagram.frames().iter().zip(wanted.frames()).enumerate()
-        {
+        for (index, (frame, wanted)) in datagram.frames().iter().zip(wanted.frames()).enumerate() {
             // A device without Ethernet sees the packet only; the oracle wants a frame.
             let hidden = if at.interface == TUN { ETHERNET_BYTES } else { 0 };
-            let counted = want
-                .counted
-                .filter(|_| index == 0 || want.verdict == TCX_DROP)
-                .map(|(network, reason)| Count {
+            let counted = want.counted.filter(|_| index == 0 || want.verdict == TCX_DROP).map(
+                |(network, reason)| Count {
                     network,
                     reason,
                     packets: 1,
                     bytes: (frame.len() - hidden) as u64,
-                });
+                },
+            );
             let out = self.expect_frame(at, &frame[hidden..], want.verdict, counted)?;
             if want.verdict == TCX_DROP {
                 continue;
@@ -487,9 +504,10 @@ fn attached_programs() -> Result<BTreeMap<Hook, SchedClassifier>> {
         let (interface, direction, name) = hook.place();
         let (_, infos) = SchedClassifier::query_tcx(interface, direction)
             .with_context(|| format!("look for {name} on {interface}"))?;
+        // A backend attaches behind what is there, so the last is the newest one's.
         let info = infos
             .into_iter()
-            .find(|info| info.name_as_str().is_some_and(|found| name.starts_with(found)))
+            .rfind(|info| info.name_as_str().is_some_and(|found| name.starts_with(found)))
             .with_context(|| format!("find {name} on {interface}"))?;
         programs.insert(hook, SchedClassifier::from_program_info(info, name.into())?);
     }

@@ -105,33 +105,30 @@ fn run_everywhere(fixture: &Fixture, frame: &[u8]) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn every_prefix_of_a_packet_is_survived() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    for frame in packets(&mut fixture)? {
+pub(crate) fn every_prefix_of_a_packet_is_survived(fixture: &mut Fixture) -> Result<()> {
+    for frame in packets(fixture)? {
         for length in SHORTEST..=frame.len() {
-            run_everywhere(&fixture, &frame[..length])?;
+            run_everywhere(fixture, &frame[..length])?;
         }
     }
     Ok(())
 }
 
-pub(crate) fn every_value_of_a_header_byte_is_survived() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    let frame = packets(&mut fixture)?.remove(0);
+pub(crate) fn every_value_of_a_header_byte_is_survived(fixture: &mut Fixture) -> Result<()> {
+    let frame = packets(fixture)?.remove(0);
     // Version and length, total length, fragmentation, protocol, data offset.
     for offset in [14, 16, 17, 20, 21, 23, 46] {
         for value in 0..=u8::MAX {
             let mut frame = frame.clone();
             frame[offset] = value;
-            run_everywhere(&fixture, &frame)?;
+            run_everywhere(fixture, &frame)?;
         }
     }
     Ok(())
 }
 
-pub(crate) fn random_mutations_are_survived() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    let frames = packets(&mut fixture)?;
+pub(crate) fn random_mutations_are_survived(fixture: &mut Fixture) -> Result<()> {
+    let frames = packets(fixture)?;
     let config = Config {
         cases: MUTATIONS,
         rng_seed: RngSeed::Fixed(SEED),
@@ -156,7 +153,7 @@ pub(crate) fn random_mutations_are_survived() -> Result<()> {
             }
             frame.truncate(length.max(SHORTEST));
             runs.set(runs.get() + 1);
-            run_everywhere(&fixture, &frame)
+            run_everywhere(fixture, &frame)
                 .map_err(|error| TestCaseError::fail(format!("{error:#}")))
         })
         .map_err(|error| anyhow!("seed {SEED}: {error}"))?;

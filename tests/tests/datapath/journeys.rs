@@ -11,9 +11,9 @@ use crate::{
     datagram::{Datagram, Kind, Shape, Wire},
     fixture::{
         A, At, B, Fixture, HOST, HOST_SECOND, HOST_TUN, HOST_UP1, OUTSIDE, OUTSIDE_TUN,
-        OUTSIDE_UP1, ROUTER_MAC, SNAT, UPLINK_MAC, Want, Zone, address, bridge, bridge_mac, from_container, from_container_wire,
-        from_outside_wire, from_uplink, gateway, into_network, mac, network_of, pass, pass_as,
-        to_uplink, turn_around_as,
+        OUTSIDE_UP1, ROUTER_MAC, SNAT, UPLINK_MAC, Want, Zone, address, bridge, bridge_mac,
+        from_container, from_container_wire, from_outside_wire, from_uplink, gateway, into_network,
+        mac, network_of, pass, pass_as, to_uplink, turn_around_as,
     },
 };
 
@@ -115,11 +115,7 @@ impl Journey {
 }
 
 /// Walks a journey with every protocol in every shape.
-fn walk(
-    fixture: &mut Fixture,
-    talks: &[Talk],
-    journey: impl Fn(Talk) -> Journey,
-) -> Result<()> {
+fn walk(fixture: &mut Fixture, talks: &[Talk], journey: impl Fn(Talk) -> Journey) -> Result<()> {
     for &talk in talks {
         for shape in Shape::ALL {
             walk_once(fixture, talk, shape, &journey(talk))
@@ -285,66 +281,65 @@ const UP0: (&str, Ipv4Addr) = ("up0", OUTSIDE);
 const UP1: (&str, Ipv4Addr) = ("up1", OUTSIDE_UP1);
 const TUN0: (&str, Ipv4Addr) = ("tun0", OUTSIDE_TUN);
 
-pub(crate) fn a_container_reaches_the_world_as_the_uplink() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    walk(&mut fixture, ALL, |talk| outward(talk, "a1", UP0, HOST))?;
-    walk(&mut fixture, ALL, |talk| outward(talk, "a1", UP1, HOST_UP1))
+pub(crate) fn a_container_reaches_the_world_as_the_uplink(fixture: &mut Fixture) -> Result<()> {
+    walk(fixture, ALL, |talk| outward(talk, "a1", UP0, HOST))?;
+    walk(fixture, ALL, |talk| outward(talk, "a1", UP1, HOST_UP1))
 }
 
-pub(crate) fn a_container_reaches_the_world_through_an_uplink_without_ethernet() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    walk(&mut fixture, ALL, |talk| outward(talk, "a1", TUN0, HOST_TUN))
+pub(crate) fn a_container_reaches_the_world_through_an_uplink_without_ethernet(
+    fixture: &mut Fixture,
+) -> Result<()> {
+    walk(fixture, ALL, |talk| outward(talk, "a1", TUN0, HOST_TUN))
 }
 
-pub(crate) fn a_fixed_source_address_is_kept() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    walk(&mut fixture, ALL, |talk| outward(talk, "s1", UP0, SNAT))?;
-    walk(&mut fixture, ALL, |talk| outward(talk, "s1", UP1, SNAT))
+pub(crate) fn a_fixed_source_address_is_kept(fixture: &mut Fixture) -> Result<()> {
+    walk(fixture, ALL, |talk| outward(talk, "s1", UP0, SNAT))?;
+    walk(fixture, ALL, |talk| outward(talk, "s1", UP1, SNAT))
 }
 
-pub(crate) fn a_container_keeps_its_address_where_masquerade_is_off() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    walk(&mut fixture, ALL, |talk| outward(talk, "m1", UP0, address("m1")))?;
-    walk(&mut fixture, ALL, |talk| outward(talk, "r1", UP0, address("r1")))
+pub(crate) fn a_container_keeps_its_address_where_masquerade_is_off(
+    fixture: &mut Fixture,
+) -> Result<()> {
+    walk(fixture, ALL, |talk| outward(talk, "m1", UP0, address("m1")))?;
+    walk(fixture, ALL, |talk| outward(talk, "r1", UP0, address("r1")))
 }
 
-pub(crate) fn a_published_port_answers_the_world() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    walk(&mut fixture, PORTS, |talk| inward(talk, UP0, SocketAddrV4::new(HOST, 8080), "a1"))?;
-    walk(&mut fixture, PORTS, |talk| inward(talk, UP0, SocketAddrV4::new(HOST_SECOND, 8081), "a1"))?;
-    walk(&mut fixture, PORTS, |talk| inward(talk, UP1, SocketAddrV4::new(HOST_UP1, 8080), "a1"))?;
-    walk(&mut fixture, PORTS, |talk| inward(talk, TUN0, SocketAddrV4::new(HOST_TUN, 8080), "a1"))
+pub(crate) fn a_published_port_answers_the_world(fixture: &mut Fixture) -> Result<()> {
+    walk(fixture, PORTS, |talk| inward(talk, UP0, SocketAddrV4::new(HOST, 8080), "a1"))?;
+    walk(fixture, PORTS, |talk| inward(talk, UP0, SocketAddrV4::new(HOST_SECOND, 8081), "a1"))?;
+    walk(fixture, PORTS, |talk| inward(talk, UP1, SocketAddrV4::new(HOST_UP1, 8080), "a1"))?;
+    walk(fixture, PORTS, |talk| inward(talk, TUN0, SocketAddrV4::new(HOST_TUN, 8080), "a1"))
 }
 
-pub(crate) fn an_unprotected_network_is_dialled_directly() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    walk(&mut fixture, ALL, |talk| inward(talk, UP0, talk.at(address("u1"), 80), "u1"))
+pub(crate) fn an_unprotected_network_is_dialled_directly(fixture: &mut Fixture) -> Result<()> {
+    walk(fixture, ALL, |talk| inward(talk, UP0, talk.at(address("u1"), 80), "u1"))
 }
 
-pub(crate) fn a_routed_network_is_dialled_at_published_ports_and_pinged() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    walk(&mut fixture, ALL, |talk| inward(talk, UP0, talk.at(address("r1"), 80), "r1"))
+pub(crate) fn a_routed_network_is_dialled_at_published_ports_and_pinged(
+    fixture: &mut Fixture,
+) -> Result<()> {
+    walk(fixture, ALL, |talk| inward(talk, UP0, talk.at(address("r1"), 80), "r1"))
 }
 
-pub(crate) fn a_published_port_answers_other_networks() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn a_published_port_answers_other_networks(fixture: &mut Fixture) -> Result<()> {
     for dialled in [HOST, HOST_UP1, gateway(A), gateway(B)] {
-        walk(&mut fixture, PORTS, |_| across(SocketAddrV4::new(dialled, 8080)))?;
+        walk(fixture, PORTS, |_| across(SocketAddrV4::new(dialled, 8080)))?;
     }
     Ok(())
 }
 
-pub(crate) fn a_published_port_answers_its_own_network() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    walk(&mut fixture, PORTS, |_| switched("a2", "a1", 8080, 80))
+pub(crate) fn a_published_port_answers_its_own_network(fixture: &mut Fixture) -> Result<()> {
+    walk(fixture, PORTS, |_| switched("a2", "a1", 8080, 80))
 }
 
-pub(crate) fn a_published_port_answers_its_own_network_without_icc() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    walk(&mut fixture, PORTS, |_| switched("c2", "c1", 7070, 70))
+pub(crate) fn a_published_port_answers_its_own_network_without_icc(
+    fixture: &mut Fixture,
+) -> Result<()> {
+    walk(fixture, PORTS, |_| switched("c2", "c1", 7070, 70))
 }
 
-pub(crate) fn a_container_reaches_its_own_published_port_as_the_gateway() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    walk(&mut fixture, PORTS, to_itself)
+pub(crate) fn a_container_reaches_its_own_published_port_as_the_gateway(
+    fixture: &mut Fixture,
+) -> Result<()> {
+    walk(fixture, PORTS, to_itself)
 }

@@ -1,14 +1,15 @@
 //! Table tests of the four programs: packets through `BPF_PROG_TEST_RUN`, every rewritten byte,
 //! every checksum, every counter and every flow looked at.
 //!
-//! Real interfaces, the real backend, the loaded programs; no traffic. Each test has a network
-//! namespace of its own, which the main thread enters, so tests run one after the other on it.
+//! Real interfaces, the real backend, the loaded programs; no traffic. The host lives in a
+//! network namespace that the main thread enters, so tests run one after the other on it.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that fails says so by panicking")]
 
 use std::process::ExitCode;
 
 use anyhow::Result;
+use fixture::Fixture;
 use libtest_mimic::{Arguments, Trial};
 use netdp_tests::runtime::isolate;
 
@@ -29,7 +30,7 @@ macro_rules! trials {
     };
 }
 
-const TRIALS: &[(&str, fn() -> Result<()>)] = trials! {
+const TRIALS: &[(&str, fn(&mut Fixture) -> Result<()>)] = trials! {
     journeys:
         a_container_reaches_the_world_as_the_uplink,
         a_container_reaches_the_world_through_an_uplink_without_ethernet,
@@ -113,7 +114,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let trials = TRIALS.iter().map(|&(name, test)| {
-        Trial::test(name, move || test().map_err(|error| format!("{error:#}").into()))
+        Trial::test(name, move || Fixture::share(test).map_err(|error| format!("{error:#}").into()))
     });
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }

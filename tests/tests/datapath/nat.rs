@@ -21,9 +21,6 @@ use crate::{
     },
 };
 
-/// The flow table in tests of ports, in flows.
-const FLOWS: u32 = 4096;
-
 /// Opens a flow from a container to the world and returns the source it got. The packet has left
 /// through up0, and its answer has come back.
 fn dial(
@@ -36,7 +33,12 @@ fn dial(
     let network = network_of(endpoint);
     let dials = from_container_wire(endpoint, port, to);
     let packet = Datagram::new(kind, dials);
-    fixture.expect("dial", from_container(endpoint), &packet, pass().opening(network, Reason::FlowOut))?;
+    fixture.expect(
+        "dial",
+        from_container(endpoint),
+        &packet,
+        pass().opening(network, Reason::FlowOut),
+    )?;
     let key = ((*dials.source.ip(), port), (*to.ip(), to.port()), kind.protocol().0);
     let flows = fixture.backend.flows()?;
     let flow = flows
@@ -62,31 +64,32 @@ fn dial(
 
 const SERVER: SocketAddrV4 = SocketAddrV4::new(OUTSIDE, 80);
 
-pub(crate) fn a_port_outside_the_ephemeral_range_is_kept() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn a_port_outside_the_ephemeral_range_is_kept(fixture: &mut Fixture) -> Result<()> {
     for kind in [Kind::Syn, Kind::Udp] {
         for port in [1, 80, 4000, 32_767, 61_000, 65_535] {
-            let source = dial(&mut fixture, kind, "a1", port, SERVER)?;
+            let source = dial(fixture, kind, "a1", port, SERVER)?;
             ensure!(source == SocketAddrV4::new(HOST, port), "{kind:?} from {port}: {source}");
         }
     }
     for identifier in [0, 1, 4000, 61_000] {
         let to = SocketAddrV4::new(OUTSIDE, 0);
-        let source = dial(&mut fixture, Kind::Request, "a1", identifier, to)?;
+        let source = dial(fixture, Kind::Request, "a1", identifier, to)?;
         ensure!(source.port() == identifier, "ping {identifier}: {source}");
     }
     Ok(())
 }
 
-pub(crate) fn a_port_in_the_ephemeral_range_moves_to_the_reserved_one() -> Result<()> {
+pub(crate) fn a_port_in_the_ephemeral_range_moves_to_the_reserved_one(
+    fixture: &mut Fixture,
+) -> Result<()> {
     // Apart, so that one is not mistaken for the other.
     let ports = NatPorts { reserved: (20_000, 20_999), ephemeral: (32_768, 60_999) };
-    let mut fixture = Fixture::with(FLOWS, |program| program.nat_ports = ports)?;
+    fixture.apply(|program| program.nat_ports = ports)?;
     for (kind, to) in
         [(Kind::Syn, SERVER), (Kind::Udp, SERVER), (Kind::Request, SocketAddrV4::new(OUTSIDE, 0))]
     {
         for port in [32_768, 40_000, 60_999] {
-            let source = dial(&mut fixture, kind, "a1", port, to)?;
+            let source = dial(fixture, kind, "a1", port, to)?;
             let reserved = (20_000..=20_999).contains(&source.port());
             ensure!(reserved && *source.ip() == HOST, "{kind:?} from {port}: {source}");
         }
@@ -94,36 +97,33 @@ pub(crate) fn a_port_in_the_ephemeral_range_moves_to_the_reserved_one() -> Resul
     Ok(())
 }
 
-pub(crate) fn two_containers_with_one_port_get_two() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn two_containers_with_one_port_get_two(fixture: &mut Fixture) -> Result<()> {
     let ephemeral_free = |port: u16| (50_000..=60_999).contains(&port);
     for (kind, to) in
         [(Kind::Syn, SERVER), (Kind::Udp, SERVER), (Kind::Request, SocketAddrV4::new(OUTSIDE, 0))]
     {
-        let first = dial(&mut fixture, kind, "a1", 4000, to)?;
-        let second = dial(&mut fixture, kind, "a2", 4000, to)?;
-        let third = dial(&mut fixture, kind, "b1", 4000, to)?;
+        let first = dial(fixture, kind, "a1", 4000, to)?;
+        let second = dial(fixture, kind, "a2", 4000, to)?;
+        let third = dial(fixture, kind, "b1", 4000, to)?;
         ensure!(first == SocketAddrV4::new(HOST, 4000), "{kind:?}: {first}");
         ensure!(ephemeral_free(second.port()) && ephemeral_free(third.port()), "{second}, {third}");
         ensure!(second != third, "{kind:?}: both are {second}");
     }
     // Not needlessly: another destination is another flow.
-    let other = dial(&mut fixture, Kind::Udp, "a2", 4000, SocketAddrV4::new(OUTSIDE, 81))?;
+    let other = dial(fixture, Kind::Udp, "a2", 4000, SocketAddrV4::new(OUTSIDE, 81))?;
     ensure!(other == SocketAddrV4::new(HOST, 4000), "{other}");
     Ok(())
 }
 
-pub(crate) fn a_published_port_is_never_a_source() -> Result<()> {
+pub(crate) fn a_published_port_is_never_a_source(fixture: &mut Fixture) -> Result<()> {
     let ports = NatPorts { reserved: (20_000, 20_003), ephemeral: (32_768, 60_999) };
-    let mut fixture = Fixture::with(FLOWS, |program| {
+    fixture.apply(|program| {
         program.nat_ports = ports;
         // Three of the four reserved ports are published: on all addresses, on this one, and on
         // another one, which does no harm.
-        for (address, port) in [
-            (Ipv4Addr::UNSPECIFIED, 20_000),
-            (HOST, 20_001),
-            (Ipv4Addr::new(10, 1, 0, 2), 20_002),
-        ] {
+        for (address, port) in
+            [(Ipv4Addr::UNSPECIFIED, 20_000), (HOST, 20_001), (Ipv4Addr::new(10, 1, 0, 2), 20_002)]
+        {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
                 let (key, target) = published(address, port, protocol, "a1", 80);
                 program.published.insert(key, target);
@@ -134,20 +134,20 @@ pub(crate) fn a_published_port_is_never_a_source() -> Result<()> {
         let mut taken = BTreeSet::new();
         // From a published port itself, from one that is published elsewhere, from any other.
         for (port, to) in [(8080, 80), (9090, 81), (40_000, 82), (20_000, 83), (20_001, 84)] {
-            let source = dial(&mut fixture, kind, "a1", port, SocketAddrV4::new(OUTSIDE, to))?;
+            let source = dial(fixture, kind, "a1", port, SocketAddrV4::new(OUTSIDE, to))?;
             taken.insert(source.port());
         }
         ensure!(taken.is_subset(&BTreeSet::from([20_002, 20_003])), "{kind:?}: {taken:?}");
     }
     // An ICMP identifier is no port.
-    let ping = dial(&mut fixture, Kind::Request, "a1", 8080, SocketAddrV4::new(OUTSIDE, 0))?;
+    let ping = dial(fixture, Kind::Request, "a1", 8080, SocketAddrV4::new(OUTSIDE, 0))?;
     ensure!(ping.port() == 8080, "{ping}");
     Ok(())
 }
 
-pub(crate) fn without_a_free_port_a_new_flow_is_refused() -> Result<()> {
+pub(crate) fn without_a_free_port_a_new_flow_is_refused(fixture: &mut Fixture) -> Result<()> {
     let ports = NatPorts { reserved: (20_000, 20_003), ephemeral: (32_768, 60_999) };
-    let mut fixture = Fixture::with(FLOWS, |program| program.nat_ports = ports)?;
+    fixture.apply(|program| program.nat_ports = ports)?;
     for (kind, to, other) in [
         (Kind::Syn, SERVER, SocketAddrV4::new(OUTSIDE, 81)),
         (Kind::Udp, SERVER, SocketAddrV4::new(OUTSIDE, 81)),
@@ -159,7 +159,7 @@ pub(crate) fn without_a_free_port_a_new_flow_is_refused() -> Result<()> {
     ] {
         let mut taken = BTreeSet::new();
         for port in 40_000..40_004 {
-            taken.insert(dial(&mut fixture, kind, "a1", port, to)?.port());
+            taken.insert(dial(fixture, kind, "a1", port, to)?.port());
         }
         ensure!(taken == (20_000..=20_003).collect(), "{kind:?}: {taken:?}");
         let halves = fixture.halves()?;
@@ -170,14 +170,13 @@ pub(crate) fn without_a_free_port_a_new_flow_is_refused() -> Result<()> {
         // The others go on, and other destinations and kept ports are no part of it.
         let established = Datagram::new(kind, from_container_wire("a1", 40_000, to));
         fixture.expect("an older one", from_container("a1"), &established, pass())?;
-        dial(&mut fixture, kind, "a1", 40_004, other)?;
-        dial(&mut fixture, kind, "a1", 4000, to)?;
+        dial(fixture, kind, "a1", 40_004, other)?;
+        dial(fixture, kind, "a1", 4000, to)?;
     }
     Ok(())
 }
 
-pub(crate) fn without_a_source_address_nothing_leaves() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn without_a_source_address_nothing_leaves(fixture: &mut Fixture) -> Result<()> {
     let up0 = fixture.ifindex("up0");
     fixture.apply(|program| program.uplinks.get_mut(&up0).unwrap().masquerade = None)?;
     let packet = Datagram::new(Kind::Syn, from_container_wire("a1", 4000, SERVER));
@@ -185,19 +184,20 @@ pub(crate) fn without_a_source_address_nothing_leaves() -> Result<()> {
     fixture.expect("no address", from_container("a1"), &packet, want)?;
     fixture.expect_flows(&[])?;
     // A fixed source needs none of the uplink's.
-    let source = dial(&mut fixture, Kind::Syn, "s1", 4000, SERVER)?;
+    let source = dial(fixture, Kind::Syn, "s1", 4000, SERVER)?;
     ensure!(network_of("s1") == FIXED_SOURCE && *source.ip() != HOST, "{source}");
     Ok(())
 }
 
-pub(crate) fn clients_that_collide_behind_a_published_port_stay_apart() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn clients_that_collide_behind_a_published_port_stay_apart(
+    fixture: &mut Fixture,
+) -> Result<()> {
     let client = SocketAddrV4::new(OUTSIDE, 5000);
     let dialled = [8080, 8081].map(|port| from_outside_wire(client, SocketAddrV4::new(HOST, port)));
     for kind in [Kind::Syn, Kind::Udp] {
         let mut seen = Vec::new();
         for dials in dialled {
-            let opened = open_at(&mut fixture, kind, "a1", dials)?;
+            let opened = open_at(fixture, kind, "a1", dials)?;
             ensure!(*opened.source.ip() == OUTSIDE, "the client's address stays: {opened:?}");
             seen.push(opened.source);
         }
@@ -239,9 +239,11 @@ fn open_at(fixture: &mut Fixture, kind: Kind, endpoint: &str, dials: Wire) -> Re
     Ok(wanted)
 }
 
-pub(crate) fn containers_that_collide_behind_a_published_port_stay_apart() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    let dials = [8080, 8081].map(|port| from_container_wire("b1", 4000, SocketAddrV4::new(HOST, port)));
+pub(crate) fn containers_that_collide_behind_a_published_port_stay_apart(
+    fixture: &mut Fixture,
+) -> Result<()> {
+    let dials =
+        [8080, 8081].map(|port| from_container_wire("b1", 4000, SocketAddrV4::new(HOST, port)));
     let first = dials[0].to(socket("a1", 80));
     let opening = pass_as(first).opening(A, Reason::FlowHairpin);
     fixture.expect("first", from_container("b1"), &Datagram::new(Kind::Udp, dials[0]), opening)?;
@@ -251,7 +253,8 @@ pub(crate) fn containers_that_collide_behind_a_published_port_stay_apart() -> Re
     let sources: BTreeSet<_> = flows.iter().map(|flow| flow.translated_source).collect();
     ensure!(flows.len() == 2 && sources.len() == 2, "{flows:?}");
     ensure!(sources.iter().all(|(source, _)| *source == address("b1")), "{sources:?}");
-    let port = sources.iter().map(|(_, port)| *port).find(|port| *port != 4000).expect("a second port");
+    let port =
+        sources.iter().map(|(_, port)| *port).find(|port| *port != 4000).expect("a second port");
     let wanted = first.from(socket("b1", port));
     ensure!(outcome.frame == second.with_wire(wanted).frame_bytes(), "{outcome:?}");
     // And back, to the port that b1 dialled from.
@@ -260,12 +263,16 @@ pub(crate) fn containers_that_collide_behind_a_published_port_stay_apart() -> Re
     let inside = answer.with_wire(routed.on_link(mac("a1"), bridge_mac(A)));
     fixture.expect("answers", from_container("a1"), &inside, pass())?;
     let returned = routed.from(dials[1].destination).to(dials[1].source);
-    fixture.expect("returns", into_network(network_of("b1"), Some("br-a")), &answer, pass_as(returned))?;
+    fixture.expect(
+        "returns",
+        into_network(network_of("b1"), Some("br-a")),
+        &answer,
+        pass_as(returned),
+    )?;
     Ok(())
 }
 
-pub(crate) fn checksums_hold_for_every_carry() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn checksums_hold_for_every_carry(fixture: &mut Fixture) -> Result<()> {
     let seed = 0x6e65_7464_7020_2026_u64;
     let mut random = Random(seed);
     for round in 0..400 {
@@ -274,10 +281,8 @@ pub(crate) fn checksums_hold_for_every_carry() -> Result<()> {
         let outside = Ipv4Addr::from(0x0b00_0000 | (random.next() as u32 & 0x00ff_ffff));
         let dials = from_container_wire("a1", 1 + round as u16, SocketAddrV4::new(outside, port));
         let length = random.next() as usize % 1400;
-        let mut packet = Datagram::new(kind, dials).shaped(Shape {
-            options: random.next() % 2 == 0,
-            cut: false,
-        });
+        let mut packet = Datagram::new(kind, dials)
+            .shaped(Shape { options: random.next() % 2 == 0, cut: false });
         packet.identification = random.next() as u16;
         packet.payload = (0..length).map(|_| random.next() as u8).collect();
         let opening = pass().opening(A, Reason::FlowOut);

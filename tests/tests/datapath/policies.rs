@@ -33,7 +33,13 @@ fn set(program: &mut Program, rules: Vec<Rule>) {
 }
 
 /// A packet from a source outside to a1's published port.
-fn dials(fixture: &mut Fixture, kind: Kind, source: Ipv4Addr, port: u16, want: Answer) -> Result<()> {
+fn dials(
+    fixture: &mut Fixture,
+    kind: Kind,
+    source: Ipv4Addr,
+    port: u16,
+    want: Answer,
+) -> Result<()> {
     let wire = from_outside_wire(SocketAddrV4::new(source, port), DIALLED);
     let passes = pass_as(wire.to(socket("a1", 80)));
     fixture.expect("dials", from_uplink("up0"), &Datagram::new(kind, wire), want.of(passes))?;
@@ -57,8 +63,7 @@ impl Answer {
     }
 }
 
-pub(crate) fn the_examples_of_docker_user_hold() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn the_examples_of_docker_user_hold(fixture: &mut Fixture) -> Result<()> {
     let deny_rest = rule(Action::Deny, EVERYONE.0, EVERYONE.1);
     for (first, last) in [
         ([192, 0, 2, 1], [192, 0, 2, 1]),
@@ -81,7 +86,7 @@ pub(crate) fn the_examples_of_docker_user_hold() -> Result<()> {
             let listed = (first..=last).contains(&source);
             let want = if listed { Answer::Opens } else { Answer::Denied };
             for kind in [Kind::Syn, Kind::Udp] {
-                dials(&mut fixture, kind, source.into(), 5000, want)?;
+                dials(fixture, kind, source.into(), 5000, want)?;
             }
         }
         fixture.remove_halves(|_| true)?;
@@ -89,41 +94,38 @@ pub(crate) fn the_examples_of_docker_user_hold() -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn the_first_rule_that_matches_decides() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn the_first_rule_that_matches_decides(fixture: &mut Fixture) -> Result<()> {
     let broad = rule(Action::Deny, [10, 0, 0, 0], [10, 255, 255, 255]);
     let narrow = rule(Action::Allow, [10, 0, 0, 3], [10, 0, 0, 3]);
     fixture.apply(|program| set(program, vec![narrow, broad]))?;
-    dials(&mut fixture, Kind::Syn, OUTSIDE, 5000, Answer::Opens)?;
-    dials(&mut fixture, Kind::Syn, [10, 0, 0, 4].into(), 5000, Answer::Denied)?;
-    dials(&mut fixture, Kind::Syn, [192, 0, 2, 1].into(), 5000, Answer::Opens)?;
+    dials(fixture, Kind::Syn, OUTSIDE, 5000, Answer::Opens)?;
+    dials(fixture, Kind::Syn, [10, 0, 0, 4].into(), 5000, Answer::Denied)?;
+    dials(fixture, Kind::Syn, [192, 0, 2, 1].into(), 5000, Answer::Opens)?;
     fixture.apply(|program| set(program, vec![broad, narrow]))?;
-    dials(&mut fixture, Kind::Syn, OUTSIDE, 5001, Answer::Denied)
+    dials(fixture, Kind::Syn, OUTSIDE, 5001, Answer::Denied)
 }
 
-pub(crate) fn a_new_rule_cuts_the_flow_at_its_next_packet() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn a_new_rule_cuts_the_flow_at_its_next_packet(fixture: &mut Fixture) -> Result<()> {
     let deny = |first| vec![rule(Action::Deny, first, first)];
     for kind in [Kind::Segment, Kind::Udp] {
         fixture.apply(|program| set(program, Vec::new()))?;
-        dials(&mut fixture, kind, OUTSIDE, 5000, Answer::Opens)?;
+        dials(fixture, kind, OUTSIDE, 5000, Answer::Opens)?;
         // A change that does not concern it.
         fixture.apply(|program| set(program, deny([192, 0, 2, 1])))?;
-        dials(&mut fixture, kind, OUTSIDE, 5000, Answer::Follows)?;
+        dials(fixture, kind, OUTSIDE, 5000, Answer::Follows)?;
         fixture.apply(|program| set(program, deny(OUTSIDE.octets())))?;
-        dials(&mut fixture, kind, OUTSIDE, 5000, Answer::Denied)?;
+        dials(fixture, kind, OUTSIDE, 5000, Answer::Denied)?;
         fixture.expect_flows(&[])?;
-        dials(&mut fixture, kind, OUTSIDE, 5000, Answer::Denied)?;
+        dials(fixture, kind, OUTSIDE, 5000, Answer::Denied)?;
         fixture.apply(|program| set(program, Vec::new()))?;
-        dials(&mut fixture, kind, OUTSIDE, 5000, Answer::Opens)?;
+        dials(fixture, kind, OUTSIDE, 5000, Answer::Opens)?;
         fixture.remove_halves(|_| true)?;
     }
     Ok(())
 }
 
-pub(crate) fn a_new_rule_cuts_the_answers_too() -> Result<()> {
-    let mut fixture = Fixture::new()?;
-    dials(&mut fixture, Kind::Segment, OUTSIDE, 5000, Answer::Opens)?;
+pub(crate) fn a_new_rule_cuts_the_answers_too(fixture: &mut Fixture) -> Result<()> {
+    dials(fixture, Kind::Segment, OUTSIDE, 5000, Answer::Opens)?;
     fixture.apply(|program| {
         set(program, vec![rule(Action::Deny, OUTSIDE.octets(), OUTSIDE.octets())]);
     })?;
@@ -133,8 +135,9 @@ pub(crate) fn a_new_rule_cuts_the_answers_too() -> Result<()> {
     fixture.expect_flows(&[])
 }
 
-pub(crate) fn a_flow_that_lost_its_approval_gets_no_fragment_through() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn a_flow_that_lost_its_approval_gets_no_fragment_through(
+    fixture: &mut Fixture,
+) -> Result<()> {
     let cut = Shape { cut: true, ..Shape::PLAIN };
     let wire = from_outside_wire(SocketAddrV4::new(OUTSIDE, 5000), DIALLED);
     let packet = Datagram::new(Kind::Udp, wire).shaped(cut);
@@ -152,8 +155,7 @@ pub(crate) fn a_flow_that_lost_its_approval_gets_no_fragment_through() -> Result
     fixture.expect_flows(&[])
 }
 
-pub(crate) fn rules_reach_other_networks_but_not_members() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn rules_reach_other_networks_but_not_members(fixture: &mut Fixture) -> Result<()> {
     fixture.apply(|program| set(program, vec![rule(Action::Deny, EVERYONE.0, EVERYONE.1)]))?;
     let dial = |endpoint, to| Datagram::new(Kind::Syn, from_container_wire(endpoint, 4000, to));
     let want = dropped(A, Reason::Policy);
@@ -175,8 +177,9 @@ pub(crate) fn rules_reach_other_networks_but_not_members() -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn a_hairpin_flow_is_judged_by_the_dialling_container() -> Result<()> {
-    let mut fixture = Fixture::new()?;
+pub(crate) fn a_hairpin_flow_is_judged_by_the_dialling_container(
+    fixture: &mut Fixture,
+) -> Result<()> {
     let wire = from_container_wire("b1", 4000, DIALLED);
     let arrives = wire.to(socket("a1", 80));
     let packet = Datagram::new(Kind::Segment, wire);

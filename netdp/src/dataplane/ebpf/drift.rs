@@ -54,7 +54,11 @@ impl Comparison<'_> {
             let what = [noun, &describe(key), what].iter().filter(|word| !word.is_empty()).fold(
                 String::new(),
                 |sentence, word| {
-                    if sentence.is_empty() { (*word).to_owned() } else { format!("{sentence} {word}") }
+                    if sentence.is_empty() {
+                        (*word).to_owned()
+                    } else {
+                        format!("{sentence} {word}")
+                    }
                 },
             );
             self.drifts.push(Drift { what });

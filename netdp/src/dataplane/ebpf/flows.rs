@@ -10,7 +10,11 @@ use netdp_common::{
 };
 use nix::time::{ClockId, clock_gettime};
 
-use super::{image::Image, sys::Wire, tables::{Hash, absent_is_fine}};
+use super::{
+    image::Image,
+    sys::Wire,
+    tables::{Hash, absent_is_fine},
+};
 use crate::{dataplane::FlowRecord, model::NetworkId};
 
 /// A reply half without its original is left alone for this long: it may be new, and the original
@@ -36,9 +40,9 @@ impl Flows {
     }
 
     fn halves(&self) -> impl Iterator<Item = Result<(FlowKey4, Flow4)>> {
-        self.map.iter().map(|entry| {
-            entry.map(|(key, half)| (key.0, half.0)).context("read map FLOW4")
-        })
+        self.map
+            .iter()
+            .map(|entry| entry.map(|(key, half)| (key.0, half.0)).context("read map FLOW4"))
     }
 
     /// Removes both halves of each; they may be gone already.

@@ -255,8 +255,7 @@ impl Image {
 
 fn network_flags(network: &NetworkProgram) -> u32 {
     let mut flags = flag::PRESENT;
-    let translates =
-        matches!(network.gateway_mode, GatewayMode::Nat | GatewayMode::NatUnprotected);
+    let translates = matches!(network.gateway_mode, GatewayMode::Nat | GatewayMode::NatUnprotected);
     let mut set = |condition: bool, bit: u32| flags |= if condition { bit } else { 0 };
     set(network.icc, flag::ICC);
     set(network.masquerade && translates, flag::MASQUERADE);

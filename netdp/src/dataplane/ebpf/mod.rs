@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use aya::maps::{PerCpuHashMap, MapData};
+use aya::maps::{MapData, PerCpuHashMap};
 use netdp_common::{
     addr::Be32,
     config::Config,

@@ -1,11 +1,6 @@
 //! The loaded object: programs in the kernel, maps that are pinned or adopted.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    io,
-    path::Path,
-};
+use std::{collections::BTreeSet, fs, io, path::Path};
 
 use anyhow::{Context, Result, bail};
 use aya::{

@@ -90,9 +90,9 @@ mod tests {
 
     /// What the rules say, read as they are written.
     fn first_match(rules: &[Rule], address: u32) -> Option<usize> {
-        rules.iter().position(|rule| {
-            (u32::from(rule.first)..=u32::from(rule.last)).contains(&address)
-        })
+        rules
+            .iter()
+            .position(|rule| (u32::from(rule.first)..=u32::from(rule.last)).contains(&address))
     }
 
     /// What the entries say, read as the kernel reads them.

@@ -3,10 +3,7 @@
 use std::{collections::BTreeMap, fmt::Debug, io};
 
 use anyhow::{Context, Result};
-use aya::maps::{
-    Array, HashMap, LpmTrie, Map, MapData, MapError,
-    lpm_trie::Key,
-};
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
 use bytemuck::{Pod, Zeroable};
 
 use super::{image::Prefix, sys::Wire};
@@ -20,9 +17,7 @@ pub(super) struct Table<M> {
 /// Somebody else may have been faster with a deletion: a program, or an operator.
 pub(super) fn absent_is_fine(deleted: Result<(), MapError>) -> Result<(), MapError> {
     match deleted {
-        Err(MapError::SyscallError(error))
-            if error.io_error.kind() == io::ErrorKind::NotFound =>
-        {
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => {
             Ok(())
         }
         deleted => deleted,
