@@ -36,14 +36,14 @@ pub(crate) fn into_network(ctx: &TcContext) -> Decision {
     let mut packet = Packet::parse(ctx, EthHdr::LEN).or_else(|reason| drop(reason, id))?;
     let origin = maps::interface(arrived_at);
     let from_network = origin.filter(|origin| origin.role == role::NETWORK);
-    if let Some(origin) = from_network {
-        // An answer on its way back to a container that dialled one of the host's addresses.
-        if let Some(half) = flow::find(&packet, origin.network) {
-            if half.stage == stage::EGRESS && half.reply_zone == id {
-                packet.rewrite(&half.to).or_else(|reason| drop(reason, id))?;
-                return Ok(Verdict::Pass);
-            }
-        }
+    // An answer on its way back to a container that dialled one of the host's addresses.
+    if let Some(origin) = from_network
+        && let Some(half) = flow::find(&packet, origin.network)
+        && half.stage == stage::EGRESS
+        && half.reply_zone == id
+    {
+        packet.rewrite(&half.to).or_else(|reason| drop(reason, id))?;
+        return Ok(Verdict::Pass);
     }
     let Some(endpoint) = maps::endpoint(packet.tuple.dst) else {
         return drop(refusal(from_network.is_some()), id);

@@ -4,7 +4,7 @@
 //! Owns the layout of the host and the checking of one step. Knows nothing of what is promised.
 
 use std::{
-    cell::{OnceCell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     collections::{BTreeMap, BTreeSet},
     fs,
     io::Write,
@@ -13,7 +13,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use aya::{
     TestRun, TestRunOptions,
     maps::{HashMap, Map, MapData},
@@ -328,10 +328,20 @@ impl Fixture {
     pub(crate) fn share(test: fn(&mut Self) -> Result<()>) -> Result<()> {
         thread_local! {
             static SHARED: RefCell<Option<Fixture>> = const { RefCell::new(None) };
+            static HOPELESS: Cell<bool> = const { Cell::new(false) };
         }
         let mut fixture = match SHARED.with(RefCell::take) {
             Some(fixture) => fixture,
-            None => Self::new(FLOWS)?,
+            None => {
+                // What the kernel has refused once it refuses every time, and takes its time.
+                if HOPELESS.get() {
+                    bail!("build the fixture: failed before, see the first failure");
+                }
+                HOPELESS.set(true);
+                let fixture = Self::new(FLOWS)?;
+                HOPELESS.set(false);
+                fixture
+            }
         };
         fixture.reset()?;
         test(&mut fixture)?;
