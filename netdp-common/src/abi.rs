@@ -45,7 +45,7 @@ mod tests {
             ("Endpoint4", size_of::<Endpoint4>(), 20),
             ("Flow4", size_of::<Flow4>(), 36),
             ("FlowKey4", size_of::<FlowKey4>(), 20),
-            ("FragmentKey4", size_of::<FragmentKey4>(), 12),
+            ("FragmentKey4", size_of::<FragmentKey4>(), 16),
             ("Interface", size_of::<Interface>(), 20),
             ("Network", size_of::<Network>(), 36),
             ("PolicyKey4", size_of::<PolicyKey4>(), 12),

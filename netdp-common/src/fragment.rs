@@ -9,6 +9,9 @@ wire! {
     /// Key of FRAGMENT4: what all fragments of a datagram share (RFC 791, 3.2), as the packet
     /// stands at the hook that looks.
     pub struct FragmentKey4 {
+        /// Where the packet arrived, as in [`crate::flow::FlowKey4`]: nobody teaches us about
+        /// the datagrams of others.
+        pub zone: u32,
         /// Source address.
         pub src: Be32,
         /// Destination address.

@@ -2,7 +2,12 @@
 //! it came in, so an interface without a program opens no hole.
 
 use aya_ebpf::programs::TcContext;
-use netdp_common::{counter::Reason, flow::stage, interface::role, network::flag};
+use netdp_common::{
+    counter::Reason,
+    flow::{ZONE_WORLD, stage},
+    interface::role,
+    network::flag,
+};
 use network_types::eth::EthHdr;
 
 use crate::{
@@ -33,29 +38,24 @@ pub(crate) fn into_network(ctx: &TcContext) -> Decision {
         }
         return Ok(Verdict::Pass);
     }
-    let mut packet = Packet::parse(ctx, EthHdr::LEN).or_else(|reason| drop(reason, id))?;
     let origin = maps::interface(arrived_at);
     let from_network = origin.filter(|origin| origin.role == role::NETWORK);
+    let zone = from_network.map_or(ZONE_WORLD, |origin| origin.network);
+    let mut packet = Packet::parse(ctx, EthHdr::LEN, zone).or_else(|reason| drop(reason, id))?;
+    packet.remember_ports();
     // An answer on its way back to a container that dialled one of the host's addresses.
-    if let Some(origin) = from_network
-        && let Some(half) = flow::find(&packet, origin.network)
+    if zone != ZONE_WORLD
+        && let Some(half) = flow::find(&packet, zone)
         && half.stage == stage::EGRESS
         && half.reply_zone == id
     {
         packet.rewrite(&half.to).or_else(|reason| drop(reason, id))?;
         return Ok(Verdict::Pass);
     }
-    let Some(endpoint) = maps::endpoint(packet.tuple.dst) else {
-        return drop(refusal(from_network.is_some()), id);
-    };
-    if flow::allows_into(&packet, id, endpoint.generation)? {
+    if let Some(endpoint) = maps::endpoint(packet.tuple.dst)
+        && flow::allows_into(&packet, id, endpoint.generation)?
+    {
         return Ok(Verdict::Pass);
     }
-    drop(refusal(from_network.is_some()), id)
-}
-
-/// The reason that names where the packet came from.
-#[inline(always)]
-fn refusal(from_network: bool) -> Reason {
-    if from_network { Reason::Isolation } else { Reason::DirectAccess }
+    drop(if zone == ZONE_WORLD { Reason::DirectAccess } else { Reason::Isolation }, id)
 }

@@ -55,10 +55,11 @@ pub(crate) fn from_container(ctx: &TcContext) -> Decision {
     if !frame.is_ipv4() {
         return sender.drop(Reason::Family);
     }
-    let mut packet = sender.check(Packet::parse(ctx, EthHdr::LEN))?;
+    let mut packet = sender.check(Packet::parse(ctx, EthHdr::LEN, sender.id))?;
     if packet.tuple.src != sender.interface.address {
         return sender.drop(Reason::SpoofedSource);
     }
+    packet.remember_ports();
     if packet.tuple.dst.is_loopback() {
         return sender.drop(Reason::Martian);
     }

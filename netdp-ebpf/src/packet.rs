@@ -31,6 +31,9 @@ use crate::{
     verdict::{Decision, drop},
 };
 
+/// Bits of the IPv4 header's flags and fragment offset (RFC 791, 3.1).
+const FRAGMENT_OFFSET: u16 = 0x1fff;
+const MORE_FRAGMENTS: u16 = 0x2000;
 const IPV4_CHECKSUM: usize = 10;
 const IPV4_SOURCE: usize = 12;
 const IPV4_DESTINATION: usize = 16;
@@ -136,6 +139,10 @@ pub(crate) struct Packet<'a> {
     l4: usize,
     /// A later fragment: no transport header in it.
     headless: bool,
+    /// The first of several fragments.
+    heads_fragments: bool,
+    /// What the fragments of its datagram share; meaningless for a packet in one piece.
+    fragment: FragmentKey4,
     pub(crate) transport: Transport,
     pub(crate) proto: u8,
     pub(crate) ttl: u8,
@@ -151,11 +158,11 @@ pub(crate) struct Packet<'a> {
 }
 
 impl<'a> Packet<'a> {
-    /// Parses the IPv4 packet at offset `ip`.
+    /// Parses the IPv4 packet at offset `ip` that arrived in `zone`.
     ///
     /// Errors: headers that contradict themselves or end too early (RFC 1122, 3.2.1).
     #[inline(always)]
-    pub(crate) fn parse(ctx: &'a TcContext, ip: usize) -> Result<Self, Reason> {
+    pub(crate) fn parse(ctx: &'a TcContext, ip: usize, zone: u32) -> Result<Self, Reason> {
         let header: Ipv4Hdr = ctx.load(ip).map_err(|_| Reason::Malformed)?;
         let header_length = usize::from(header.vihl & 0x0f) * 4;
         let length = usize::from(u16::from_be_bytes(header.tot_len));
@@ -166,42 +173,42 @@ impl<'a> Packet<'a> {
         {
             return Err(Reason::Malformed);
         }
-        let fragment = u16::from_be_bytes(header.frags);
+        let offset_and_flags = u16::from_be_bytes(header.frags);
+        let src = Be32 { raw: u32::from_ne_bytes(header.src_addr) };
+        let dst = Be32 { raw: u32::from_ne_bytes(header.dst_addr) };
+        let id = Be16 { raw: u16::from_ne_bytes(header.id) };
+        let headless = offset_and_flags & FRAGMENT_OFFSET != 0;
         let mut packet = Packet {
             ctx,
             ip,
             l4: ip + header_length,
-            headless: fragment & 0x1fff != 0,
+            headless,
+            heads_fragments: !headless && offset_and_flags & MORE_FRAGMENTS != 0,
+            fragment: FragmentKey4 { zone, src, dst, id, proto: header.proto, pad: 0 },
             transport: Transport::Untracked(Reason::Protocol),
             proto: header.proto,
             ttl: header.ttl,
-            tuple: Tuple4 {
-                src: Be32 { raw: u32::from_ne_bytes(header.src_addr) },
-                dst: Be32 { raw: u32::from_ne_bytes(header.dst_addr) },
-                ..Tuple4::default()
-            },
+            tuple: Tuple4 { src, dst, ..Tuple4::default() },
             seen: seen::ANY,
             opens: false,
             may_open: false,
         };
-        let fragment_key = FragmentKey4 {
-            src: packet.tuple.src,
-            dst: packet.tuple.dst,
-            id: Be16 { raw: u16::from_ne_bytes(header.id) },
-            proto: header.proto,
-            pad: 0,
-        };
-        if packet.headless {
-            packet.recall_ports(&fragment_key);
+        if headless {
+            packet.recall_ports();
         } else {
             packet.parse_transport(length - header_length)?;
-            // More fragments: they carry no ports, so remember whose they are.
-            if fragment & 0x2000 != 0 && !matches!(packet.transport, Transport::Untracked(_)) {
-                let Tuple4 { sport, dport, .. } = packet.tuple;
-                maps::remember_fragment(&fragment_key, &Ports { sport, dport });
-            }
         }
         Ok(packet)
+    }
+
+    /// Remembers the ports of the first fragment, since later ones have none. To be called when
+    /// the sender is known to be who it says.
+    #[inline(always)]
+    pub(crate) fn remember_ports(&self) {
+        if self.heads_fragments && self.is_tracked() {
+            let Tuple4 { sport, dport, .. } = self.tuple;
+            maps::remember_fragment(&self.fragment, &Ports { sport, dport });
+        }
     }
 
     #[inline(always)]
@@ -256,8 +263,8 @@ impl<'a> Packet<'a> {
     }
 
     #[inline(always)]
-    fn recall_ports(&mut self, key: &FragmentKey4) {
-        self.transport = match (maps::fragment(key), self.proto) {
+    fn recall_ports(&mut self) {
+        self.transport = match (maps::fragment(&self.fragment), self.proto) {
             (None, _) => Transport::Untracked(Reason::Fragment),
             (Some(ports), proto) => {
                 self.tuple.sport = ports.sport;

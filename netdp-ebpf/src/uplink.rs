@@ -21,22 +21,24 @@ use crate::{
 /// The IPv4 packet that came in or goes out; `None` for what is none or is too broken to be
 /// anybody's but the stack's.
 #[inline(always)]
-fn parse<'a>(ctx: &'a TcContext, uplink: &Interface) -> Option<Packet<'a>> {
-    if uplink.flags & interface_flag::ETHERNET == 0 {
-        return Packet::parse(ctx, 0).ok();
+fn parse<'a>(ctx: &'a TcContext, uplink: &Interface, zone: u32) -> Option<Packet<'a>> {
+    let mut ip = 0;
+    if uplink.flags & interface_flag::ETHERNET != 0 {
+        ip = EthHdr::LEN;
+        if !Frame::parse(ctx).ok()?.is_ipv4() {
+            return None;
+        }
     }
-    let frame = Frame::parse(ctx).ok()?;
-    if !frame.is_ipv4() {
-        return None;
-    }
-    Packet::parse(ctx, EthHdr::LEN).ok()
+    let packet = Packet::parse(ctx, ip, zone).ok()?;
+    packet.remember_ports();
+    Some(packet)
 }
 
 #[inline(always)]
 pub(crate) fn from_uplink(ctx: &TcContext) -> Decision {
     // An uplink that has just appeared: `into_network` lets nothing in without a flow.
     let Some(uplink) = maps::interface(packet::ifindex(ctx)) else { return Ok(Verdict::Pass) };
-    let Some(mut packet) = parse(ctx, uplink) else { return Ok(Verdict::Pass) };
+    let Some(mut packet) = parse(ctx, uplink, ZONE_WORLD) else { return Ok(Verdict::Pass) };
     if packet.tuple.src.is_loopback() || packet.tuple.dst.is_loopback() {
         return drop(Reason::Martian, 0);
     }
@@ -136,11 +138,13 @@ pub(crate) fn to_uplink(ctx: &TcContext) -> Decision {
     let Some(uplink) = maps::interface(packet::ifindex(ctx)) else {
         return drop(Reason::NotReady, id);
     };
-    let Some(mut packet) = parse(ctx, uplink) else { return drop(Reason::Family, id) };
+    let Some(mut packet) = parse(ctx, uplink, id) else { return drop(Reason::Family, id) };
     // `from_container` has opened a flow for everything that may leave.
-    let Some(half) = flow::find(&packet, id) else { return drop(Reason::Unmasqueraded, id) };
-    if half.stage == stage::EGRESS {
-        packet.rewrite(&half.to).or_else(|reason| drop(reason, id))?;
+    match flow::find(&packet, id) {
+        Some(half) if half.stage == stage::EGRESS && half.reply_zone == ZONE_WORLD => {
+            packet.rewrite(&half.to).or_else(|reason| drop(reason, id))?;
+            Ok(Verdict::Pass)
+        }
+        _ => drop(Reason::Unmasqueraded, id),
     }
-    Ok(Verdict::Pass)
 }

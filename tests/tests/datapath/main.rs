@@ -30,7 +30,10 @@ macro_rules! trials {
     };
 }
 
-const TRIALS: &[(&str, fn(&mut Fixture) -> Result<()>)] = trials! {
+/// A test's name and the test.
+type Promise = (&'static str, fn(&mut Fixture) -> Result<()>);
+
+const TRIALS: &[Promise] = trials! {
     journeys:
         a_container_reaches_the_world_as_the_uplink,
         a_container_reaches_the_world_through_an_uplink_without_ethernet,

@@ -282,7 +282,7 @@ pub(crate) fn checksums_hold_for_every_carry(fixture: &mut Fixture) -> Result<()
         let dials = from_container_wire("a1", 1 + round as u16, SocketAddrV4::new(outside, port));
         let length = random.next() as usize % 1400;
         let mut packet = Datagram::new(kind, dials)
-            .shaped(Shape { options: random.next() % 2 == 0, cut: false });
+            .shaped(Shape { options: random.next().is_multiple_of(2), cut: false });
         packet.identification = random.next() as u16;
         packet.payload = (0..length).map(|_| random.next() as u8).collect();
         let opening = pass().opening(A, Reason::FlowOut);

@@ -83,7 +83,7 @@ impl Flows {
         Ok(records)
     }
 
-    /// Removes what has been idle for longer than its timeout.
+    /// Removes what has been idle for longer than its timeout, and what is only half there.
     pub(super) fn collect(&mut self) -> Result<usize> {
         let now = now()?;
         let mut expired = Vec::new();
@@ -92,7 +92,9 @@ impl Flows {
             if half.flags & flag::ORIGINAL != 0 {
                 let reply = self.get(half.peer_key(key.proto))?;
                 let (state, idle) = judge(&key, &half, reply.as_ref(), now);
-                if idle > state.timeout(key.proto) {
+                // Without its reply, which was there first, it is no flow: the next packet
+                // opens a whole one.
+                if reply.is_none() || idle > state.timeout(key.proto) {
                     expired.push((key, half));
                 }
             } else if now.saturating_sub(half.last_seen) > ORPHAN_SECONDS

@@ -9,7 +9,7 @@ use netdp_common::{
     addr::{Be16, Be32},
     config::Config,
     endpoint::Endpoint4,
-    flow::{Flow4, FlowKey4, ZONE_WORLD, flag as flow_flag},
+    flow::{Flow4, FlowKey4, IPPROTO_ICMP, ZONE_WORLD, flag as flow_flag},
     interface::{Interface, flag as interface_flag, role},
     network::{Network, flag},
     policy::{PREFIX_BASE, PolicyKey4, PolicyVerdict},
@@ -235,11 +235,11 @@ impl Image {
             return false;
         }
         let (from, to) = (&key.tuple, &half.to);
+        let at = |address| {
+            let key = PublishedKey4 { address, port: from.dport, proto: key.proto, pad: 0 };
+            self.published.get(&key)
+        };
         if from.dst != to.dst || from.dport != to.dport {
-            let at = |address| {
-                let key = PublishedKey4 { address, port: from.dport, proto: key.proto, pad: 0 };
-                self.published.get(&key)
-            };
             let leads_there = |target: Option<&Published4>| {
                 target.is_some_and(|target| (target.address, target.port) == (to.dst, to.dport))
             };
@@ -248,6 +248,11 @@ impl Image {
         if from.src != to.src {
             // Masquerade towards an address that the host has lost (netfilter ends these, too).
             return !self.local.contains_key(&to.src) && network.snat != to.src;
+        }
+        if half.flags & flow_flag::INBOUND != 0 && !network.has(flag::UNPROTECTED) {
+            // Straight to a container of a routed network, as far as that is still open.
+            let is_ping = key.proto == IPPROTO_ICMP;
+            return !(network.has(flag::ROUTED) && (is_ping || at(from.dst).is_some()));
         }
         false
     }
@@ -261,8 +266,9 @@ fn network_flags(network: &NetworkProgram) -> u32 {
     set(network.masquerade && translates, flag::MASQUERADE);
     set(network.internal, flag::INTERNAL);
     set(network.gateway_mode == GatewayMode::Isolated, flag::ISOLATED);
-    set(network.gateway_mode == GatewayMode::NatUnprotected, flag::UNPROTECTED);
-    set(network.gateway_mode == GatewayMode::Routed, flag::ROUTED);
+    let open_to = |mode| network.gateway_mode == mode && !network.internal;
+    set(open_to(GatewayMode::NatUnprotected), flag::UNPROTECTED);
+    set(open_to(GatewayMode::Routed), flag::ROUTED);
     set(!network.policy.is_empty(), flag::POLICY);
     flags
 }
