@@ -166,11 +166,17 @@ fn refusal(hook: Hook, error: ProgramError) -> anyhow::Error {
     };
     let log = verifier_log.to_string();
     debug!(program = name, %log, "the verifier's log");
+    // The verifier closes with statistics; what it objects to stands before them.
+    let is_statistics = |line: &str| {
+        ["processed ", "stack depth ", "verification time "]
+            .iter()
+            .any(|start| line.starts_with(start))
+    };
     let cause = log
         .lines()
         .rev()
         .map(str::trim)
-        .find(|line| !line.is_empty() && !line.starts_with("processed "))
+        .find(|line| !line.is_empty() && !is_statistics(line))
         .unwrap_or("the kernel gave no reason");
     anyhow::anyhow!(
         "load program {name}: {io_error}: {cause} (NETDP_LOG=debug prints the verifier's log)"
