@@ -53,7 +53,7 @@ pub(crate) fn into_network(ctx: &TcContext) -> Decision {
         return Ok(Verdict::Pass);
     }
     if let Some(endpoint) = maps::endpoint(packet.tuple.dst)
-        && flow::allows_into(&packet, id, endpoint.generation)?
+        && flow::allows_into(&packet, id, endpoint.generation, origin.is_some())?
     {
         return Ok(Verdict::Pass);
     }

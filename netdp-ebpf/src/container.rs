@@ -2,7 +2,7 @@
 
 use aya_ebpf::programs::TcContext;
 use netdp_common::{
-    addr::{Be32, Tuple4},
+    addr::Be32,
     counter::Reason,
     flow::{Flow4, FlowKey4, ZONE_WORLD, flag as flow_flag, stage},
     interface::{Interface, role},
@@ -13,7 +13,7 @@ use network_types::eth::EthHdr;
 
 use crate::{
     flow::{self, NewFlow, SourcePorts},
-    maps, packet,
+    kernel, maps, packet,
     packet::{Arp, Frame, Packet},
     policy, publish,
     verdict::{Decision, Verdict, drop},
@@ -55,6 +55,7 @@ pub(crate) fn from_container(ctx: &TcContext) -> Decision {
     if !frame.is_ipv4() {
         return sender.drop(Reason::Family);
     }
+    let is_for_neighbour = frame.destination != sender.network.mac;
     let mut packet = sender.check(Packet::parse(ctx, EthHdr::LEN, sender.id))?;
     if packet.tuple.src != sender.interface.address {
         return sender.drop(Reason::SpoofedSource);
@@ -66,7 +67,13 @@ pub(crate) fn from_container(ctx: &TcContext) -> Decision {
     // Flow first: an answer must match before isolation can drop it.
     match flow::follow(&packet, sender.id, sender.interface.generation)? {
         Some(half) => send_on(&mut packet, &half, &sender),
-        None => decide(&mut packet, &sender),
+        None => {
+            // Whatever the address says, this is for a neighbour.
+            if is_for_neighbour && !sender.network.has(flag::ICC) {
+                return sender.drop(Reason::Icc);
+            }
+            decide(&mut packet, &sender)
+        }
     }
 }
 
@@ -149,36 +156,37 @@ fn to_published(packet: &mut Packet, sender: &Sender, target: &Published4) -> De
         return sender.drop(Reason::StaleFlow);
     };
     packet.require_opening(target.network)?;
-    let mut to = Tuple4 { dst: target.address, dport: target.port, ..packet.tuple };
     let same_network = target.network == sender.id;
+    let mut new = NewFlow {
+        key: FlowKey4::new(sender.id, packet.tuple, packet.proto),
+        half: flow::original(packet, packet.tuple, target.network, target.network),
+        reply_generation: endpoint.generation,
+        reply_stage: stage::SWITCH,
+        ports: SourcePorts::Preferred,
+    };
+    let half = &mut new.half;
+    half.to.dst = target.address;
+    half.to.dport = target.port;
+    half.generation = sender.interface.generation;
+    half.stage = stage::SWITCH;
     if target.address == packet.tuple.src {
         // It would not take an answer from its own address off the wire.
-        to.src = sender.network.gateway;
+        half.to.src = sender.network.gateway;
+        new.ports = SourcePorts::Host;
     }
-    let mut half = flow::original(packet, to, target.network, target.network);
-    half.generation = sender.interface.generation;
-    let reply_stage = if same_network {
-        half.stage = stage::SWITCH;
-        stage::SWITCH
-    } else {
+    if !same_network {
         let Some(network) = maps::network(target.network) else {
             return sender.drop(Reason::StaleFlow);
         };
+        // Once, before the verdict: a policy that changes meanwhile must judge the flow again.
+        half.policy_generation = network.policy_generation;
         if !policy::allows(target.network, network, packet.tuple.src) {
             return drop(Reason::Policy, target.network);
         }
         half.flags |= flow_flag::INBOUND;
-        half.policy_generation = network.policy_generation;
         half.stage = stage::INGRESS;
-        stage::EGRESS
-    };
-    let mut new = NewFlow {
-        key: FlowKey4::new(sender.id, packet.tuple, packet.proto),
-        half,
-        reply_generation: endpoint.generation,
-        reply_stage,
-        ports: SourcePorts::Preferred,
-    };
+        new.reply_stage = stage::EGRESS;
+    }
     open(&mut new, target.network, Reason::FlowHairpin, packet)?;
     send_on(packet, &new.half, sender)
 }
@@ -193,32 +201,28 @@ fn to_world(packet: &mut Packet, sender: &Sender) -> Decision {
     }
     // No route, a blackhole, forwarding off: the stack's to answer. `to_uplink` has no flow for
     // the packet then and would drop it.
-    let Some(ifindex) = packet.route(network.bridge) else { return Ok(Verdict::Pass) };
-    let source = match maps::interface(ifindex) {
-        Some(exit) if exit.role == role::UPLINK => exit.address,
-        Some(_) => return sender.drop(Reason::Isolation),
-        None => return sender.drop(Reason::NoUplink),
-    };
+    let Some(exit) = leave(packet, sender)? else { return Ok(Verdict::Pass) };
+    let source = exit.address;
     packet.require_opening(sender.id)?;
-    let mut to = packet.tuple;
-    let mut ports = SourcePorts::Kept;
-    if network.has(flag::MASQUERADE) {
-        to.src = if network.snat.is_unspecified() { source } else { network.snat };
-        if to.src.is_unspecified() {
-            return sender.drop(Reason::NoUplink);
-        }
-        ports = SourcePorts::Host;
-    }
-    let mut half = flow::original(packet, to, ZONE_WORLD, sender.id);
-    half.generation = sender.interface.generation;
-    half.stage = stage::EGRESS;
     let mut new = NewFlow {
         key: FlowKey4::new(sender.id, packet.tuple, packet.proto),
-        half,
+        half: flow::original(packet, packet.tuple, ZONE_WORLD, sender.id),
         reply_generation: 0,
         reply_stage: stage::INGRESS,
-        ports,
+        ports: SourcePorts::Kept,
     };
+    let half = &mut new.half;
+    half.generation = sender.interface.generation;
+    half.stage = stage::EGRESS;
+    if network.has(flag::MASQUERADE) {
+        half.to.src = if network.snat.is_unspecified() { source } else { network.snat };
+        if half.to.src.is_unspecified() {
+            return sender.drop(Reason::NoUplink);
+        }
+        let answer = half.to.reversed();
+        let taken = kernel::has_socket(packet.skb(), &answer, packet.proto.into());
+        new.ports = if taken { SourcePorts::Chosen } else { SourcePorts::Host };
+    }
     open(&mut new, sender.id, Reason::FlowOut, packet)?;
     Ok(Verdict::Pass)
 }
@@ -243,7 +247,20 @@ fn send_on(packet: &mut Packet, half: &Flow4, sender: &Sender) -> Decision {
             sender.check(packet.rewrite(&half.to))?;
             Ok(Verdict::Pass)
         }
+        // The route may have moved to an interface that would not translate.
+        _ if half.reply_zone == ZONE_WORLD => leave(packet, sender).map(|_| Verdict::Pass),
         _ => Ok(Verdict::Pass),
+    }
+}
+
+/// The uplink by which the packet leaves; `None` where the stack answers it instead.
+#[inline(always)]
+fn leave(packet: &Packet, sender: &Sender) -> Decision<Option<&'static Interface>> {
+    let Some(ifindex) = packet.route(sender.network.bridge) else { return Ok(None) };
+    match maps::interface(ifindex) {
+        Some(exit) if exit.role == role::UPLINK => Ok(Some(exit)),
+        Some(_) => sender.drop(Reason::Isolation),
+        None => sender.drop(Reason::NoUplink),
     }
 }
 

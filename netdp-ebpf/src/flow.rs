@@ -99,7 +99,12 @@ pub(crate) fn find(packet: &Packet, zone: u32) -> Option<Flow4> {
 /// Whether a packet on its way into `network` is part of a flow that allows it: the container's
 /// own half, the answer to this packet, is there.
 #[inline(always)]
-pub(crate) fn allows_into(packet: &Packet, network: u32, generation: u32) -> Decision<bool> {
+pub(crate) fn allows_into(
+    packet: &Packet,
+    network: u32,
+    generation: u32,
+    is_watched: bool,
+) -> Decision<bool> {
     if !packet.is_tracked() {
         return Ok(false);
     }
@@ -110,7 +115,8 @@ pub(crate) fn allows_into(packet: &Packet, network: u32, generation: u32) -> Dec
         remove(&key, &half);
         return drop(Reason::StaleFlow, network);
     }
-    Ok(true)
+    // Without a program at its interface nothing can have been translated on the way in.
+    Ok(is_watched || half.to == key.tuple)
 }
 
 /// A flow to be opened.
@@ -137,6 +143,8 @@ pub(crate) enum SourcePorts {
     /// The source becomes an address of the host: a port that no socket of the host and no
     /// published port can have.
     Host,
+    /// As `Host`, and the client's own is known to be taken.
+    Chosen,
 }
 
 /// Opens a flow: inserts both halves, the reply first because it decides whether a port is free.
@@ -168,26 +176,20 @@ pub(crate) fn open(new: &mut NewFlow) -> Result<(), Reason> {
             let offset = (start.wrapping_add(attempt)) % span;
             new.half.to.sport = Be16::new(config.nat_first.wrapping_add(offset as u16));
         }
-        if new.ports == SourcePorts::Host
+        let reply_key = new.half.peer_key(new.key.proto);
+        if matches!(new.ports, SourcePorts::Host | SourcePorts::Chosen)
             && publish::is_published(new.half.to.src, new.half.to.sport, new.key.proto)
         {
             continue;
         }
-        let reply_key = new.half.peer_key(new.key.proto);
         match maps::insert_flow(&reply_key, &reply) {
             Ok(()) => return finish(new, &reply_key),
             Err(EEXIST) => {}
             Err(_) => return Err(Reason::FlowTableFull),
         }
         // Taken: by another CPU for this very flow, or by a flow that lost its other half?
-        if let Some(other) = maps::flow(&reply_key) {
-            let other = other.load();
-            if other.to == reply.to
-                && other.reply_zone == reply.reply_zone
-                && other.generation == reply.generation
-            {
-                return adopt(new);
-            }
+        if maps::flow(&reply_key).is_some_and(|other| other.leads_where(&reply)) {
+            return adopt(new);
         }
     }
     Err(Reason::PortsExhausted)
@@ -204,11 +206,10 @@ fn finish(new: &mut NewFlow, reply_key: &FlowKey4) -> Result<(), Reason> {
                 maps::remove_flow(reply_key);
                 return Err(Reason::PortsExhausted);
             };
-            let winner = winner.load();
-            if winner.to != new.half.to {
+            if !winner.leads_where(&new.half) {
                 maps::remove_flow(reply_key);
             }
-            new.half = winner;
+            new.half = winner.load();
             Ok(())
         }
         Err(_) => {
@@ -237,7 +238,11 @@ fn adopt(new: &mut NewFlow) -> Result<(), Reason> {
 #[inline(always)]
 fn may_keep(ports: SourcePorts, wish: Be16, config: &Config) -> bool {
     let wish = wish.get();
-    ports != SourcePorts::Host || wish < config.ephemeral_first || wish > config.ephemeral_last
+    match ports {
+        SourcePorts::Kept | SourcePorts::Preferred => true,
+        SourcePorts::Host => wish < config.ephemeral_first || wish > config.ephemeral_last,
+        SourcePorts::Chosen => false,
+    }
 }
 
 /// The half of a flow that begins with `packet` in `zone`.

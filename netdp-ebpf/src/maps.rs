@@ -80,6 +80,19 @@ impl FlowRef {
         unsafe { *self.0 }
     }
 
+    /// Whether it leads where `half` would lead, for the same container.
+    #[inline(always)]
+    pub(crate) fn leads_where(self, half: &Flow4) -> bool {
+        // SAFETY: as in `load`.
+        let found = unsafe { &*self.0 };
+        found.to.src == half.to.src
+            && found.to.dst == half.to.dst
+            && found.to.sport == half.to.sport
+            && found.to.dport == half.to.dport
+            && found.reply_zone == half.reply_zone
+            && found.generation == half.generation
+    }
+
     /// Notes a packet. Writes only what is new: an idle cache line stays shared.
     #[inline(always)]
     pub(crate) fn touch(self, half: &Flow4, seen: u8, now: u32) {

@@ -6,8 +6,8 @@
 
 use aya_ebpf::{
     bindings::{
-        __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_FIB_LKUP_RET_NO_NEIGH,
-        BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibLookup,
+        __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_FIB_LKUP_RET_FRAG_NEEDED,
+        BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibLookup,
     },
     helpers::generated::bpf_fib_lookup,
     programs::TcContext,
@@ -44,6 +44,8 @@ const ICMP_IDENTIFIER: usize = 4;
 const ICMP_ECHO_REPLY: u8 = 0;
 const ICMP_ECHO: u8 = 8;
 const AF_INET: u8 = 2;
+const PACKET_OTHERHOST: u32 = 3;
+const VLAN_ID: u32 = 0x0fff;
 
 /// ifindex of the interface whose hook runs.
 #[inline(always)]
@@ -70,8 +72,19 @@ pub(crate) fn is_tagged(ctx: &TcContext) -> bool {
     unsafe { (*skb).vlan_present != 0 }
 }
 
+/// Whether an arriving frame is not this interface's own: for another station (macvlan,
+/// promiscuous mode) or in a VLAN. VLAN 0 only says a priority (IEEE 802.1Q, 9.6).
+#[inline(always)]
+pub(crate) fn is_for_another(ctx: &TcContext) -> bool {
+    let skb: *mut __sk_buff = ctx.skb.skb;
+    // SAFETY: the context is valid for the whole run of the program.
+    let (kind, tag) = unsafe { ((*skb).pkt_type, (*skb).vlan_tci) };
+    kind == PACKET_OTHERHOST || tag & VLAN_ID != 0
+}
+
 /// The Ethernet header.
 pub(crate) struct Frame {
+    pub(crate) destination: [u8; 6],
     pub(crate) source: [u8; 6],
     ether_type: u16,
 }
@@ -81,7 +94,11 @@ impl Frame {
     #[inline(always)]
     pub(crate) fn parse(ctx: &TcContext) -> Result<Self, Reason> {
         let header: EthHdr = ctx.load(0).map_err(|_| Reason::Malformed)?;
-        Ok(Self { source: header.src_addr, ether_type: header.ether_type })
+        Ok(Self {
+            destination: header.dst_addr,
+            source: header.src_addr,
+            ether_type: header.ether_type,
+        })
     }
 
     #[inline(always)]
@@ -141,8 +158,10 @@ pub(crate) struct Packet<'a> {
     headless: bool,
     /// The first of several fragments.
     heads_fragments: bool,
-    /// What the fragments of its datagram share; meaningless for a packet in one piece.
-    fragment: FragmentKey4,
+    /// Identification of its datagram.
+    id: Be16,
+    /// Where it arrived.
+    zone: u32,
     pub(crate) transport: Transport,
     pub(crate) proto: u8,
     pub(crate) ttl: u8,
@@ -184,7 +203,8 @@ impl<'a> Packet<'a> {
             l4: ip + header_length,
             headless,
             heads_fragments: !headless && offset_and_flags & MORE_FRAGMENTS != 0,
-            fragment: FragmentKey4 { zone, src, dst, id, proto: header.proto, pad: 0 },
+            id,
+            zone,
             transport: Transport::Untracked(Reason::Protocol),
             proto: header.proto,
             ttl: header.ttl,
@@ -201,13 +221,20 @@ impl<'a> Packet<'a> {
         Ok(packet)
     }
 
+    /// What the fragments of its datagram share.
+    #[inline(always)]
+    fn fragment(&self) -> FragmentKey4 {
+        let Self { zone, id, proto, tuple: Tuple4 { src, dst, .. }, .. } = *self;
+        FragmentKey4 { zone, src, dst, id, proto, pad: 0 }
+    }
+
     /// Remembers the ports of the first fragment, since later ones have none. To be called when
     /// the sender is known to be who it says.
     #[inline(always)]
     pub(crate) fn remember_ports(&self) {
         if self.heads_fragments && self.is_tracked() {
             let Tuple4 { sport, dport, .. } = self.tuple;
-            maps::remember_fragment(&self.fragment, &Ports { sport, dport });
+            maps::remember_fragment(&self.fragment(), &Ports { sport, dport });
         }
     }
 
@@ -264,7 +291,7 @@ impl<'a> Packet<'a> {
 
     #[inline(always)]
     fn recall_ports(&mut self) {
-        self.transport = match (maps::fragment(&self.fragment), self.proto) {
+        self.transport = match (maps::fragment(&self.fragment()), self.proto) {
             (None, _) => Transport::Untracked(Reason::Fragment),
             (Some(ports), proto) => {
                 self.tuple.sport = ports.sport;
@@ -277,6 +304,12 @@ impl<'a> Packet<'a> {
                 }
             }
         };
+    }
+
+    /// The context, for helpers that want it raw.
+    #[inline(always)]
+    pub(crate) fn skb(&self) -> *mut __sk_buff {
+        self.ctx.skb.skb
     }
 
     /// Bytes, from the first header that the hook sees.
@@ -305,21 +338,10 @@ impl<'a> Packet<'a> {
     /// where the stack would not forward it.
     #[inline(always)]
     pub(crate) fn route(&self, ifindex: u32) -> Option<u32> {
-        // SAFETY: plain integers and unions of them; zero is a value of each.
-        let mut lookup: FibLookup = unsafe { core::mem::zeroed() };
-        lookup.family = AF_INET;
-        lookup.l4_protocol = self.proto;
-        lookup.ifindex = ifindex;
-        lookup.__bindgen_anon_3.ipv4_src = self.tuple.src.raw;
-        lookup.__bindgen_anon_4.ipv4_dst = self.tuple.dst.raw;
-        // No length: a packet that is too large is the stack's to answer, not unroutable.
-        let size = size_of::<FibLookup>() as i32;
-        // SAFETY: context and parameters are valid; the size is that of the structure.
-        let outcome =
-            unsafe { bpf_fib_lookup(self.ctx.skb.skb.cast(), &raw mut lookup, size, 0) } as u32;
-        match outcome {
-            BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => Some(lookup.ifindex),
-            _ => None,
+        let Tuple4 { src, dst, .. } = self.tuple;
+        match route(self.ctx.skb.skb, ifindex, src.raw, dst.raw, self.proto.into()) {
+            0 => None,
+            ifindex => Some(ifindex),
         }
     }
 
@@ -410,5 +432,27 @@ impl<'a> Packet<'a> {
     #[inline(always)]
     pub(crate) fn set_source_mac(&self, mac: &[u8; 6]) -> Result<(), Reason> {
         self.ctx.store(6, mac, 0).map_err(|_| Reason::Rewrite)
+    }
+}
+
+/// A sub-program of its own, for its stack; 0 stands for none.
+#[inline(never)]
+fn route(skb: *mut __sk_buff, ifindex: u32, src: u32, dst: u32, proto: u32) -> u32 {
+    // SAFETY: plain integers and unions of them; zero is a value of each.
+    let mut lookup: FibLookup = unsafe { core::mem::zeroed() };
+    lookup.family = AF_INET;
+    lookup.l4_protocol = proto as u8;
+    lookup.ifindex = ifindex;
+    lookup.__bindgen_anon_3.ipv4_src = src;
+    lookup.__bindgen_anon_4.ipv4_dst = dst;
+    let size = size_of::<FibLookup>() as i32;
+    // SAFETY: context and parameters are valid; the size is that of the structure.
+    let outcome = unsafe { bpf_fib_lookup(skb.cast(), &raw mut lookup, size, 0) } as u32;
+    match outcome {
+        // Too large for the exit: the stack fragments it, or answers.
+        BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED => {
+            lookup.ifindex
+        }
+        _ => 0,
     }
 }

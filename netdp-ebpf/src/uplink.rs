@@ -38,6 +38,10 @@ fn parse<'a>(ctx: &'a TcContext, uplink: &Interface, zone: u32) -> Option<Packet
 pub(crate) fn from_uplink(ctx: &TcContext) -> Decision {
     // An uplink that has just appeared: `into_network` lets nothing in without a flow.
     let Some(uplink) = maps::interface(packet::ifindex(ctx)) else { return Ok(Verdict::Pass) };
+    if packet::is_for_another(ctx) {
+        // For an interface on top of this one, which is an uplink itself, or for nobody here.
+        return Ok(Verdict::Pass);
+    }
     let Some(mut packet) = parse(ctx, uplink, ZONE_WORLD) else { return Ok(Verdict::Pass) };
     if packet.tuple.src.is_loopback() || packet.tuple.dst.is_loopback() {
         return drop(Reason::Martian, 0);
@@ -102,13 +106,18 @@ fn admit(packet: &mut Packet, to: Tuple4, id: u32) -> Decision {
     let Some(network) = maps::network(id) else { return drop(Reason::NotReady, id) };
     let Some(endpoint) = maps::endpoint(to.dst) else { return drop(Reason::StaleFlow, id) };
     packet.require_opening(id)?;
+    if maps::is_local(packet.tuple.src) {
+        return drop(Reason::Martian, id);
+    }
+    // Once, before the verdict: a policy that changes meanwhile must judge the flow again.
+    let policy_generation = network.policy_generation;
     if !policy::allows(id, network, packet.tuple.src) {
         return drop(Reason::Policy, id);
     }
     let translated = to.dst != packet.tuple.dst;
     let mut half = flow::original(packet, to, id, id);
     half.flags |= flow_flag::INBOUND;
-    half.policy_generation = network.policy_generation;
+    half.policy_generation = policy_generation;
     half.stage = stage::INGRESS;
     let mut new = NewFlow {
         key: FlowKey4::new(ZONE_WORLD, packet.tuple, packet.proto),
@@ -145,6 +154,9 @@ pub(crate) fn to_uplink(ctx: &TcContext) -> Decision {
             packet.rewrite(&half.to).or_else(|reason| drop(reason, id))?;
             Ok(Verdict::Pass)
         }
+        // A container has no other source than its own: an uplink on top of this one (VLAN,
+        // macvlan) has translated the packet.
+        None if maps::subnet(packet.tuple.src) != Some(id) => Ok(Verdict::Pass),
         _ => drop(Reason::Unmasqueraded, id),
     }
 }

@@ -41,6 +41,10 @@ mod converge;
 /// How often flows are collected, and facts read again in case an event got lost.
 const TICK: Duration = Duration::from_secs(5);
 
+/// How many ticks pass between two comparisons of the backend's objects: reading all maps costs
+/// more than a look at the links.
+const TICKS_TO_COMPARE: u64 = 3;
+
 /// Handle to the one controller of an agent; clones are the same one. The last one that goes ends
 /// the loop, and leaves the kernel as it is: networks outlive the agent.
 #[derive(Clone)]
@@ -266,7 +270,7 @@ impl State {
         let model = Arc::new(model);
         match self.enforce_and_store(&model, &before).await {
             Ok(failures) => {
-                self.report(&failures);
+                self.report(lines(&failures));
                 self.reservations
                     .call(move |reservations| reservations.commit(prepared, &wanted))
                     .await?;
@@ -307,8 +311,8 @@ impl State {
         let model = Arc::clone(&self.model);
         match self.converge(&model, None).await {
             Ok(failures) => {
-                self.report(&failures);
-                let left: Vec<String> = failures.iter().map(Failure::to_string).collect();
+                let left = lines(&failures);
+                self.report(left.clone());
                 (!left.is_empty()).then(|| left.join("; "))
             }
             Err(error) => Some(format!("{error:#}")),
@@ -353,17 +357,31 @@ impl State {
         }
         let model = Arc::clone(&self.model);
         let failures = self.converge(&model, None).await?;
-        self.report(&failures);
-
         let wanted = reservations(&model);
         let refused = self.reservations.call(move |ports| ports.hold(&wanted)).await?;
-        for error in refused {
-            warn!("a published port stays open to other programs: {error}");
-        }
+        let mut troubles = lines(&failures);
+        troubles.extend(refused.into_iter().map(|error| format!("keep a published port: {error}")));
+        self.report(troubles);
         if model != before {
             self.store.call(move |store| store.save(&before, &model)).await??;
         }
         Ok(failures)
+    }
+
+    /// Compares the backend's objects with what they should be, and repairs them: nobody tells us
+    /// of a map entry or a pin that someone removes.
+    async fn compare(&mut self) -> Result<()> {
+        let program = Arc::clone(&self.program);
+        let drift = self.dataplane.call(move |dataplane| dataplane.check(&program)).await??;
+        if drift.is_empty() {
+            return Ok(());
+        }
+        for Drift { what } in &drift {
+            warn!("repairing: {what}");
+        }
+        self.repair().await?;
+        self.publish();
+        Ok(())
     }
 
     /// Endpoints whose namespace is gone, or whose path means another one by now.
@@ -416,15 +434,21 @@ impl State {
     }
 }
 
+fn lines(failures: &[Failure]) -> Vec<String> {
+    failures.iter().map(Failure::to_string).collect()
+}
+
 /// Answers to events and to the clock until the controller is gone.
 async fn keep(state: Weak<Mutex<State>>, mut events: Events) {
     let mut clock = interval(TICK);
     clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut ticks = 0u64;
     loop {
         let is_tick = select! {
             _ = clock.tick() => true,
             Some(()) = events.changed() => false,
         };
+        ticks += u64::from(is_tick);
         let Some(state) = state.upgrade() else { return };
         let mut state = state.lock().await;
         if is_tick {
@@ -436,6 +460,12 @@ async fn keep(state: Weak<Mutex<State>>, mut events: Events) {
         }
         if let Err(error) = state.look().await {
             warn!("look for changes of the host: {error:#}");
+        }
+        if is_tick
+            && ticks.is_multiple_of(TICKS_TO_COMPARE)
+            && let Err(error) = state.compare().await
+        {
+            warn!("compare the backend with what it should be: {error:#}");
         }
     }
 }

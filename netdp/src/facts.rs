@@ -18,6 +18,8 @@ pub struct HostFacts {
     pub links: BTreeMap<u32, Link>,
     /// Destinations of the main table's unicast routes, the default route left out.
     pub routes: Vec<Route>,
+    /// `net.ipv4.ip_forward`: the host was told to be a router.
+    pub is_router: bool,
     /// `net.ipv4.ip_local_port_range`, inclusive.
     pub ephemeral_ports: (u16, u16),
     /// Ports that other programs of the host were found to have: none to choose.
@@ -77,8 +79,16 @@ impl Link {
     /// What the alias of every link of ours begins with.
     pub const ALIAS_PREFIX: &str = "netdp ";
 
-    /// Whether we made it; any other link is left alone.
+    /// Whether we made it; any other link is left alone. An operator's own notes may begin with
+    /// our name: the noun and the kind of link have to be right, too.
     pub fn is_ours(&self) -> bool {
-        self.alias.as_deref().is_some_and(|alias| alias.starts_with(Self::ALIAS_PREFIX))
+        let Some(alias) = &self.alias else { return false };
+        let Some(noun) = alias.strip_prefix(Self::ALIAS_PREFIX) else { return false };
+        let noun = noun.split(' ').next().unwrap_or_default();
+        match self.kind.as_deref() {
+            Some("bridge") => matches!(noun, "network" | "unfinished"),
+            Some("veth") => matches!(noun, "endpoint" | "unfinished"),
+            _ => false,
+        }
     }
 }

@@ -332,10 +332,11 @@ fn uplinks(model: &Model, facts: &HostFacts, setting: &Setting) -> BTreeMap<u32,
             }
         })
         .map(|(&ifindex, link)| {
-            let forwarded_before = setting
-                .originals
-                .get(&forwarding_sysctl(&link.name))
-                .map_or(link.forwarding, |original| original != "0");
+            let forwarded_before = facts.is_router
+                || setting
+                    .originals
+                    .get(&forwarding_sysctl(&link.name))
+                    .map_or(link.forwarding, |original| original != "0");
             let addresses = || link.addresses.iter().map(Ipv4Net::addr);
             // The world has no way back to a link-local address.
             let masquerade =

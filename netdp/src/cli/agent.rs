@@ -6,7 +6,13 @@ use std::{
     env,
     fs::{self, DirBuilder},
     io::{self, IsTerminal},
-    os::unix::fs::DirBuilderExt,
+    os::{
+        linux::net::SocketAddrExt,
+        unix::{
+            fs::DirBuilderExt,
+            net::{SocketAddr, UnixDatagram},
+        },
+    },
     path::Path,
     time::Duration,
 };
@@ -70,8 +76,21 @@ pub(super) fn open_dataplane(bpffs: &Path, flows: u32) -> Result<Box<dyn Datapla
     Ok(Box::new(Ebpf::open(options).context("open the ebpf dataplane")?))
 }
 
+/// Keeps a second agent, whatever its directories, off this network namespace: each would take
+/// the other's interfaces for orphans. Abstract sockets belong to a network namespace and go with
+/// their process.
+///
+/// # Errors
+/// There is one already.
+pub(super) fn claim_namespace() -> Result<UnixDatagram> {
+    let address = SocketAddr::from_abstract_name("netdp-agent").context("name the claim")?;
+    UnixDatagram::bind_addr(&address)
+        .context("another netdp agent runs in this network namespace: stop it first")
+}
+
 async fn serve(config: &Config, path: &Path) -> Result<()> {
-    // The store first: its lock keeps a second agent from touching anything.
+    // First what keeps a second agent from touching anything.
+    let _claim = claim_namespace()?;
     let store = open_store(&config.paths)?;
     make_directory(&config.paths.run_dir, 0o755)?;
     let socket = Socket::bind(path).await?;

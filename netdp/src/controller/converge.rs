@@ -259,7 +259,11 @@ impl State {
     }
 
     async fn give_back(&mut self, path: String, original: String) -> Result<()> {
-        sysctl::ensure(&path, &original)?;
+        // Who made the host a router since then meant all its interfaces.
+        let is_overruled = self.facts.is_router && forwarding_interface(&path).is_some();
+        if !is_overruled {
+            sysctl::ensure(&path, &original)?;
+        }
         self.forget(path).await
     }
 
@@ -302,8 +306,7 @@ impl State {
     }
 
     /// Keeps what a repair could not do for the operator to see, and logs it once.
-    pub(super) fn report(&mut self, failures: &[Failure]) {
-        let troubles: Vec<String> = failures.iter().map(Failure::to_string).collect();
+    pub(super) fn report(&mut self, troubles: Vec<String>) {
         for trouble in troubles.iter().filter(|trouble| !self.troubles.contains(trouble)) {
             warn!("{trouble}");
         }

@@ -233,6 +233,12 @@ fn choose_mac(
             "MAC address {mac} is no station's: give one with an even first octet"
         )));
     }
+    if mac == MacAddress::from_address(network.ipv4.gateway) {
+        return Err(Refusal::conflict(format!(
+            "MAC address {mac} is the gateway's of network {:?}: give another one",
+            network.name
+        )));
+    }
     if let Some(other) = members.iter().find(|endpoint| endpoint.mac == mac) {
         return Err(Refusal::conflict(format!(
             "MAC address {mac} belongs to endpoint {:?} of network {:?}: give another one",

@@ -280,6 +280,14 @@ impl Model {
 
         if let Some(bridge) = wanted {
             check_interface_name("bridge name", bridge)?;
+            // Interfaces of endpoints to come would find their names taken.
+            let number = bridge.strip_prefix("ndv");
+            if number.is_some_and(|number| number.parse::<u32>().is_ok()) {
+                return Err(Refusal::invalid(format!(
+                    "bridge name {bridge:?} is of the kind that netdp gives to endpoints' \
+                     interfaces: choose another"
+                )));
+            }
             if is_foreign(bridge) {
                 return Err(Refusal::conflict(format!(
                     "interface {bridge:?} exists already and is not netdp's: \

@@ -9,7 +9,11 @@ pub(crate) fn link(name: &str, addresses: &[&str]) -> Link {
     Link {
         name: name.to_owned(),
         alias: None,
-        kind: None,
+        kind: match name {
+            _ if name.starts_with("nd-") => Some("bridge".into()),
+            _ if name.starts_with("ndv") => Some("veth".into()),
+            _ => None,
+        },
         master: None,
         mac: Some(MacAddress([2, 0, 0, 0, 0, 1])),
         mtu: 1500,
@@ -26,6 +30,7 @@ pub(crate) fn host() -> HostFacts {
     vpn.mac = None;
     let route = |net: &str, ifindex| Route { destination: net.parse().unwrap(), ifindex };
     HostFacts {
+        is_router: false,
         links: BTreeMap::from([
             (1, link("lo", &["127.0.0.1/8"])),
             (2, link("eth0", &["10.0.0.2/24", "10.0.0.4/24"])),

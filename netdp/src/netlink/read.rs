@@ -41,7 +41,8 @@ impl Netlink {
         }
         let routes = self.routes().await?.iter().filter_map(route).collect();
         let ephemeral_ports = sysctl::ephemeral_ports()?;
-        Ok(HostFacts { links, routes, ephemeral_ports, ports_in_use: BTreeSet::new() })
+        let is_router = sysctl::read("net/ipv4/ip_forward")?.as_deref() == Some("1");
+        Ok(HostFacts { links, routes, is_router, ephemeral_ports, ports_in_use: BTreeSet::new() })
     }
 
     /// Every link without its addresses.

@@ -71,7 +71,11 @@ fn link(name: &str) -> Link {
     Link {
         name: name.into(),
         alias: None,
-        kind: None,
+        kind: match name {
+            _ if name.starts_with("nd-") => Some("bridge".into()),
+            _ if name.starts_with("ndv") => Some("veth".into()),
+            _ => None,
+        },
         master: None,
         mac: Some(MacAddress([6; 6])),
         mtu: 1500,
@@ -94,6 +98,7 @@ fn host() -> HostFacts {
     HostFacts {
         links: [(1, lo), (2, eth0), (3, tun0), (4, port), (5, bond)].into(),
         routes: Vec::new(),
+        is_router: false,
         ephemeral_ports: (32_768, 60_999),
         ports_in_use: BTreeSet::new(),
     }

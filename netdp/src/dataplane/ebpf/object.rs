@@ -13,7 +13,10 @@ use aya::{
     },
 };
 use aya_obj::Object as Elf;
-use nix::net::if_::if_indextoname;
+use nix::{
+    ifaddrs::getifaddrs,
+    net::if_::{InterfaceFlags, if_indextoname},
+};
 use tracing::{debug, warn};
 
 use super::{image::Hook, pins::Pins};
@@ -124,11 +127,17 @@ impl Object {
         Ok(())
     }
 
-    /// Detaches a program.
+    /// Detaches a program, unless packets of a container could then pass its interface: without
+    /// its entries in the maps the program drops them all.
     ///
     /// # Errors
     /// The pin can't be removed.
     pub(super) fn detach(&mut self, hook: Hook, ifindex: u32) -> Result<()> {
+        let guards = matches!(hook, Hook::FromContainer | Hook::IntoNetwork);
+        if guards && is_up(ifindex) {
+            warn!(ifindex, program = hook.program(), "staying attached: the interface is up");
+            return Ok(());
+        }
         remove_pin(&self.pins.link(hook, ifindex))?;
         self.attached.remove(&(hook, ifindex));
         Ok(())
@@ -148,6 +157,16 @@ impl Object {
         SchedClassifier::query_tcx(&name.to_string_lossy(), hook.attach_type())
             .is_ok_and(|(_, programs)| programs.iter().any(|info| Some(info.id()) == ours))
     }
+}
+
+fn is_up(ifindex: u32) -> bool {
+    let Ok(name) = if_indextoname(ifindex) else { return false };
+    getifaddrs().is_ok_and(|mut interfaces| {
+        interfaces.any(|interface| {
+            interface.interface_name.as_bytes() == name.as_bytes()
+                && interface.flags.contains(InterfaceFlags::IFF_UP)
+        })
+    })
 }
 
 fn classifier(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
