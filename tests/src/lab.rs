@@ -41,9 +41,9 @@ static NEXT_LAB: AtomicU32 = AtomicU32::new(0);
 pub enum SecondInterface {
     /// There is no `up1`.
     Absent,
-    /// F, and the agent is told that `up1` is an uplink.
+    /// F, and `up1` is an uplink.
     Uplink,
-    /// F, and the agent has no program on `up1`.
+    /// F, and the agent is told that `up0` is its only uplink: `up1` has no program.
     Unlisted,
 }
 
@@ -150,14 +150,15 @@ impl LabBuilder {
         lab.create_namespace("host")?;
         lab.create_namespace("outside")?;
         lab.wire_outside()?;
-        let mut uplinks = vec!["up0".to_owned()];
         if self.second != SecondInterface::Absent {
             lab.second = Some(lab.create_namespace("second")?);
             lab.wire_second()?;
         }
-        if self.second == SecondInterface::Uplink {
-            uplinks.push("up1".to_owned());
-        }
+        // Without a list the agent takes all that can be one, as on most hosts.
+        let uplinks = match self.second {
+            SecondInterface::Unlisted => vec!["up0".to_owned()],
+            SecondInterface::Absent | SecondInterface::Uplink => Vec::new(),
+        };
         for directory in ["state", "run", "bpf"] {
             fs::create_dir_all(lab.directory.join(directory)).context("create a directory")?;
         }

@@ -175,6 +175,13 @@ impl TcpProbe {
         self
     }
 
+    /// Sets how long to wait for the connection.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
     /// Connects, sends the payload, and checks the answer.
     ///
     /// # Errors

@@ -1,9 +1,12 @@
 //! ISO: who may not reach whom, and that it is counted.
 
+use std::net::Ipv4Addr;
+
 use anyhow::{Result, ensure};
 use netdp_tests::harness::{Outcome, Row};
 use netdp_tests::lab::{SUBNET_A, SecondInterface};
 use netdp_tests::namespace::Namespace;
+use netdp_tests::packet::Envelope;
 use netdp_tests::probe::{Failure, expect_failure, expect_same};
 
 use crate::{counted, counted_soon, standard_containers};
@@ -52,6 +55,16 @@ pub(crate) fn icc_off_parts_neighbours(row: &Row) -> Result<Outcome> {
         ensure!(neighbour_mac(&a2, "172.20.0.2")?.is_some(), "ARP between neighbours failed");
         expect_same("clients of the container", &server.accepted(), &vec![])?;
         expect_same("datagrams of the container", &udp.received(), &vec![])?;
+
+        // Addressed to the neighbour's MAC, whatever the IP address says.
+        let knock = Envelope {
+            source_mac: a2.mac("eth0")?,
+            destination_mac: a1.mac("eth0")?,
+            source: Ipv4Addr::new(172, 20, 0, 3),
+            destination: Ipv4Addr::new(198, 51, 100, 7),
+            ttl: 64,
+        };
+        counted_soon(lab, "icc", || a2.inject("eth0", &knock.udp(9, 80, b"knock")))?;
 
         a2.tcp("10.0.0.2:8080").exchange()?.by("a1")?.saw_client_at("172.20.0.3")?;
         a2.udp("10.0.0.2:8080").exchange()?.by("a1")?.saw_client_at("172.20.0.3")?;
@@ -107,6 +120,21 @@ pub(crate) fn interface_without_program_opens_no_hole(row: &Row) -> Result<Outco
             counted(lab, "direct_access", || second.ping("172.20.0.2").dropped())?;
             expect_same("clients of the container", &containers.a1_tcp.accepted(), &vec![])?;
             expect_same("datagrams of the container", &containers.a1_udp.received(), &vec![])?;
+            // A datagram that pretends to answer an open flow.
+            let _server = lab.outside().udp_server("outside", "10.0.0.3:7000")?;
+            let client = "172.20.0.2:6005";
+            containers.a1.udp("10.0.0.3:7000").from(client).exchange()?.by("outside")?;
+            let victim = containers.a1.udp_server("a1", client)?;
+            let forged = Envelope {
+                source_mac: second.mac("out1")?,
+                destination_mac: lab.host().mac("up1")?,
+                source: Ipv4Addr::new(10, 0, 0, 3),
+                destination: Ipv4Addr::new(172, 20, 0, 2),
+                ttl: 64,
+            };
+            let frame = forged.udp(7000, 6005, b"forged");
+            counted_soon(lab, "direct_access", || second.inject("out1", &frame))?;
+            expect_same("datagrams of the client", &victim.received(), &vec![])?;
             // The host itself is there, so the probes did arrive at it.
             second.ping("10.1.0.2").replied()
         },

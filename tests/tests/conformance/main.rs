@@ -49,6 +49,9 @@ const CHECKS: &[(&str, Check)] = &[
     ("OUT-09", out::host_services_see_the_container),
     ("OUT-10", out::host_answers_pings),
     ("OUT-13", out::multicast_stays_on_the_bridge),
+    ("OUT-14", out::uplinks_come_and_go),
+    ("OUT-15", out::nothing_leaves_by_an_interface_without_program),
+    ("OUT-16", out::uplink_on_an_uplink_works),
     ("ISO-01", isolation::neighbours_talk_untranslated),
     ("ISO-02", isolation::icc_off_parts_neighbours),
     ("ISO-03", isolation::networks_are_walls),
@@ -70,6 +73,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("LIF-10", lifecycle::purge_leaves_the_host_as_before),
     ("SEC-01", security::forged_sources_are_dropped),
     ("SEC-03", security::outside_can_not_pretend_to_be_inside),
+    ("SEC-04", security::ports_of_the_host_stay_the_hosts),
     ("SEC-08", security::nonsense_is_refused_and_changes_nothing),
 ];
 

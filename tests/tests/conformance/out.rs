@@ -1,6 +1,7 @@
 //! OUT: what containers send, and what the host itself does.
 
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use netdp_tests::harness::{Outcome, Row};
@@ -10,7 +11,7 @@ use netdp_tests::packet::{summarise, verify_checksums};
 use netdp_tests::probe::{Answer, IcmpError, PATIENCE, Ping, expect_same};
 use netdp_tests::runtime::poll_until;
 
-use crate::standard_containers;
+use crate::{counted, standard_containers};
 
 /// IP protocol number of ICMP.
 const ICMP: u8 = 1;
@@ -141,6 +142,12 @@ pub(crate) fn too_large_packets_are_reported_or_fragmented(row: &Row) -> Result<
             let source = summarise(&frame).map(|packet| packet.source);
             expect_same("a fragment's source", &source, &Some("10.0.0.2".parse()?))?;
         }
+        // The first packet of a flow as well, to whom no error has taught the path's MTU.
+        let server = lab.outside().udp_server("outside", "192.0.2.1:9")?;
+        a1.udp("192.0.2.1:9").bytes(1422).send()?;
+        let arrived =
+            poll_until(PATIENCE, "the datagram", || Ok(server.received().first().copied()))?;
+        expect_same("the datagram's source", &arrived.peer.ip(), &"10.0.0.2".parse()?)?;
         // TCP learns the path's MTU from the same error.
         let _tcp = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
         a1.tcp("10.0.0.3:7").exchange()?.saw_client_at("10.0.0.2")?;
@@ -199,6 +206,104 @@ pub(crate) fn multicast_stays_on_the_bridge(row: &Row) -> Result<Outcome> {
         lab.host().udp("172.21.0.2:7").exchange()?.by("b1")?;
         ensure!(outside.received().len() == 1, "routed outside: {:?}", outside.received());
         ensure!(stranger.received().len() == 1, "routed to net-b: {:?}", stranger.received());
+        Ok(())
+    })
+}
+
+/// How soon a change of the host's links has to be in force.
+const NOTICED: Duration = Duration::from_secs(1);
+
+/// Waits until the server at `destination` sees `container` as `seen_as`.
+fn expect_soon_seen_as(container: &Namespace, destination: &str, seen_as: &str) -> Result<()> {
+    poll_until(NOTICED, &format!("a connection seen as {seen_as}"), || {
+        let seen = container.tcp(destination).patience(NOTICED / 4).bytes(100).exchange();
+        Ok(seen.ok().filter(|seen| seen.saw_client_at(seen_as).is_ok()).map(drop))
+    })
+}
+
+fn is_from_a_container(frame: &[u8]) -> bool {
+    let is_ours = |source: Ipv4Addr| source.octets()[..2] == [172, 20];
+    summarise(frame).is_some_and(|packet| is_ours(packet.source))
+}
+
+pub(crate) fn uplinks_come_and_go(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let a1 = &containers.a1;
+        let (host, outside) = (lab.host(), lab.outside());
+        let _first = outside.tcp_server("outside", "10.0.0.3:7")?;
+        let mut session = a1.tcp("10.0.0.3:7").open()?;
+        session.exchange(100_000)?.saw_client_at("10.0.0.2")?;
+        for round in 0..3 {
+            let peer = outside.name();
+            host.ip(&format!(
+                "link add up2 type veth peer name out2 netns {peer}\n\
+                 address add 10.2.0.2/24 dev up2\n"
+            ))?;
+            outside.ip("address add 10.2.0.3/24 dev out2\nlink set out2 up\n")?;
+            let leaks = outside.sniff("out2", is_from_a_container)?;
+            let server = outside.tcp_server("outside", "10.2.0.3:7")?;
+            host.ip("link set up2 up\n")?;
+            expect_soon_seen_as(a1, "10.2.0.3:7", "10.2.0.2")?;
+            host.ip("link set up2 down\nlink set up2 name up3\nlink set up3 up\n")?;
+            expect_soon_seen_as(a1, "10.2.0.3:7", "10.2.0.2")?;
+            host.ip("address add 10.2.0.4/24 dev up3\naddress del 10.2.0.2/24 dev up3\n")?;
+            host.ip("address replace 10.2.0.4/24 dev up3\n")?;
+            expect_soon_seen_as(a1, "10.2.0.3:7", "10.2.0.4")?;
+            expect_same("frames that left un-NATed", &leaks.frames(), &vec![])?;
+            drop(server);
+            host.ip("link del up3\n")?;
+            ensure!(
+                a1.tcp("10.2.0.3:7").exchange().is_err(),
+                "reached E by an interface that is gone, in round {round}"
+            );
+            session.exchange(100_000)?.saw_client_at("10.0.0.2")?;
+        }
+        Ok(())
+    })
+}
+
+pub(crate) fn nothing_leaves_by_an_interface_without_program(row: &Row) -> Result<Outcome> {
+    row.in_lab(
+        |builder| builder.second(SecondInterface::Unlisted),
+        |lab| {
+            let containers = standard_containers(lab)?;
+            let a1 = &containers.a1;
+            let leaks = lab.second()?.sniff("out1", is_from_a_container)?;
+            counted(lab, "no_uplink", || a1.tcp("10.1.0.3:7").dropped())?;
+            let _server = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
+            let mut session = a1.tcp("10.0.0.3:7").open()?;
+            session.exchange(100_000)?.saw_client_at("10.0.0.2")?;
+            // The route of an open flow moves away from its uplink, and back.
+            lab.host().ip("route add 10.0.0.3/32 via 10.1.0.3\n")?;
+            counted(lab, "no_uplink", || a1.udp("10.0.0.3:7").dropped())?;
+            counted(lab, "no_uplink", || {
+                ensure!(session.exchange(1000).is_err(), "the flow found a way out");
+                Ok(())
+            })?;
+            // A packet too large for the interface: the route alone is no answer.
+            lab.host().ip("link set up1 mtu 1000\n")?;
+            counted(lab, "no_uplink", || a1.udp("10.0.0.3:9").bytes(1300).dropped())?;
+            expect_same("frames that left un-NATed", &leaks.frames(), &vec![])?;
+            lab.host().ip("route del 10.0.0.3/32\n")?;
+            a1.tcp("10.0.0.3:7").exchange()?.saw_client_at("10.0.0.2")?;
+            Ok(())
+        },
+    )
+}
+
+pub(crate) fn uplink_on_an_uplink_works(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        lab.host().ip("link add link up0 name upper0 type macvlan mode bridge\n\
+             address add 10.3.0.2/24 dev upper0\nlink set upper0 up\n")?;
+        lab.outside().ip("address add 10.3.0.3/24 dev out0\n")?;
+        let _server = lab.outside().tcp_server("outside", "10.3.0.3:7")?;
+        expect_soon_seen_as(&containers.a1, "10.3.0.3:7", "10.3.0.2")?;
+        containers.a1.tcp("10.3.0.3:7").exchange()?.saw_client_at("10.3.0.2")?;
+        let seen = lab.outside().tcp("10.3.0.2:8080").exchange()?;
+        seen.by("a1")?.saw_client_at("10.3.0.3")?;
+        lab.outside().tcp("10.0.0.2:8080").exchange()?.by("a1")?.saw_client_at("10.0.0.3")?;
         Ok(())
     })
 }

@@ -253,3 +253,33 @@ fn expect_refused(lab: &Lab, arguments: &[&str]) -> Result<()> {
     ensure!(!reason.contains("panicked"), "netdp {arguments:?}: {reason}");
     Ok(())
 }
+
+pub(crate) fn ports_of_the_host_stay_the_hosts(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let a1 = &containers.a1;
+        let _outside = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
+        let _outside_udp = lab.outside().udp_server("outside", "10.0.0.3:7")?;
+        let _host = lab.host().tcp_server("host", "0.0.0.0:2222")?;
+        let host_udp = lab.host().udp_server("host", "10.0.0.2:2223")?;
+        // The container's source port is one that the host listens on, or has published.
+        for stolen in [2222, 8080] {
+            let seen = a1
+                .tcp("10.0.0.3:7")
+                .from(&format!("172.20.0.2:{stolen}"))
+                .bytes(1000)
+                .exchange()?;
+            seen.by("outside")?.saw_client_at("10.0.0.2")?;
+            ensure!(seen.peer.port() != stolen, "the container got the host's port {stolen}");
+        }
+        let seen = a1.udp("10.0.0.3:7").from("172.20.0.2:2223").exchange()?;
+        ensure!(seen.by("outside")?.peer.port() != 2223, "the container got the host's udp port");
+        // A port that nobody has is kept.
+        let seen = a1.tcp("10.0.0.3:7").from("172.20.0.2:2224").bytes(1000).exchange()?;
+        expect_same("a free source port", &seen.peer.port(), &2224)?;
+        // And who dials the host from the port that the container dialled reaches the host.
+        let dialled = lab.outside().udp("10.0.0.2:2223").from("10.0.0.3:9").exchange()?;
+        dialled.by("host")?.saw_client_at("10.0.0.3")?;
+        expect_same("datagrams of the host", &host_udp.received().len(), &1)
+    })
+}
