@@ -1,5 +1,9 @@
-//! LIF-01, first line: connections live through the agent's death and return.
+//! LIF-01, first line: connections live through the agent's death and return. And what else
+//! happens to an agent: meddling with its links and pins, a rival.
 
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
@@ -23,6 +27,10 @@ fn main() -> ExitCode {
     run_tests(&[
         ("open_connections_survive_ten_kills", || survives(KILLS, |lab| lab.agent()?.kill9())),
         ("open_connections_survive_a_stop", || survives(1, |lab| lab.agent()?.stop())),
+        ("a_bridge_that_lost_its_alias_passes_nothing", bridge_without_alias_passes_nothing),
+        ("a_second_agent_is_refused", second_agent_is_refused),
+        ("a_removed_pin_is_put_back", removed_pin_is_put_back),
+        ("links_of_others_are_left_alone", links_of_others_are_left_alone),
     ])
 }
 
@@ -169,4 +177,94 @@ fn chosen_port(networks: &Value) -> Result<u64> {
     let endpoints = networks[0]["endpoints"].as_array().context("read the endpoints")?;
     let a2 = endpoints.iter().find(|one| one["name"] == "a2").context("find endpoint a2")?;
     a2["published"][0]["host_port"].as_u64().context("read the port that was chosen")
+}
+
+/// How long the agent may take to notice what no event tells it.
+const NOTICED: Duration = Duration::from_secs(40);
+
+/// A lab with container B1 of `net-b`.
+fn lab_with_b1() -> Result<(Lab, Namespace)> {
+    let lab = Lab::builder().build()?;
+    lab.create_network("net-b", SUBNET_B, &[])?;
+    let b1 = lab.attach("net-b", "b1", "172.21.0.2", &[])?;
+    Ok((lab, b1))
+}
+
+fn bridge_without_alias_passes_nothing() -> Result<()> {
+    let (lab, b1) = lab_with_b1()?;
+    lab.explain((|| {
+        let _server = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
+        let mut session = b1.tcp("10.0.0.3:7").open()?;
+        session.exchange(100_000)?.saw_client_at("10.0.0.2")?;
+        lab.host().ip("link set nd-1 alias mine\n")?;
+        // Not known to be ours: nothing of it may pass, translated or not.
+        poll_until(PATIENCE, "the end of the flow", || {
+            Ok(b1.tcp("10.0.0.3:7").bytes(1000).exchange().is_err().then_some(()))
+        })?;
+        let leaks = lab.outside().sniff("out0", |frame| frame.get(12..14) == Some(&[8, 0]))?;
+        b1.tcp("10.0.0.3:7").dropped()?;
+        expect_same("frames at E", &leaks.frames(), &vec![])?;
+        lab.host().ip("link set nd-1 alias \"netdp network net-b\"\n")?;
+        poll_until(NOTICED, "a connection", || Ok(b1.tcp("10.0.0.3:7").exchange().ok()))?
+            .saw_client_at("10.0.0.2")?;
+        Ok(())
+    })())
+}
+
+fn second_agent_is_refused() -> Result<()> {
+    let (lab, b1) = lab_with_b1()?;
+    lab.explain((|| {
+        let agent = lab.agent()?;
+        let program = agent.program().to_string_lossy().into_owned();
+        let rival = |name: &str| lab.directory().join(name).to_string_lossy().into_owned();
+        let (state, run) = (rival("rival-state"), rival("rival-run"));
+        let bpffs = lab.bpffs().to_string_lossy().into_owned();
+        let arguments =
+            ["agent", "--state-dir", &state, "--run-dir", &run, "--bpffs", &bpffs, "--socket"];
+        let socket = rival("rival.sock");
+        let refused =
+            lab.host().output(&program, &[&arguments[..], &[socket.as_str()]].concat())?;
+        let stderr = String::from_utf8_lossy(&refused.stderr);
+        expect_same("the rival's exit code", &refused.status.code(), &Some(1))?;
+        ensure!(stderr.contains("another netdp agent"), "the rival said: {stderr}");
+        let _server = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
+        b1.tcp("10.0.0.3:7").exchange()?.saw_client_at("10.0.0.2")?;
+        Ok(())
+    })())
+}
+
+fn removed_pin_is_put_back() -> Result<()> {
+    let (lab, b1) = lab_with_b1()?;
+    lab.explain((|| {
+        let links = lab.bpffs().join("netdp/v1/links");
+        let pins = || -> Result<BTreeSet<PathBuf>> {
+            fs::read_dir(&links)?.map(|entry| Ok(entry?.path())).collect()
+        };
+        let before = pins()?;
+        ensure!(!before.is_empty(), "no pins in {}", links.display());
+        for pin in &before {
+            fs::remove_file(pin)?;
+        }
+        poll_until(NOTICED, "the pins", || Ok((pins()? == before).then_some(())))?;
+        let _server = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
+        b1.tcp("10.0.0.3:7").exchange()?.saw_client_at("10.0.0.2")?;
+        Ok(())
+    })())
+}
+
+fn links_of_others_are_left_alone() -> Result<()> {
+    let (lab, _b1) = lab_with_b1()?;
+    lab.explain((|| {
+        lab.host().ip("link add office0 type veth peer name office1\n\
+             link set office0 alias \"netdp uplink to office\"\n\
+             link add nd-77 type bridge\n")?;
+        lab.agent()?.kill9()?;
+        lab.agent()?.start()?;
+        lab.create_network("net-a", SUBNET_A, &[])?;
+        let links = lab.host().links()?;
+        for link in ["office0", "office1", "nd-77"] {
+            ensure!(links.iter().any(|name| name == link), "{link} is gone from {links:?}");
+        }
+        Ok(())
+    })())
 }
