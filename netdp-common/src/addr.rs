@@ -100,6 +100,12 @@ impl Tuple4 {
     pub const fn reversed(self) -> Self {
         Self { src: self.dst, dst: self.src, sport: self.dport, dport: self.sport }
     }
+
+    /// The identifier of an ICMP query: one of the ports holds it and the other is 0.
+    #[inline(always)]
+    pub const fn identifier(self) -> Be16 {
+        Be16 { raw: self.sport.raw | self.dport.raw }
+    }
 }
 
 #[cfg(test)]

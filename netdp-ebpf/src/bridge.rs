@@ -52,7 +52,7 @@ pub(crate) fn into_network(ctx: &TcContext) -> Decision {
         packet.rewrite(&half.to).or_else(|reason| drop(reason, id))?;
         return Ok(Verdict::Pass);
     }
-    if let Some(endpoint) = maps::endpoint(packet.tuple.dst)
+    if let Some(endpoint) = maps::endpoint(packet.destination)
         && flow::allows_into(&packet, id, endpoint.generation, origin.is_some())?
     {
         return Ok(Verdict::Pass);

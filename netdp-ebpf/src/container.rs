@@ -4,7 +4,7 @@ use aya_ebpf::programs::TcContext;
 use netdp_common::{
     addr::Be32,
     counter::Reason,
-    flow::{Flow4, FlowKey4, ZONE_WORLD, flag as flow_flag, stage},
+    flow::{Flow4, ZONE_WORLD, flag as flow_flag, stage},
     interface::{Interface, role},
     network::{Network, flag},
     publish::Published4,
@@ -57,16 +57,18 @@ pub(crate) fn from_container(ctx: &TcContext) -> Decision {
     }
     let is_for_neighbour = frame.destination != sender.network.mac;
     let mut packet = sender.check(Packet::parse(ctx, EthHdr::LEN, sender.id))?;
-    if packet.tuple.src != sender.interface.address {
+    // An error is about a packet that came to the sender: others' flows are not its business.
+    let own = sender.interface.address;
+    if packet.source != own || packet.tuple.src != own {
         return sender.drop(Reason::SpoofedSource);
     }
     packet.remember_ports();
-    if packet.tuple.dst.is_loopback() {
+    if packet.destination.is_loopback() {
         return sender.drop(Reason::Martian);
     }
     // Flow first: an answer must match before isolation can drop it.
     match flow::follow(&packet, sender.id, sender.interface.generation)? {
-        Some(half) => send_on(&mut packet, &half, &sender),
+        Some(half) => send_on(&mut packet, half, &sender),
         None => {
             // Whatever the address says, this is for a neighbour.
             if is_for_neighbour && !sender.network.has(flag::ICC) {
@@ -103,7 +105,7 @@ fn arp(ctx: &TcContext, sender: &Sender) -> Decision {
 /// What becomes of a packet without a flow.
 #[inline(always)]
 fn decide(packet: &mut Packet, sender: &Sender) -> Decision {
-    let destination = packet.tuple.dst;
+    let destination = packet.destination;
     let network = sender.network;
     if destination.is_multicast_or_broadcast() || network.is_broadcast(destination) {
         return to_neighbour(sender);
@@ -138,7 +140,7 @@ fn to_host(packet: &mut Packet, sender: &Sender) -> Decision {
     }
     if network.has(flag::INTERNAL) {
         // Another network's gateway would be a way out.
-        if packet.tuple.dst != network.gateway {
+        if packet.destination != network.gateway {
             return sender.drop(Reason::Internal);
         }
         return Ok(Verdict::Pass);
@@ -157,13 +159,11 @@ fn to_published(packet: &mut Packet, sender: &Sender, target: &Published4) -> De
     };
     packet.require_opening(target.network)?;
     let same_network = target.network == sender.id;
-    let mut new = NewFlow {
-        key: FlowKey4::new(sender.id, packet.tuple, packet.proto),
-        half: flow::original(packet, packet.tuple, target.network, target.network),
-        reply_generation: endpoint.generation,
-        reply_stage: stage::SWITCH,
-        ports: SourcePorts::Preferred,
-    };
+    let Some(new) = maps::new_flow() else { return sender.drop(Reason::NotReady) };
+    new.begin(packet, sender.id, target.network, target.network);
+    new.reply_generation = endpoint.generation;
+    new.reply_stage = stage::SWITCH;
+    new.ports = SourcePorts::Preferred;
     let half = &mut new.half;
     half.to.dst = target.address;
     half.to.dport = target.port;
@@ -187,7 +187,7 @@ fn to_published(packet: &mut Packet, sender: &Sender, target: &Published4) -> De
         half.stage = stage::INGRESS;
         new.reply_stage = stage::EGRESS;
     }
-    open(&mut new, target.network, Reason::FlowHairpin, packet)?;
+    open(new, target.network, Reason::FlowHairpin, packet)?;
     send_on(packet, &new.half, sender)
 }
 
@@ -204,13 +204,11 @@ fn to_world(packet: &mut Packet, sender: &Sender) -> Decision {
     let Some(exit) = leave(packet, sender)? else { return Ok(Verdict::Pass) };
     let source = exit.address;
     packet.require_opening(sender.id)?;
-    let mut new = NewFlow {
-        key: FlowKey4::new(sender.id, packet.tuple, packet.proto),
-        half: flow::original(packet, packet.tuple, ZONE_WORLD, sender.id),
-        reply_generation: 0,
-        reply_stage: stage::INGRESS,
-        ports: SourcePorts::Kept,
-    };
+    let Some(new) = maps::new_flow() else { return sender.drop(Reason::NotReady) };
+    new.begin(packet, sender.id, ZONE_WORLD, sender.id);
+    new.reply_generation = 0;
+    new.reply_stage = stage::INGRESS;
+    new.ports = SourcePorts::Kept;
     let half = &mut new.half;
     half.generation = sender.interface.generation;
     half.stage = stage::EGRESS;
@@ -223,7 +221,7 @@ fn to_world(packet: &mut Packet, sender: &Sender) -> Decision {
         let taken = kernel::has_socket(packet.skb(), &answer, packet.proto.into());
         new.ports = if taken { SourcePorts::Chosen } else { SourcePorts::Host };
     }
-    open(&mut new, sender.id, Reason::FlowOut, packet)?;
+    open(new, sender.id, Reason::FlowOut, packet)?;
     Ok(Verdict::Pass)
 }
 

@@ -1,7 +1,7 @@
 //! Flows: following one, opening one.
 
 use netdp_common::{
-    addr::{Be16, Tuple4},
+    addr::Be16,
     config::Config,
     counter::Reason,
     flow::{Flow4, FlowKey4, flag, seen},
@@ -21,30 +21,55 @@ const EEXIST: i32 = -17;
 const PORT_TRIES: u32 = 32;
 
 /// Looks for the half that a packet arriving in `zone` belongs to, notes the packet in it and
-/// returns what to do.
+/// returns a copy of it that is good until the program ends.
 ///
 /// `generation` is that of the container at hand: a half of a predecessor with the same address is
 /// removed and not found.
 #[inline(always)]
-pub(crate) fn follow(packet: &Packet, zone: u32, generation: u32) -> Decision<Option<Flow4>> {
+pub(crate) fn follow(
+    packet: &Packet,
+    zone: u32,
+    generation: u32,
+) -> Decision<Option<&'static Flow4>> {
     if !packet.is_tracked() {
         return Ok(None);
     }
+    let Some(half) = maps::half() else { return drop(Reason::NotReady, 0) };
     let key = FlowKey4::new(zone, packet.tuple, packet.proto);
-    let Some(flow) = maps::flow(&key) else { return Ok(None) };
-    let half = flow.load();
+    let is_found = note(&key, half, generation, packet.seen.into(), packet.opens.into())?;
+    Ok(is_found.then_some(half))
+}
+
+/// Finds a half, copies it and notes what the packet shows: bits of [`seen`], and whether it
+/// opens a TCP connection.
+///
+/// A sub-program of its own, for the stacks of its callers.
+#[inline(never)]
+fn note(
+    key: &FlowKey4,
+    copy: &mut Flow4,
+    generation: u32,
+    seen: u32,
+    opens: u32,
+) -> Decision<bool> {
+    let Some(flow) = maps::flow(key) else { return Ok(false) };
+    flow.copy_to(copy);
+    let half = &*copy;
     if half.generation != generation {
-        remove(&key, &half);
-        return Ok(None);
+        remove(key, half);
+        return Ok(false);
     }
     if half.flags & flag::INBOUND != 0 {
-        judge_again(&key, flow, &half)?;
+        judge_again(key, flow, half)?;
     }
-    if packet.opens {
-        restart_if_closing(flow, &half, packet.proto);
+    if opens != 0 {
+        restart_if_closing(flow, half, key.proto);
     }
-    flow.touch(&half, packet.seen, kernel::now());
-    Ok(Some(half))
+    // An error shows nothing: it neither refreshes a flow nor ends it (RFC 5508, REQ-6).
+    if seen != 0 {
+        flow.touch(half, seen as u8, kernel::now());
+    }
+    Ok(true)
 }
 
 /// Judges a flow again after its network's policy has changed.
@@ -119,7 +144,7 @@ pub(crate) fn allows_into(
     Ok(is_watched || half.to == key.tuple)
 }
 
-/// A flow to be opened.
+/// A flow to be opened. It lies in a map ([`maps::new_flow`]): the stack is too small.
 pub(crate) struct NewFlow {
     /// Where and how the first packet arrives.
     pub(crate) key: FlowKey4,
@@ -130,6 +155,25 @@ pub(crate) struct NewFlow {
     /// `stage` of the other half.
     pub(crate) reply_stage: u8,
     pub(crate) ports: SourcePorts,
+}
+
+impl NewFlow {
+    /// Begins a flow with `packet`, which arrives in `zone` and as yet is not translated; the
+    /// answer arrives in `reply_zone`, and `network` has the say. The fields that are not of the
+    /// halves are the caller's to fill.
+    #[inline(always)]
+    pub(crate) fn begin(&mut self, packet: &Packet, zone: u32, reply_zone: u32, network: u32) {
+        self.key = FlowKey4::new(zone, packet.tuple, packet.proto);
+        self.half = Flow4 {
+            to: packet.tuple,
+            reply_zone,
+            network,
+            last_seen: kernel::now(),
+            seen: packet.seen,
+            flags: flag::ORIGINAL,
+            ..Flow4::default()
+        };
+    }
 }
 
 /// Which source ports the flow may have after translation.
@@ -242,19 +286,5 @@ fn may_keep(ports: SourcePorts, wish: Be16, config: &Config) -> bool {
         SourcePorts::Kept | SourcePorts::Preferred => true,
         SourcePorts::Host => wish < config.ephemeral_first || wish > config.ephemeral_last,
         SourcePorts::Chosen => false,
-    }
-}
-
-/// The half of a flow that begins with `packet` in `zone`.
-#[inline(always)]
-pub(crate) fn original(packet: &Packet, to: Tuple4, reply_zone: u32, network: u32) -> Flow4 {
-    Flow4 {
-        to,
-        reply_zone,
-        network,
-        last_seen: kernel::now(),
-        seen: packet.seen,
-        flags: flag::ORIGINAL,
-        ..Flow4::default()
     }
 }

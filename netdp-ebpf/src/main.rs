@@ -7,11 +7,13 @@
 mod bridge;
 mod container;
 mod flow;
+mod icmp_error;
 mod kernel;
 mod maps;
 mod packet;
 mod policy;
 mod publish;
+mod rewrite;
 mod uplink;
 mod verdict;
 

@@ -5,7 +5,7 @@
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
     macros::map,
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, lpm_trie::Key},
 };
 use netdp_common::{
     addr::Be32,
@@ -19,6 +19,8 @@ use netdp_common::{
     policy::{PREFIX_BASE, PolicyKey4, PolicyVerdict},
     publish::{Published4, PublishedKey4},
 };
+
+use crate::{flow::NewFlow, packet::Headers, rewrite::Rewrite};
 
 /// Halves of flows. Written by the programs, collected by the agent. Full: new flows are refused.
 #[map]
@@ -67,6 +69,22 @@ static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 static COUNTERS: PerCpuHashMap<CounterKey, Counter> =
     PerCpuHashMap::with_max_entries(NETWORKS_MAX * 32, BPF_F_NO_PREALLOC);
 
+/// Room for the headers of the packet at hand.
+#[map]
+static HEADERS: PerCpuArray<Headers> = PerCpuArray::with_max_entries(1, 0);
+
+/// Room for a copy of the half that the packet at hand follows.
+#[map]
+static HALF: PerCpuArray<Flow4> = PerCpuArray::with_max_entries(1, 0);
+
+/// Room for the one rewrite that a CPU may be at.
+#[map]
+static REWRITE: PerCpuArray<Rewrite> = PerCpuArray::with_max_entries(1, 0);
+
+/// Room for the one flow that a CPU may be opening.
+#[map]
+static NEW_FLOW: PerCpuArray<NewFlow> = PerCpuArray::with_max_entries(1, 0);
+
 /// A half in the map. Its slot may be reused for another flow at any time after a removal: what
 /// is written through it must be harmless there.
 #[derive(Clone, Copy)]
@@ -78,6 +96,13 @@ impl FlowRef {
     pub(crate) fn load(self) -> Flow4 {
         // SAFETY: the pointer comes from a map lookup and was checked for null.
         unsafe { *self.0 }
+    }
+
+    /// Copies the half.
+    #[inline(always)]
+    pub(crate) fn copy_to(self, copy: &mut Flow4) {
+        // SAFETY: as in `load`.
+        *copy = unsafe { *self.0 };
     }
 
     /// Whether it leads where `half` would lead, for the same container.
@@ -195,6 +220,39 @@ pub(crate) fn is_local(address: Be32) -> bool {
 #[inline(always)]
 pub(crate) fn policy(key: PolicyKey4) -> Option<PolicyVerdict> {
     POLICY4.get(Key::new(PREFIX_BASE + 32, key)).copied()
+}
+
+/// Room for a packet's headers; holds what was there before.
+#[inline(always)]
+pub(crate) fn headers() -> Option<&'static mut Headers> {
+    let room = HEADERS.get_ptr_mut(0)?;
+    // SAFETY: as in `rewrite`.
+    Some(unsafe { &mut *room })
+}
+
+/// Room for a copy of a half; holds what was there before.
+#[inline(always)]
+pub(crate) fn half() -> Option<&'static mut Flow4> {
+    let room = HALF.get_ptr_mut(0)?;
+    // SAFETY: as in `rewrite`.
+    Some(unsafe { &mut *room })
+}
+
+/// Room for what is to be rewritten; holds what was there before.
+#[inline(always)]
+pub(crate) fn rewrite() -> Option<&'static mut Rewrite> {
+    let room = REWRITE.get_ptr_mut(0)?;
+    // SAFETY: this CPU's own, checked for null by the lookup. A hook is done with it before the
+    // packet reaches the next one.
+    Some(unsafe { &mut *room })
+}
+
+/// Room for a flow that is to be opened; holds what was there before.
+#[inline(always)]
+pub(crate) fn new_flow() -> Option<&'static mut NewFlow> {
+    let room = NEW_FLOW.get_ptr_mut(0)?;
+    // SAFETY: as in `rewrite`.
+    Some(unsafe { &mut *room })
 }
 
 /// The host's port ranges.

@@ -1,16 +1,16 @@
-//! A packet: parsed once, rewritten in place. The only code that touches packet bytes.
+//! A packet, parsed once.
 //!
-//! Reads go through `bpf_skb_load_bytes`, which also sees what lies in pages of a GSO packet;
-//! rewrites through the checksum helpers, which also know CHECKSUM_PARTIAL and
-//! CHECKSUM_COMPLETE.
+//! Reads go through `bpf_skb_load_bytes`, which also sees what lies in pages of a GSO packet.
+
+use core::ops::Deref;
 
 use aya_ebpf::{
     bindings::{
-        __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_FIB_LKUP_RET_FRAG_NEEDED,
-        BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibLookup,
+        __sk_buff, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH,
+        BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibLookup,
     },
     helpers::generated::bpf_fib_lookup,
-    programs::TcContext,
+    programs::{TcContext, sk_buff::SkBuff},
 };
 use netdp_common::{
     addr::{Be16, Be32, Tuple4},
@@ -27,22 +27,20 @@ use network_types::{
 };
 
 use crate::{
-    maps,
+    maps, rewrite,
     verdict::{Decision, drop},
 };
 
 /// Bits of the IPv4 header's flags and fragment offset (RFC 791, 3.1).
 const FRAGMENT_OFFSET: u16 = 0x1fff;
 const MORE_FRAGMENTS: u16 = 0x2000;
-const IPV4_CHECKSUM: usize = 10;
-const IPV4_SOURCE: usize = 12;
-const IPV4_DESTINATION: usize = 16;
-const TCP_CHECKSUM: usize = 16;
-const UDP_CHECKSUM: usize = 6;
-const ICMP_CHECKSUM: usize = 2;
-const ICMP_IDENTIFIER: usize = 4;
 const ICMP_ECHO_REPLY: u8 = 0;
+const ICMP_UNREACHABLE: u8 = 3;
 const ICMP_ECHO: u8 = 8;
+const ICMP_TIME_EXCEEDED: u8 = 11;
+const ICMP_PARAMETER_PROBLEM: u8 = 12;
+/// What an error quotes at least of the transport header it is about (RFC 792).
+const QUOTED_TRANSPORT: usize = 8;
 const AF_INET: u8 = 2;
 const PACKET_OTHERHOST: u32 = 3;
 const VLAN_ID: u32 = 0x0fff;
@@ -78,7 +76,9 @@ pub(crate) fn is_tagged(ctx: &TcContext) -> bool {
 pub(crate) fn is_for_another(ctx: &TcContext) -> bool {
     let skb: *mut __sk_buff = ctx.skb.skb;
     // SAFETY: the context is valid for the whole run of the program.
-    let (kind, tag) = unsafe { ((*skb).pkt_type, (*skb).vlan_tci) };
+    let kind = unsafe { (*skb).pkt_type };
+    // SAFETY: as above.
+    let tag = unsafe { (*skb).vlan_tci };
     kind == PACKET_OTHERHOST || tag & VLAN_ID != 0
 }
 
@@ -143,17 +143,28 @@ pub(crate) enum Transport {
     Udp,
     /// ICMP echo request or reply.
     Query,
+    /// An ICMP error about a packet that belongs, or could, to a flow.
+    Error,
     /// Not tracked; the reason for which it is dropped where only flows may pass.
     Untracked(Reason),
 }
 
-/// An IPv4 packet.
-pub(crate) struct Packet<'a> {
-    ctx: &'a TcContext,
+/// Where the packet that an error quotes lies, in bytes from the first header that the hook sees.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Quoted {
+    pub(crate) ip: u32,
+    pub(crate) l4: u32,
+    /// Bytes from `l4` on, 8 or more.
+    pub(crate) length: u32,
+}
+
+/// What the headers of an IPv4 packet say. It lies in a map ([`maps::headers`]): the stack is too
+/// small.
+pub(crate) struct Headers {
     /// Offset of the IP header: 14, or 0 on interfaces without Ethernet.
-    ip: usize,
+    ip: u32,
     /// Offset of the transport header.
-    l4: usize,
+    l4: u32,
     /// A later fragment: no transport header in it.
     headless: bool,
     /// The first of several fragments.
@@ -165,9 +176,15 @@ pub(crate) struct Packet<'a> {
     pub(crate) transport: Transport,
     pub(crate) proto: u8,
     pub(crate) ttl: u8,
-    /// Addresses and ports; ports are 0 where the transport is not tracked.
+    /// Source address of the packet itself.
+    pub(crate) source: Be32,
+    /// Destination address of the packet itself.
+    pub(crate) destination: Be32,
+    /// What the flow table knows the packet by: its own addresses and ports, ports being 0 where
+    /// the transport is not tracked. An error counts as an answer to the packet it is about.
     pub(crate) tuple: Tuple4,
-    /// What this packet shows of its flow: bits of [`seen`].
+    quoted: Quoted,
+    /// What this packet shows of its flow: bits of [`seen`]; an error shows nothing.
     pub(crate) seen: u8,
     /// A TCP SYN without ACK.
     pub(crate) opens: bool,
@@ -176,56 +193,33 @@ pub(crate) struct Packet<'a> {
     pub(crate) may_open: bool,
 }
 
+/// An IPv4 packet.
+pub(crate) struct Packet<'a> {
+    ctx: &'a TcContext,
+    headers: &'static mut Headers,
+}
+
+impl Deref for Packet<'_> {
+    type Target = Headers;
+
+    #[inline(always)]
+    fn deref(&self) -> &Headers {
+        self.headers
+    }
+}
+
 impl<'a> Packet<'a> {
     /// Parses the IPv4 packet at offset `ip` that arrived in `zone`.
     ///
     /// Errors: headers that contradict themselves or end too early (RFC 1122, 3.2.1).
     #[inline(always)]
     pub(crate) fn parse(ctx: &'a TcContext, ip: usize, zone: u32) -> Result<Self, Reason> {
-        let header: Ipv4Hdr = ctx.load(ip).map_err(|_| Reason::Malformed)?;
-        let header_length = usize::from(header.vihl & 0x0f) * 4;
-        let length = usize::from(u16::from_be_bytes(header.tot_len));
-        if header.vihl >> 4 != 4
-            || header_length < Ipv4Hdr::LEN
-            || length < header_length
-            || ip + length > ctx.len() as usize
-        {
+        let Some(headers) = maps::headers() else { return Err(Reason::NotReady) };
+        parse_headers(ctx.skb.skb, ip as u32, zone, headers);
+        if headers.transport == Transport::Untracked(Reason::Malformed) {
             return Err(Reason::Malformed);
         }
-        let offset_and_flags = u16::from_be_bytes(header.frags);
-        let src = Be32 { raw: u32::from_ne_bytes(header.src_addr) };
-        let dst = Be32 { raw: u32::from_ne_bytes(header.dst_addr) };
-        let id = Be16 { raw: u16::from_ne_bytes(header.id) };
-        let headless = offset_and_flags & FRAGMENT_OFFSET != 0;
-        let mut packet = Packet {
-            ctx,
-            ip,
-            l4: ip + header_length,
-            headless,
-            heads_fragments: !headless && offset_and_flags & MORE_FRAGMENTS != 0,
-            id,
-            zone,
-            transport: Transport::Untracked(Reason::Protocol),
-            proto: header.proto,
-            ttl: header.ttl,
-            tuple: Tuple4 { src, dst, ..Tuple4::default() },
-            seen: seen::ANY,
-            opens: false,
-            may_open: false,
-        };
-        if headless {
-            packet.recall_ports();
-        } else {
-            packet.parse_transport(length - header_length)?;
-        }
-        Ok(packet)
-    }
-
-    /// What the fragments of its datagram share.
-    #[inline(always)]
-    fn fragment(&self) -> FragmentKey4 {
-        let Self { zone, id, proto, tuple: Tuple4 { src, dst, .. }, .. } = *self;
-        FragmentKey4 { zone, src, dst, id, proto, pad: 0 }
+        Ok(Packet { ctx, headers })
     }
 
     /// Remembers the ports of the first fragment, since later ones have none. To be called when
@@ -238,74 +232,6 @@ impl<'a> Packet<'a> {
         }
     }
 
-    #[inline(always)]
-    fn parse_transport(&mut self, payload: usize) -> Result<(), Reason> {
-        match self.proto {
-            IPPROTO_TCP => {
-                let tcp: TcpHdr = self.load_transport(payload)?;
-                self.transport = Transport::Tcp;
-                self.tuple.sport = Be16 { raw: u16::from_ne_bytes(tcp.source) };
-                self.tuple.dport = Be16 { raw: u16::from_ne_bytes(tcp.dest) };
-                self.opens = tcp.syn() != 0 && tcp.ack() == 0;
-                if tcp.fin() != 0 {
-                    self.seen |= seen::FIN;
-                }
-                if tcp.rst() != 0 {
-                    self.seen |= seen::RST;
-                }
-                self.may_open = tcp.rst() == 0;
-            }
-            IPPROTO_UDP => {
-                let udp: UdpHdr = self.load_transport(payload)?;
-                self.transport = Transport::Udp;
-                self.tuple.sport = Be16 { raw: u16::from_ne_bytes(udp.src) };
-                self.tuple.dport = Be16 { raw: u16::from_ne_bytes(udp.dst) };
-                self.may_open = true;
-            }
-            IPPROTO_ICMP => {
-                let icmp: Icmpv4Hdr = self.load_transport(payload)?;
-                let identifier = Be16 { raw: u16::from_ne_bytes([icmp.data[0], icmp.data[1]]) };
-                match icmp.type_ {
-                    ICMP_ECHO => self.tuple.sport = identifier,
-                    ICMP_ECHO_REPLY => self.tuple.dport = identifier,
-                    _ => return Ok(()),
-                }
-                self.transport = Transport::Query;
-                self.may_open = icmp.type_ == ICMP_ECHO;
-            }
-            _ => return Ok(()),
-        }
-        if !self.opens {
-            self.seen |= seen::DATA;
-        }
-        Ok(())
-    }
-
-    #[inline(always)]
-    fn load_transport<T>(&self, payload: usize) -> Result<T, Reason> {
-        if payload < size_of::<T>() {
-            return Err(Reason::Malformed);
-        }
-        self.ctx.load(self.l4).map_err(|_| Reason::Malformed)
-    }
-
-    #[inline(always)]
-    fn recall_ports(&mut self) {
-        self.transport = match (maps::fragment(&self.fragment()), self.proto) {
-            (None, _) => Transport::Untracked(Reason::Fragment),
-            (Some(ports), proto) => {
-                self.tuple.sport = ports.sport;
-                self.tuple.dport = ports.dport;
-                self.seen |= seen::DATA;
-                match proto {
-                    IPPROTO_TCP => Transport::Tcp,
-                    IPPROTO_UDP => Transport::Udp,
-                    _ => Transport::Query,
-                }
-            }
-        };
-    }
-
     /// The context, for helpers that want it raw.
     #[inline(always)]
     pub(crate) fn skb(&self) -> *mut __sk_buff {
@@ -316,12 +242,6 @@ impl<'a> Packet<'a> {
     #[inline(always)]
     pub(crate) fn len(&self) -> u32 {
         self.ctx.len()
-    }
-
-    /// Whether it can belong to a flow.
-    #[inline(always)]
-    pub(crate) fn is_tracked(&self) -> bool {
-        !matches!(self.transport, Transport::Untracked(_))
     }
 
     /// Drops what can't begin a flow, counting it for `network`.
@@ -338,7 +258,7 @@ impl<'a> Packet<'a> {
     /// where the stack would not forward it.
     #[inline(always)]
     pub(crate) fn route(&self, ifindex: u32) -> Option<u32> {
-        let Tuple4 { src, dst, .. } = self.tuple;
+        let (src, dst) = (self.source, self.destination);
         match route(self.ctx.skb.skb, ifindex, src.raw, dst.raw, self.proto.into()) {
             0 => None,
             ifindex => Some(ifindex),
@@ -350,76 +270,19 @@ impl<'a> Packet<'a> {
     /// Errors: the kernel refused a write (no memory to unshare the packet).
     #[inline(always)]
     pub(crate) fn rewrite(&mut self, to: &Tuple4) -> Result<(), Reason> {
-        let from = self.tuple;
-        self.rewrite_address(from.src, to.src, self.ip + IPV4_SOURCE)?;
-        self.rewrite_address(from.dst, to.dst, self.ip + IPV4_DESTINATION)?;
-        if !self.headless {
-            match self.transport {
-                Transport::Query => {
-                    // A request has the identifier in sport, a reply in dport; the other is 0.
-                    let old = Be16 { raw: from.sport.raw | from.dport.raw };
-                    let new = Be16 { raw: to.sport.raw | to.dport.raw };
-                    self.rewrite_port(old, new, self.l4 + ICMP_IDENTIFIER)?;
-                }
-                _ => {
-                    self.rewrite_port(from.sport, to.sport, self.l4)?;
-                    self.rewrite_port(from.dport, to.dport, self.l4 + 2)?;
-                }
-            }
-        }
-        self.tuple = *to;
+        let Some(rewrite) = maps::rewrite() else { return Err(Reason::NotReady) };
+        rewrite.from = self.tuple;
+        rewrite.to = *to;
+        rewrite.ip = self.ip;
+        rewrite.l4 = self.l4;
+        rewrite.proto = self.proto.into();
+        rewrite.headless = self.headless.into();
+        rewrite.is_error = u32::from(self.transport == Transport::Error);
+        rewrite.is_sent_by_router = u32::from(self.source != self.tuple.src);
+        rewrite.quoted = self.quoted;
+        rewrite::apply(self.ctx.skb.skb, rewrite)?;
+        self.headers.tuple = *to;
         Ok(())
-    }
-
-    #[inline(always)]
-    fn rewrite_address(&self, from: Be32, to: Be32, at: usize) -> Result<(), Reason> {
-        if from == to {
-            return Ok(());
-        }
-        let (old, new) = (u64::from(from.raw), u64::from(to.raw));
-        // ICMPv4 checksums know nothing of addresses (RFC 792).
-        if !self.headless && self.transport != Transport::Query {
-            let flags = u64::from(BPF_F_PSEUDO_HDR) | self.checksum_flags() | 4;
-            self.ctx
-                .skb
-                .l4_csum_replace(self.checksum(), old, new, flags)
-                .map_err(|_| Reason::Rewrite)?;
-        }
-        self.ctx
-            .skb
-            .l3_csum_replace(self.ip + IPV4_CHECKSUM, old, new, 4)
-            .map_err(|_| Reason::Rewrite)?;
-        self.ctx.store(at, &to, 0).map_err(|_| Reason::Rewrite)
-    }
-
-    #[inline(always)]
-    fn rewrite_port(&self, from: Be16, to: Be16, at: usize) -> Result<(), Reason> {
-        if from == to {
-            return Ok(());
-        }
-        let (old, new) = (u64::from(from.raw), u64::from(to.raw));
-        self.ctx
-            .skb
-            .l4_csum_replace(self.checksum(), old, new, self.checksum_flags() | 2)
-            .map_err(|_| Reason::Rewrite)?;
-        self.ctx.store(at, &to, 0).map_err(|_| Reason::Rewrite)
-    }
-
-    /// Offset of the transport checksum.
-    #[inline(always)]
-    fn checksum(&self) -> usize {
-        self.l4
-            + match self.transport {
-                Transport::Tcp => TCP_CHECKSUM,
-                Transport::Udp => UDP_CHECKSUM,
-                _ => ICMP_CHECKSUM,
-            }
-    }
-
-    /// A UDP checksum of 0 means none (RFC 768): it stays 0, and a computed 0 becomes 0xffff.
-    #[inline(always)]
-    fn checksum_flags(&self) -> u64 {
-        if self.transport == Transport::Udp { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 }
     }
 
     /// Sets the destination MAC; Ethernet only.
@@ -433,6 +296,183 @@ impl<'a> Packet<'a> {
     pub(crate) fn set_source_mac(&self, mac: &[u8; 6]) -> Result<(), Reason> {
         self.ctx.store(6, mac, 0).map_err(|_| Reason::Rewrite)
     }
+}
+
+impl Headers {
+    #[inline(always)]
+    fn parse(&mut self, skb: &SkBuff, ip: usize, zone: u32) {
+        self.ip = ip as u32;
+        self.zone = zone;
+        self.transport = Transport::Untracked(Reason::Malformed);
+        self.seen = seen::ANY;
+        self.opens = false;
+        self.may_open = false;
+        let Ok(header) = skb.load::<Ipv4Hdr>(ip) else { return };
+        let header_length = usize::from(header.vihl & 0x0f) * 4;
+        let length = usize::from(u16::from_be_bytes(header.tot_len));
+        if header.vihl >> 4 != 4
+            || header_length < Ipv4Hdr::LEN
+            || length < header_length
+            || ip + length > skb.len() as usize
+        {
+            return;
+        }
+        let offset_and_flags = u16::from_be_bytes(header.frags);
+        self.headless = offset_and_flags & FRAGMENT_OFFSET != 0;
+        self.heads_fragments = !self.headless && offset_and_flags & MORE_FRAGMENTS != 0;
+        self.id = Be16 { raw: u16::from_ne_bytes(header.id) };
+        self.proto = header.proto;
+        self.ttl = header.ttl;
+        self.source = Be32 { raw: u32::from_ne_bytes(header.src_addr) };
+        self.destination = Be32 { raw: u32::from_ne_bytes(header.dst_addr) };
+        self.tuple = Tuple4 { src: self.source, dst: self.destination, ..Tuple4::default() };
+        let l4 = ip + header_length;
+        self.l4 = l4 as u32;
+        self.transport = if self.headless {
+            self.recall_ports()
+        } else {
+            self.parse_transport(skb, l4, length - header_length)
+        };
+    }
+
+    /// What the fragments of its datagram share.
+    #[inline(always)]
+    fn fragment(&self) -> FragmentKey4 {
+        let Self { zone, id, proto, source: src, destination: dst, .. } = *self;
+        FragmentKey4 { zone, src, dst, id, proto, pad: 0 }
+    }
+
+    #[inline(always)]
+    fn parse_transport(&mut self, skb: &SkBuff, l4: usize, payload: usize) -> Transport {
+        const MALFORMED: Transport = Transport::Untracked(Reason::Malformed);
+        const UNTRACKED: Transport = Transport::Untracked(Reason::Protocol);
+        match self.proto {
+            IPPROTO_TCP => {
+                let Some(tcp) = load_whole::<TcpHdr>(skb, l4, payload) else { return MALFORMED };
+                self.tuple.sport = Be16 { raw: u16::from_ne_bytes(tcp.source) };
+                self.tuple.dport = Be16 { raw: u16::from_ne_bytes(tcp.dest) };
+                self.opens = tcp.syn() != 0 && tcp.ack() == 0;
+                self.may_open = tcp.rst() == 0;
+                if !self.opens {
+                    self.seen |= seen::DATA;
+                }
+                if tcp.fin() != 0 {
+                    self.seen |= seen::FIN;
+                }
+                if tcp.rst() != 0 {
+                    self.seen |= seen::RST;
+                }
+                Transport::Tcp
+            }
+            IPPROTO_UDP => {
+                let Some(udp) = load_whole::<UdpHdr>(skb, l4, payload) else { return MALFORMED };
+                self.tuple.sport = Be16 { raw: u16::from_ne_bytes(udp.src) };
+                self.tuple.dport = Be16 { raw: u16::from_ne_bytes(udp.dst) };
+                self.seen |= seen::DATA;
+                self.may_open = true;
+                Transport::Udp
+            }
+            IPPROTO_ICMP => {
+                let Some(icmp) = load_whole::<Icmpv4Hdr>(skb, l4, payload) else {
+                    return MALFORMED;
+                };
+                let identifier = Be16 { raw: u16::from_ne_bytes([icmp.data[0], icmp.data[1]]) };
+                match icmp.type_ {
+                    ICMP_ECHO => self.tuple.sport = identifier,
+                    ICMP_ECHO_REPLY => self.tuple.dport = identifier,
+                    ICMP_UNREACHABLE | ICMP_TIME_EXCEEDED | ICMP_PARAMETER_PROBLEM => {
+                        let is_known = self.parse_quoted(skb, l4, payload).is_some();
+                        return if is_known { Transport::Error } else { UNTRACKED };
+                    }
+                    _ => return UNTRACKED,
+                }
+                self.seen |= seen::DATA;
+                self.may_open = icmp.type_ == ICMP_ECHO;
+                Transport::Query
+            }
+            _ => UNTRACKED,
+        }
+    }
+
+    /// Recognises the packet that an error is about. `None` where it can't be, for it is a later
+    /// fragment or cut short.
+    #[inline(always)]
+    fn parse_quoted(&mut self, skb: &SkBuff, l4: usize, payload: usize) -> Option<()> {
+        let ip = l4 + Icmpv4Hdr::LEN;
+        let header: Ipv4Hdr = skb.load(ip).ok()?;
+        let header_length = usize::from(header.vihl & 0x0f) * 4;
+        let is_whole = header.vihl >> 4 == 4
+            && header_length >= Ipv4Hdr::LEN
+            && payload >= Icmpv4Hdr::LEN + header_length + QUOTED_TRANSPORT
+            && u16::from_be_bytes(header.frags) & FRAGMENT_OFFSET == 0
+            && !self.heads_fragments;
+        if !is_whole {
+            return None;
+        }
+        let l4 = ip + header_length;
+        let start: [u8; QUOTED_TRANSPORT] = skb.load(l4).ok()?;
+        let first = Be16 { raw: u16::from_ne_bytes([start[0], start[1]]) };
+        let second = Be16 { raw: u16::from_ne_bytes([start[2], start[3]]) };
+        let identifier = Be16 { raw: u16::from_ne_bytes([start[4], start[5]]) };
+        let none = Be16::default();
+        let (sport, dport) = match (header.proto, start[0]) {
+            (IPPROTO_TCP | IPPROTO_UDP, _) => (first, second),
+            (IPPROTO_ICMP, ICMP_ECHO) => (identifier, none),
+            (IPPROTO_ICMP, ICMP_ECHO_REPLY) => (none, identifier),
+            _ => return None,
+        };
+        let src = Be32 { raw: u32::from_ne_bytes(header.src_addr) };
+        let dst = Be32 { raw: u32::from_ne_bytes(header.dst_addr) };
+        // An error goes to where the packet came from (RFC 1122, 3.2.2).
+        if src != self.destination {
+            return None;
+        }
+        self.tuple = Tuple4 { src, dst, sport, dport }.reversed();
+        self.proto = header.proto;
+        self.seen = 0;
+        self.quoted = Quoted {
+            ip: ip as u32,
+            l4: l4 as u32,
+            length: (payload - Icmpv4Hdr::LEN - header_length) as u32,
+        };
+        Some(())
+    }
+
+    #[inline(always)]
+    fn recall_ports(&mut self) -> Transport {
+        let Some(ports) = maps::fragment(&self.fragment()) else {
+            return Transport::Untracked(Reason::Fragment);
+        };
+        self.tuple.sport = ports.sport;
+        self.tuple.dport = ports.dport;
+        self.seen |= seen::DATA;
+        match self.proto {
+            IPPROTO_TCP => Transport::Tcp,
+            IPPROTO_UDP => Transport::Udp,
+            _ => Transport::Query,
+        }
+    }
+
+    /// Whether it can belong to a flow.
+    #[inline(always)]
+    pub(crate) fn is_tracked(&self) -> bool {
+        !matches!(self.transport, Transport::Untracked(_))
+    }
+}
+
+/// A sub-program of its own: the headers it copies would fill the stacks of its callers.
+#[inline(never)]
+fn parse_headers(skb: *mut __sk_buff, ip: u32, zone: u32, headers: &mut Headers) {
+    headers.parse(&SkBuff::new(skb), ip as usize, zone);
+}
+
+/// Loads a header that must lie within the payload of what carries it.
+#[inline(always)]
+fn load_whole<T>(skb: &SkBuff, at: usize, payload: usize) -> Option<T> {
+    if payload < size_of::<T>() {
+        return None;
+    }
+    skb.load(at).ok()
 }
 
 /// A sub-program of its own, for its stack; 0 stands for none.

@@ -4,34 +4,28 @@ use aya_ebpf::programs::TcContext;
 use netdp_common::{
     addr::Tuple4,
     counter::Reason,
-    flow::{FlowKey4, ZONE_WORLD, flag as flow_flag, stage},
+    flow::{ZONE_WORLD, flag as flow_flag, stage},
     interface::{Interface, flag as interface_flag, role},
     network::flag,
 };
 use network_types::eth::EthHdr;
 
 use crate::{
-    flow::{self, NewFlow, SourcePorts},
+    flow::{self, SourcePorts},
     maps, packet,
     packet::{Frame, Packet, Transport},
     policy, publish,
     verdict::{Decision, Verdict, drop},
 };
 
-/// The IPv4 packet that came in or goes out; `None` for what is none or is too broken to be
-/// anybody's but the stack's.
+/// Offset of the IPv4 header; `None` where the packet is no IPv4.
 #[inline(always)]
-fn parse<'a>(ctx: &'a TcContext, uplink: &Interface, zone: u32) -> Option<Packet<'a>> {
-    let mut ip = 0;
-    if uplink.flags & interface_flag::ETHERNET != 0 {
-        ip = EthHdr::LEN;
-        if !Frame::parse(ctx).ok()?.is_ipv4() {
-            return None;
-        }
+fn ipv4_offset(ctx: &TcContext, uplink: &Interface) -> Option<usize> {
+    if uplink.flags & interface_flag::ETHERNET == 0 {
+        // The version of an IPv6 packet makes it malformed.
+        return Some(0);
     }
-    let packet = Packet::parse(ctx, ip, zone).ok()?;
-    packet.remember_ports();
-    Some(packet)
+    Frame::parse(ctx).ok()?.is_ipv4().then_some(EthHdr::LEN)
 }
 
 #[inline(always)]
@@ -42,8 +36,11 @@ pub(crate) fn from_uplink(ctx: &TcContext) -> Decision {
         // For an interface on top of this one, which is an uplink itself, or for nobody here.
         return Ok(Verdict::Pass);
     }
-    let Some(mut packet) = parse(ctx, uplink, ZONE_WORLD) else { return Ok(Verdict::Pass) };
-    if packet.tuple.src.is_loopback() || packet.tuple.dst.is_loopback() {
+    let Some(ip) = ipv4_offset(ctx, uplink) else { return Ok(Verdict::Pass) };
+    // What makes no sense is the stack's to drop.
+    let Ok(mut packet) = Packet::parse(ctx, ip, ZONE_WORLD) else { return Ok(Verdict::Pass) };
+    packet.remember_ports();
+    if packet.source.is_loopback() || packet.destination.is_loopback() {
         return drop(Reason::Martian, 0);
     }
     match flow::follow(&packet, ZONE_WORLD, 0)? {
@@ -58,10 +55,10 @@ pub(crate) fn from_uplink(ctx: &TcContext) -> Decision {
 /// What becomes of a packet without a flow.
 #[inline(always)]
 fn decide(packet: &mut Packet, uplink: &Interface, ifindex: u32) -> Decision {
-    if let Some(network) = maps::subnet(packet.tuple.src) {
+    if let Some(network) = maps::subnet(packet.source) {
         return drop(Reason::OutsideSpoof, network);
     }
-    let destination = packet.tuple.dst;
+    let destination = packet.destination;
     if maps::is_local(destination) {
         return match publish::target(packet) {
             Some(target) => {
@@ -115,18 +112,16 @@ fn admit(packet: &mut Packet, to: Tuple4, id: u32) -> Decision {
         return drop(Reason::Policy, id);
     }
     let translated = to.dst != packet.tuple.dst;
-    let mut half = flow::original(packet, to, id, id);
-    half.flags |= flow_flag::INBOUND;
-    half.policy_generation = policy_generation;
-    half.stage = stage::INGRESS;
-    let mut new = NewFlow {
-        key: FlowKey4::new(ZONE_WORLD, packet.tuple, packet.proto),
-        half,
-        reply_generation: endpoint.generation,
-        reply_stage: stage::EGRESS,
-        ports: if translated { SourcePorts::Preferred } else { SourcePorts::Kept },
-    };
-    flow::open(&mut new).or_else(|reason| drop(reason, id))?;
+    let Some(new) = maps::new_flow() else { return drop(Reason::NotReady, id) };
+    new.begin(packet, ZONE_WORLD, id, id);
+    new.half.to = to;
+    new.half.flags |= flow_flag::INBOUND;
+    new.half.policy_generation = policy_generation;
+    new.half.stage = stage::INGRESS;
+    new.reply_generation = endpoint.generation;
+    new.reply_stage = stage::EGRESS;
+    new.ports = if translated { SourcePorts::Preferred } else { SourcePorts::Kept };
+    flow::open(new).or_else(|reason| drop(reason, id))?;
     maps::count(id, Reason::FlowIn, packet.len());
     packet.rewrite(&new.half.to).or_else(|reason| drop(reason, id))?;
     Ok(Verdict::Pass)
@@ -147,7 +142,9 @@ pub(crate) fn to_uplink(ctx: &TcContext) -> Decision {
     let Some(uplink) = maps::interface(packet::ifindex(ctx)) else {
         return drop(Reason::NotReady, id);
     };
-    let Some(mut packet) = parse(ctx, uplink, id) else { return drop(Reason::Family, id) };
+    let Some(ip) = ipv4_offset(ctx, uplink) else { return drop(Reason::Family, id) };
+    let mut packet = Packet::parse(ctx, ip, id).or_else(|reason| drop(reason, id))?;
+    packet.remember_ports();
     // `from_container` has opened a flow for everything that may leave.
     match flow::find(&packet, id) {
         Some(half) if half.stage == stage::EGRESS && half.reply_zone == ZONE_WORLD => {
@@ -156,7 +153,7 @@ pub(crate) fn to_uplink(ctx: &TcContext) -> Decision {
         }
         // A container has no other source than its own: an uplink on top of this one (VLAN,
         // macvlan) has translated the packet.
-        None if maps::subnet(packet.tuple.src) != Some(id) => Ok(Verdict::Pass),
+        None if maps::subnet(packet.source) != Some(id) => Ok(Verdict::Pass),
         _ => drop(Reason::Unmasqueraded, id),
     }
 }

@@ -39,6 +39,11 @@ impl Hook {
     pub(super) const ALL: [Self; 4] =
         [Self::FromContainer, Self::IntoNetwork, Self::FromUplink, Self::ToUplink];
 
+    /// Whether nothing of a container passes the interface but by this program.
+    pub(super) const fn guards(self) -> bool {
+        matches!(self, Self::FromContainer | Self::IntoNetwork)
+    }
+
     /// Name of the program in the object, and of its pins.
     pub(super) const fn program(self) -> &'static str {
         match self {

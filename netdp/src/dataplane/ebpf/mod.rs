@@ -249,11 +249,15 @@ impl Dataplane for Ebpf {
         let mut found = self.tables.read(&self.object)?;
         let object = &mut self.object;
         found.hooks.retain(|&(hook, ifindex)| object.is_attached(hook, ifindex));
-        let drifts = drift::between(&Image::render(program), &found);
         // What was found is what the next apply starts from, so it repairs.
         object.attached.clone_from(&found.hooks);
-        self.current = found;
-        Ok(drifts)
+        self.current = found.clone();
+        let wanted = Image::render(program);
+        // A guard that stays where nothing may pass is no drift.
+        found
+            .hooks
+            .retain(|&(hook, ifindex)| wanted.hooks.contains(&(hook, ifindex)) || !hook.guards());
+        Ok(drift::between(&wanted, &found))
     }
 
     fn purge(&mut self) -> Result<()> {

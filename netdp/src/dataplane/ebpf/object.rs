@@ -133,8 +133,7 @@ impl Object {
     /// # Errors
     /// The pin can't be removed.
     pub(super) fn detach(&mut self, hook: Hook, ifindex: u32) -> Result<()> {
-        let guards = matches!(hook, Hook::FromContainer | Hook::IntoNetwork);
-        if guards && is_up(ifindex) {
+        if hook.guards() && is_up(ifindex) {
             warn!(ifindex, program = hook.program(), "staying attached: the interface is up");
             return Ok(());
         }
