@@ -15,6 +15,7 @@ use netdp_tests::runtime::isolate;
 
 mod apply;
 mod datagram;
+mod errors;
 mod fixture;
 mod flows;
 mod hostile;
@@ -100,6 +101,16 @@ const TRIALS: &[Promise] = trials! {
         an_entry_deleted_behind_our_back_is_found_and_put_back,
         an_entry_added_behind_our_back_is_found_and_removed,
         a_container_that_goes_leaves_nothing;
+    errors:
+        errors_about_outgoing_packets_reach_the_container,
+        errors_of_the_path_carry_its_mtu,
+        errors_about_answers_reach_the_container,
+        errors_of_the_container_leave_as_the_hosts,
+        errors_find_their_way_across_networks,
+        errors_find_their_way_within_a_network,
+        errors_open_and_refresh_nothing,
+        errors_about_others_flows_are_forgeries,
+        errors_that_quote_too_little_are_the_hosts;
     hostile:
         every_prefix_of_a_packet_is_survived,
         every_value_of_a_header_byte_is_survived,

@@ -1,0 +1,222 @@
+//! ICMP errors about packets of flows: translated with what they quote, byte for byte.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use anyhow::{Result, ensure};
+use etherparse::{
+    Icmpv4Type, PacketBuilder,
+    icmpv4::{DestUnreachableHeader, TimeExceededCode},
+};
+use netdp::dataplane::{Count, Dataplane};
+use netdp_common::counter::Reason;
+
+use crate::{
+    datagram::{Datagram, Kind, Wire},
+    fixture::{
+        A, At, B, Fixture, HOST, OUTSIDE, ROUTER_MAC, TCX_DROP, TCX_NEXT, UPLINK_MAC, address,
+        bridge_mac, from_container, from_container_wire, from_outside_wire, from_uplink,
+        into_network, mac, pass, pass_as, socket, to_uplink,
+    },
+};
+
+const SERVER: SocketAddrV4 = SocketAddrV4::new(OUTSIDE, 80);
+const CLIENT: SocketAddrV4 = SocketAddrV4::new(OUTSIDE, 5000);
+const DIALLED: SocketAddrV4 = SocketAddrV4::new(HOST, 8080);
+/// A router somewhere on the way.
+const ROUTER: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+/// What routers quote at least: an IP header and 8 bytes; and all of it.
+const QUOTED: [usize; 2] = [28, usize::MAX];
+const KINDS: [Kind; 3] = [Kind::Segment, Kind::Udp, Kind::Request];
+
+/// An error and where it goes.
+#[derive(Clone)]
+struct Error {
+    macs: ([u8; 6], [u8; 6]),
+    source: Ipv4Addr,
+    destination: Ipv4Addr,
+    icmp: Icmpv4Type,
+    quoted_bytes: usize,
+}
+
+impl Error {
+    fn from_outside(source: Ipv4Addr) -> Self {
+        let icmp = Icmpv4Type::TimeExceeded(TimeExceededCode::TtlExceededInTransit);
+        let macs = (ROUTER_MAC, UPLINK_MAC);
+        Self { macs, source, destination: HOST, icmp, quoted_bytes: usize::MAX }
+    }
+
+    fn from_a1(destination: Ipv4Addr) -> Self {
+        let icmp = Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port);
+        let macs = (mac("a1"), bridge_mac(A));
+        Self { macs, source: address("a1"), destination, icmp, quoted_bytes: usize::MAX }
+    }
+
+    /// The frame, quoting a packet of this kind between these.
+    fn about(&self, kind: Kind, wire: Wire) -> Vec<u8> {
+        let quoted = Datagram::new(kind, wire).frames().remove(0);
+        let quoted = &quoted[14..];
+        let quoted = &quoted[..self.quoted_bytes.min(quoted.len())];
+        let builder = PacketBuilder::ethernet2(self.macs.0, self.macs.1)
+            .ipv4(self.source.octets(), self.destination.octets(), 60)
+            .icmpv4(self.icmp.clone());
+        let mut frame = Vec::new();
+        builder.write(&mut frame, quoted).unwrap();
+        frame
+    }
+}
+
+/// Fails unless the programs make `wanted` of `sent`, and count nothing.
+fn expect_made(fixture: &mut Fixture, at: At, sent: &[u8], wanted: &[u8]) -> Result<()> {
+    let out = fixture.expect_frame(at, sent, TCX_NEXT, None)?;
+    ensure!(out == wanted, "{at:?}\nsent   {sent:02x?}\nwanted {wanted:02x?}\nseen   {out:02x?}");
+    Ok(())
+}
+
+/// Opens a flow from a1 to the world; returns the wire of its packets outside.
+fn dial_out(fixture: &mut Fixture, kind: Kind) -> Result<Wire> {
+    let wire = from_container_wire("a1", 4000, SERVER);
+    let opening = pass().opening(A, Reason::FlowOut);
+    fixture.expect("out", from_container("a1"), &Datagram::new(kind, wire), opening)?;
+    Ok(wire.from(SocketAddrV4::new(HOST, 4000)))
+}
+
+/// Opens a flow from outside to a1's published port.
+fn dial_in(fixture: &mut Fixture, kind: Kind) -> Result<()> {
+    let wire = from_outside_wire(CLIENT, DIALLED);
+    let opening = pass_as(wire.to(socket("a1", 80))).opening(A, Reason::FlowIn);
+    fixture.expect("in", from_uplink("up0"), &Datagram::new(kind, wire), opening)?;
+    Ok(())
+}
+
+pub(crate) fn errors_about_outgoing_packets_reach_the_container(
+    fixture: &mut Fixture,
+) -> Result<()> {
+    for kind in KINDS {
+        let outside = dial_out(fixture, kind)?;
+        let inside = from_container_wire("a1", 4000, SERVER);
+        // A router on the way, and the server itself: both keep their addresses.
+        for source in [ROUTER, OUTSIDE] {
+            for quoted_bytes in QUOTED {
+                let error = Error { quoted_bytes, ..Error::from_outside(source) };
+                let sent = error.about(kind, outside);
+                let wanted =
+                    Error { destination: address("a1"), ..error.clone() }.about(kind, inside);
+                expect_made(fixture, from_uplink("up0"), &sent, &wanted)?;
+                expect_made(fixture, into_network(A, Some("up0")), &wanted, &wanted)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn errors_of_the_path_carry_its_mtu(fixture: &mut Fixture) -> Result<()> {
+    let outside = dial_out(fixture, Kind::Segment)?;
+    let inside = from_container_wire("a1", 4000, SERVER);
+    let too_big = DestUnreachableHeader::FragmentationNeeded { next_hop_mtu: 1280 };
+    let icmp = Icmpv4Type::DestinationUnreachable(too_big);
+    let error = Error { icmp, ..Error::from_outside(ROUTER) };
+    let wanted = Error { destination: address("a1"), ..error.clone() }.about(Kind::Segment, inside);
+    expect_made(fixture, from_uplink("up0"), &error.about(Kind::Segment, outside), &wanted)
+}
+
+pub(crate) fn errors_about_answers_reach_the_container(fixture: &mut Fixture) -> Result<()> {
+    for kind in [Kind::Segment, Kind::Udp] {
+        dial_in(fixture, kind)?;
+        for quoted_bytes in QUOTED {
+            let error = Error { quoted_bytes, ..Error::from_outside(ROUTER) };
+            let sent = error.about(kind, from_outside_wire(DIALLED, CLIENT));
+            let inside = from_outside_wire(socket("a1", 80), CLIENT);
+            let wanted = Error { destination: address("a1"), ..error.clone() }.about(kind, inside);
+            expect_made(fixture, from_uplink("up0"), &sent, &wanted)?;
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn errors_of_the_container_leave_as_the_hosts(fixture: &mut Fixture) -> Result<()> {
+    for kind in [Kind::Segment, Kind::Udp] {
+        dial_in(fixture, kind)?;
+        for quoted_bytes in QUOTED {
+            let error = Error { quoted_bytes, ..Error::from_a1(OUTSIDE) };
+            let sent = error.about(kind, from_outside_wire(CLIENT, socket("a1", 80)));
+            expect_made(fixture, from_container("a1"), &sent, &sent)?;
+            let wanted = Error { source: HOST, ..error.clone() }
+                .about(kind, from_outside_wire(CLIENT, DIALLED));
+            expect_made(fixture, to_uplink("up0", Some("br-a")), &sent, &wanted)?;
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn errors_find_their_way_across_networks(fixture: &mut Fixture) -> Result<()> {
+    let dialled = from_container_wire("b1", 4000, DIALLED);
+    let across = pass_as(dialled.to(socket("a1", 80))).opening(A, Reason::FlowHairpin);
+    fixture.expect("across", from_container("b1"), &Datagram::new(Kind::Udp, dialled), across)?;
+    let error = Error::from_a1(address("b1"));
+    let sent = error.about(Kind::Udp, dialled.to(socket("a1", 80)));
+    expect_made(fixture, from_container("a1"), &sent, &sent)?;
+    let wanted = Error { source: HOST, ..error.clone() }.about(Kind::Udp, dialled);
+    expect_made(fixture, into_network(B, Some("br-a")), &sent, &wanted)
+}
+
+pub(crate) fn errors_find_their_way_within_a_network(fixture: &mut Fixture) -> Result<()> {
+    let dialled = from_container_wire("a2", 4000, DIALLED);
+    let switched = dialled.to(socket("a1", 80)).on_link(mac("a2"), mac("a1"));
+    let opening = pass_as(switched).opening(A, Reason::FlowHairpin);
+    fixture.expect("switch", from_container("a2"), &Datagram::new(Kind::Udp, dialled), opening)?;
+    let error = Error { macs: (mac("a1"), mac("a2")), ..Error::from_a1(address("a2")) };
+    let sent = error.about(Kind::Udp, switched);
+    let wanted = Error { source: HOST, ..error.clone() }.about(Kind::Udp, dialled);
+    expect_made(fixture, from_container("a1"), &sent, &wanted)
+}
+
+pub(crate) fn errors_open_and_refresh_nothing(fixture: &mut Fixture) -> Result<()> {
+    // About nothing that we know: the host's, as it came.
+    let error = Error::from_outside(ROUTER);
+    let sent = error.about(Kind::Udp, from_outside_wire(SocketAddrV4::new(HOST, 4000), SERVER));
+    expect_made(fixture, from_uplink("up0"), &sent, &sent)?;
+    // Of a container, about nothing that we know: nowhere.
+    let unknown = from_outside_wire(CLIENT, socket("a1", 80));
+    let sent = Error::from_a1(OUTSIDE).about(Kind::Udp, unknown);
+    let bytes = sent.len() as u64;
+    let count = Count { network: Some(A), reason: Reason::NoFlow, packets: 1, bytes };
+    fixture.expect_frame(from_container("a1"), &sent, TCX_DROP, Some(count))?;
+    fixture.expect_flows(&[])?;
+
+    // About a flow: its state stays what its own packets made it.
+    let outside = dial_out(fixture, Kind::Udp)?;
+    let sent = error.about(Kind::Udp, outside);
+    fixture.expect_frame(from_uplink("up0"), &sent, TCX_NEXT, None)?;
+    let states: Vec<_> = fixture.backend.flows()?.iter().map(|flow| flow.state).collect();
+    ensure!(states == ["unreplied"], "an error counted as an answer: {states:?}");
+    Ok(())
+}
+
+pub(crate) fn errors_about_others_flows_are_forgeries(fixture: &mut Fixture) -> Result<()> {
+    dial_in(fixture, Kind::Udp)?;
+    let quoted = from_outside_wire(CLIENT, socket("a1", 80));
+    let forged = Error {
+        macs: (mac("a2"), bridge_mac(A)),
+        source: address("a2"),
+        ..Error::from_a1(OUTSIDE)
+    };
+    let sent = forged.about(Kind::Udp, quoted);
+    let bytes = sent.len() as u64;
+    let count = Count { network: Some(A), reason: Reason::SpoofedSource, packets: 1, bytes };
+    fixture.expect_frame(from_container("a2"), &sent, TCX_DROP, Some(count))?;
+    // The flow is unharmed.
+    let wire = from_outside_wire(CLIENT, DIALLED);
+    let want = pass_as(wire.to(socket("a1", 80)));
+    fixture.expect("still", from_uplink("up0"), &Datagram::new(Kind::Udp, wire), want)?;
+    Ok(())
+}
+
+pub(crate) fn errors_that_quote_too_little_are_the_hosts(fixture: &mut Fixture) -> Result<()> {
+    let outside = dial_out(fixture, Kind::Udp)?;
+    for quoted_bytes in [0, 10, 20, 27] {
+        let error = Error { quoted_bytes, ..Error::from_outside(ROUTER) };
+        let sent = error.about(Kind::Udp, outside);
+        expect_made(fixture, from_uplink("up0"), &sent, &sent)?;
+    }
+    Ok(())
+}
