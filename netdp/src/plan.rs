@@ -17,7 +17,9 @@ use crate::{
         Uplink,
     },
     facts::{HostFacts, Link},
-    model::{Endpoint, EndpointId, MacAddress, Model, NetnsIdentity, Network, NetworkId},
+    model::{
+        Endpoint, EndpointId, GatewayMode, MacAddress, Model, NetnsIdentity, Network, NetworkId,
+    },
 };
 
 /// What the operator decides and the model does not hold, and what is known of the host from
@@ -209,6 +211,11 @@ pub fn reservations(model: &Model) -> BTreeSet<PublishedKey> {
     model
         .endpoints
         .values()
+        // A routed network is dialled at the containers' own addresses.
+        .filter(|endpoint| {
+            let network = model.networks.get(&endpoint.network);
+            network.is_none_or(|network| network.gateway_mode != GatewayMode::Routed)
+        })
         .flat_map(|endpoint| &endpoint.published)
         .map(PublishedKey::from)
         .collect()

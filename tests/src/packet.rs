@@ -7,8 +7,9 @@ use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result, bail, ensure};
 use etherparse::{
-    ArpHardwareId, ArpOperation, ArpPacket, EtherType, IpFragOffset, IpNumber, Ipv4Header,
-    PacketBuilder, PacketBuilderStep, SlicedPacket, TransportSlice, ip_number,
+    ArpHardwareId, ArpOperation, ArpPacket, EtherType, Icmpv4Type, IpFragOffset, IpNumber,
+    Ipv4Header, PacketBuilder, PacketBuilderStep, SlicedPacket, TransportSlice,
+    icmpv4::DestUnreachableHeader, ip_number,
 };
 
 /// Ethernet header length in bytes.
@@ -79,6 +80,18 @@ impl Envelope {
         let builder = self.open().icmpv4_echo_request(identifier, sequence);
         let mut frame = Vec::with_capacity(builder.size(payload.len()));
         builder.write(&mut frame, payload).expect("a vector takes every frame below 64 KiB");
+        frame
+    }
+
+    /// ICMP's "fragmentation needed" with the next hop's MTU, quoting the start of a packet.
+    #[must_use]
+    pub fn fragmentation_needed(&self, next_hop_mtu: u16, packet: &[u8]) -> Vec<u8> {
+        let header = DestUnreachableHeader::FragmentationNeeded { next_hop_mtu };
+        // An IP header and 8 bytes, as RFC 792 asks.
+        let quoted = &packet[..packet.len().min(28)];
+        let builder = self.open().icmpv4(Icmpv4Type::DestinationUnreachable(header));
+        let mut frame = Vec::with_capacity(builder.size(quoted.len()));
+        builder.write(&mut frame, quoted).expect("a vector takes every frame below 64 KiB");
         frame
     }
 

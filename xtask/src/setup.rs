@@ -26,8 +26,8 @@ const PROGRAMS: [(&str, &str, &str); 7] = [
     ("iptables", "iptables", "proof that the old tables stay empty, too"),
 ];
 
-/// Linux 5.10 has every map type and helper that the eBPF dataplane builds on.
-const KERNEL_FLOOR: (u32, u32) = (5, 10);
+/// The programs are attached with tcx, which came with Linux 6.6.
+const KERNEL_FLOOR: (u32, u32) = (6, 6);
 
 /// How much of the machine to set up.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -158,7 +158,7 @@ mod tests {
         assert_eq!(kernel_version("5.10"), Some((5, 10)));
         assert_eq!(kernel_version("5.4-rc1"), Some((5, 4)));
         assert_eq!(kernel_version("next"), None);
-        assert!(kernel_version("5.9.16") < Some(KERNEL_FLOOR));
+        assert!(kernel_version("6.5.13") < Some(KERNEL_FLOOR));
     }
 
     #[test]

@@ -7,17 +7,23 @@ use std::{
     fs::{self, DirBuilder},
     io::{self, IsTerminal},
     os::{
+        fd::AsRawFd,
         linux::net::SocketAddrExt,
         unix::{
             fs::DirBuilderExt,
-            net::{SocketAddr, UnixDatagram},
+            net::{SocketAddr, UnixListener},
         },
     },
     path::Path,
+    thread,
     time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, UnixCredentials, connect, getsockopt, socket,
+    sockopt::PeerCredentials,
+};
 use tokio::{
     select,
     signal::unix::{SignalKind, signal},
@@ -59,7 +65,7 @@ pub(super) fn run(config: &Config, socket: &Path) -> Result<()> {
 pub(super) fn check_rights() -> Result<()> {
     let missing = missing_rights()?;
     if !missing.is_empty() {
-        bail!("the agent needs {}: run it as root", missing.join(", "));
+        bail!("this needs {}: run it as root", missing.join(", "));
     }
     Ok(())
 }
@@ -76,21 +82,51 @@ pub(super) fn open_dataplane(bpffs: &Path, flows: u32) -> Result<Box<dyn Datapla
     Ok(Box::new(Ebpf::open(options).context("open the ebpf dataplane")?))
 }
 
+/// Name of the abstract socket by which an agent claims its network namespace.
+const CLAIM: &str = "netdp-agent";
+
 /// Keeps a second agent, whatever its directories, off this network namespace: each would take
 /// the other's interfaces for orphans. Abstract sockets belong to a network namespace and go with
-/// their process.
+/// their process. Anybody may have one of our name, so only root's counts.
 ///
 /// # Errors
-/// There is one already.
-pub(super) fn claim_namespace() -> Result<UnixDatagram> {
-    let address = SocketAddr::from_abstract_name("netdp-agent").context("name the claim")?;
-    UnixDatagram::bind_addr(&address)
-        .context("another netdp agent runs in this network namespace: stop it first")
+/// There is an agent already.
+pub(super) fn claim_namespace() -> Result<()> {
+    let address = SocketAddr::from_abstract_name(CLAIM).context("name the claim")?;
+    match UnixListener::bind_addr(&address) {
+        Ok(listener) => {
+            // For as long as the process lives: who asks gets our credentials, and no more.
+            thread::Builder::new()
+                .name("claim".into())
+                .spawn(move || listener.incoming().for_each(drop))
+                .context("start a thread for the claim")?;
+            Ok(())
+        }
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => match claimant() {
+            Ok(rival) if rival.uid() == 0 => bail!(
+                "another netdp agent (pid {}) runs in this network namespace: stop it first",
+                rival.pid()
+            ),
+            _ => {
+                warn!("a process without rights claims to be an agent (@{CLAIM}): ignoring it");
+                Ok(())
+            }
+        },
+        Err(error) => Err(error).context("claim the network namespace"),
+    }
+}
+
+/// Who has claimed the namespace. Does not wait: the other side may mean ill.
+fn claimant() -> nix::Result<UnixCredentials> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new_abstract(CLAIM.as_bytes())?)?;
+    getsockopt(&socket, PeerCredentials)
 }
 
 async fn serve(config: &Config, path: &Path) -> Result<()> {
     // First what keeps a second agent from touching anything.
-    let _claim = claim_namespace()?;
+    claim_namespace()?;
     let store = open_store(&config.paths)?;
     make_directory(&config.paths.run_dir, 0o755)?;
     let socket = Socket::bind(path).await?;

@@ -17,10 +17,12 @@ pub(super) enum Verb {
     /// Make a network
     Create(Create),
     /// List networks
+    #[command(visible_alias = "list")]
     Ls(List),
     /// Show networks with their endpoints, ports and rules
     Inspect(Inspect),
     /// Remove networks that have no endpoints
+    #[command(visible_alias = "remove")]
     Rm(Remove),
 }
 

@@ -32,7 +32,11 @@ pub(super) struct Set {
     /// The network
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     network: String,
-    /// Rules, one per line; - reads standard input
+    /// Rules, one per line, the first match decides; - reads standard input
+    ///
+    /// `allow from ADDRESS`, `deny from ADDRESS`, where ADDRESS is an address, a prefix, a range
+    /// FIRST-LAST, or `any`; # begins a comment. Who matches no rule may connect: end an allowlist
+    /// with `deny from any`.
     file: PathBuf,
 }
 
@@ -72,16 +76,18 @@ impl Verb {
         match self {
             Self::Set(Set { network, file }) => {
                 let request = wire::Policy { text: read(&file)? };
-                change(client, Method::PUT, &path(&network), &request).await
+                let rules = change(client, Method::PUT, &path(&network), &request).await?;
+                say_what_holds(&network, &rules)
             }
             Self::Add(Add { network, rules }) => {
                 let request = wire::Policy { text: rules.join("\n") };
-                change(client, Method::POST, &path(&network), &request).await
+                let rules = change(client, Method::POST, &path(&network), &request).await?;
+                say_what_holds(&network, &rules)
             }
             Self::Rm(Remove { network, number }) => {
                 let path = client::path(&["networks", &network, "policy", &number.to_string()]);
-                let _left: Vec<wire::NumberedRule> = client.order(Method::DELETE, &path).await?;
-                Ok(())
+                let left: Vec<wire::NumberedRule> = client.order(Method::DELETE, &path).await?;
+                say_what_holds(&network, &left)
             }
             Self::Show(Show { network, json }) => {
                 let rules: Vec<wire::NumberedRule> = client.get(&path(&network)).await?;
@@ -98,9 +104,22 @@ impl Verb {
     }
 }
 
-async fn change(client: &Client, method: Method, path: &str, request: &wire::Policy) -> Result<()> {
-    let _rules: Vec<wire::NumberedRule> = client.send(method, path, request).await?;
-    Ok(())
+async fn change(
+    client: &Client,
+    method: Method,
+    path: &str,
+    request: &wire::Policy,
+) -> Result<Vec<wire::NumberedRule>> {
+    client.send(method, path, request).await
+}
+
+/// An empty file is a policy, too, and perhaps not the one that was meant.
+fn say_what_holds(network: &str, rules: &[wire::NumberedRule]) -> Result<()> {
+    print(&match rules.len() {
+        0 => format!("{network}: no rules: everybody may connect to what is published\n"),
+        1 => format!("{network}: 1 rule\n"),
+        many => format!("{network}: {many} rules\n"),
+    })
 }
 
 fn read(file: &Path) -> Result<String> {

@@ -50,7 +50,7 @@ impl Purge {
 /// What was removed; `None` where there was nothing.
 async fn purge_without_agent(paths: &Paths) -> Result<Option<wire::Purged>> {
     agent::check_rights()?;
-    let _claim = agent::claim_namespace()?;
+    agent::claim_namespace()?;
     let has_store = Store::exists(&paths.state_dir);
     let facts = Netlink::open()?.read_facts().await?;
     if !has_store && !facts.links.values().any(Link::is_ours) {

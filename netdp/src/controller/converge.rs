@@ -233,7 +233,7 @@ impl State {
         facts: &HostFacts,
     ) -> Result<()> {
         for (&ifindex, link) in facts.links.iter().filter(|(i, _)| plan.orphans.contains(i)) {
-            info!(
+            debug!(
                 interface = link.name,
                 alias = link.alias,
                 "deleting an interface of ours that the model does not name"

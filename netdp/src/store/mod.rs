@@ -274,10 +274,9 @@ fn lock(state_dir: &Path) -> Result<File> {
         .with_context(|| format!("open state directory {}", state_dir.display()))?;
     match directory.try_lock() {
         Ok(()) => Ok(directory),
-        Err(TryLockError::WouldBlock) => bail!(
-            "another agent works with {}: stop it, or give this one its own --state-dir",
-            state_dir.display()
-        ),
+        Err(TryLockError::WouldBlock) => {
+            bail!("another agent works with {}: stop it first", state_dir.display())
+        }
         Err(TryLockError::Error(error)) => {
             Err(error).with_context(|| format!("lock state directory {}", state_dir.display()))
         }

@@ -44,6 +44,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("OUT-02", out::outside_sees_the_chosen_address),
     ("OUT-03", out::outside_sees_the_container_without_masquerade),
     ("OUT-04", out::each_uplink_gives_its_own_address),
+    ("OUT-06", out::errors_of_the_path_come_back),
     ("OUT-07", out::first_hop_is_the_gateway),
     ("OUT-08", out::too_large_packets_are_reported_or_fragmented),
     ("OUT-09", out::host_services_see_the_container),

@@ -7,7 +7,7 @@ use anyhow::{Result, bail, ensure};
 use netdp_tests::harness::{Outcome, Row};
 use netdp_tests::lab::{Lab, SUBNET_A, SecondInterface};
 use netdp_tests::namespace::Namespace;
-use netdp_tests::packet::{summarise, verify_checksums};
+use netdp_tests::packet::{Envelope, summarise, verify_checksums};
 use netdp_tests::probe::{Answer, IcmpError, PATIENCE, Ping, expect_same};
 use netdp_tests::runtime::poll_until;
 
@@ -305,5 +305,40 @@ pub(crate) fn uplink_on_an_uplink_works(row: &Row) -> Result<Outcome> {
         seen.by("a1")?.saw_client_at("10.3.0.3")?;
         lab.outside().tcp("10.0.0.2:8080").exchange()?.by("a1")?.saw_client_at("10.0.0.3")?;
         Ok(())
+    })
+}
+
+pub(crate) fn errors_of_the_path_come_back(row: &Row) -> Result<Outcome> {
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let (a1, outside) = (&containers.a1, lab.outside());
+        // Port unreachable, made and read by real stacks: from outside, to outside, and between
+        // containers, of the same network and of another.
+        a1.udp("10.0.0.3:9").refused()?;
+        lab.netdp(&["publish", "a1", "-p", "8081:81/udp"])?;
+        outside.udp("10.0.0.2:8081").refused()?;
+        containers.b1.udp("10.0.0.2:8081").refused()?;
+        containers.a2.udp("10.0.0.2:8081").refused()?;
+
+        // A router on the way has a smaller MTU.
+        let _server = outside.udp_server("outside", "10.0.0.3:7")?;
+        let asked = outside.sniff("out0", |frame| {
+            summarise(frame).is_some_and(|p| p.ports.is_some_and(|(_, to)| to == 7))
+        })?;
+        let mut session = a1.udp("10.0.0.3:7").open()?;
+        session.exchange()?;
+        let question = asked.wait_for(PATIENCE, "a datagram at E", |_| true)?;
+        let router = Envelope {
+            source_mac: outside.mac("out0")?,
+            destination_mac: lab.host().mac("up0")?,
+            source: Ipv4Addr::new(192, 0, 2, 5),
+            destination: Ipv4Addr::new(10, 0, 0, 2),
+            ttl: 60,
+        };
+        outside.inject("out0", &router.fragmentation_needed(1280, &question[14..]))?;
+        poll_until(PATIENCE, "the path's MTU in the container", || {
+            let route = a1.ip_json(&["route", "get", "10.0.0.3"])?;
+            Ok(route.to_string().contains("1280").then_some(()))
+        })
     })
 }

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::{HashMap, Map, MapData};
-use netdp::{dataplane::Dataplane, model::Protocol};
+use netdp::model::Protocol;
 
 use crate::fixture::{Fixture, id_of, published};
 
@@ -23,7 +23,7 @@ pub(crate) fn publishing_a_port_is_at_most_two_writes(fixture: &mut Fixture) -> 
 
 pub(crate) fn applying_twice_writes_nothing(fixture: &mut Fixture) -> Result<()> {
     ensure!(fixture.apply(|_| {})? == 0, "a second apply wrote something");
-    let drift = fixture.backend.check(&fixture.program)?;
+    let drift = fixture.drift()?;
     ensure!(drift.is_empty(), "{drift:?}");
     ensure!(fixture.apply(|_| {})? == 0, "an apply after a check wrote something");
     Ok(())
@@ -39,11 +39,11 @@ pub(crate) fn an_entry_deleted_behind_our_back_is_found_and_put_back(
         map.remove(&key)?;
         key.to_vec()
     };
-    let drift = fixture.backend.check(&fixture.program)?;
+    let drift = fixture.drift()?;
     ensure!(drift.len() == 1, "key {endpoints:02x?} deleted, drift {drift:?}");
     ensure!(drift[0].what.contains("is missing"), "{drift:?}");
     ensure!(fixture.apply(|_| {})? == 1, "repairing one entry is one write");
-    let drift = fixture.backend.check(&fixture.program)?;
+    let drift = fixture.drift()?;
     ensure!(drift.is_empty(), "{drift:?}");
     Ok(())
 }
@@ -56,10 +56,10 @@ pub(crate) fn an_entry_added_behind_our_back_is_found_and_removed(
         let mut map: HashMap<_, [u8; 4], u32> = Map::HashMap(data).try_into()?;
         map.insert([8, 8, 8, 8], 1, 0)?;
     }
-    let drift = fixture.backend.check(&fixture.program)?;
+    let drift = fixture.drift()?;
     ensure!(drift.len() == 1 && drift[0].what.contains("should not be there"), "{drift:?}");
     ensure!(fixture.apply(|_| {})? == 1, "repairing one entry is one write");
-    let drift = fixture.backend.check(&fixture.program)?;
+    let drift = fixture.drift()?;
     ensure!(drift.is_empty(), "{drift:?}");
     Ok(())
 }
@@ -69,7 +69,7 @@ pub(crate) fn a_container_that_goes_leaves_nothing(fixture: &mut Fixture) -> Res
         program.endpoints.remove(&id_of("b1"));
         program.published.retain(|_, target| target.endpoint != id_of("b1"));
     })?;
-    let drift = fixture.backend.check(&fixture.program)?;
+    let drift = fixture.drift()?;
     ensure!(drift.is_empty(), "{drift:?}");
     Ok(())
 }

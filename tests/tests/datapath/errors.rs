@@ -187,7 +187,7 @@ pub(crate) fn errors_open_and_refresh_nothing(fixture: &mut Fixture) -> Result<(
     let outside = dial_out(fixture, Kind::Udp)?;
     let sent = error.about(Kind::Udp, outside);
     fixture.expect_frame(from_uplink("up0"), &sent, TCX_NEXT, None)?;
-    let states: Vec<_> = fixture.backend.flows()?.iter().map(|flow| flow.state).collect();
+    let states: Vec<_> = fixture.backend().flows()?.iter().map(|flow| flow.state).collect();
     ensure!(states == ["unreplied"], "an error counted as an answer: {states:?}");
     Ok(())
 }

@@ -22,7 +22,7 @@ use aya::{
 use ipnet::Ipv4Net;
 use netdp::{
     dataplane::{
-        Count, Dataplane, EndpointProgram, FlowRecord, NatPorts, NetworkProgram, Program,
+        Count, Dataplane, Drift, EndpointProgram, FlowRecord, NatPorts, NetworkProgram, Program,
         PublishedKey, PublishedTarget, Uplink,
         ebpf::{Ebpf, EbpfOptions},
     },
@@ -301,7 +301,8 @@ pub(crate) struct Outcome {
 
 /// The host under test.
 pub(crate) struct Fixture {
-    pub(crate) backend: Ebpf,
+    /// `None` only while it is being reopened: two can't have the same pins.
+    backend: Option<Ebpf>,
     /// What was applied last.
     pub(crate) program: Program,
     programs: BTreeMap<Hook, SchedClassifier>,
@@ -320,7 +321,13 @@ impl Fixture {
         let mut backend = Ebpf::open(EbpfOptions { bpffs: bpffs.path().to_owned(), flows })?;
         let program = standard_program(&ifindexes);
         backend.apply(&program)?;
-        Ok(Self { backend, program, programs: attached_programs()?, ifindexes, bpffs })
+        Ok(Self {
+            backend: Some(backend),
+            program,
+            programs: attached_programs()?,
+            ifindexes,
+            bpffs,
+        })
     }
 
     /// Runs a test on a fixture that tests share, the standard program on it and no flow in it:
@@ -351,7 +358,8 @@ impl Fixture {
 
     fn reset(&mut self) -> Result<()> {
         self.program = standard_program(&self.ifindexes);
-        self.backend.apply(&self.program)?;
+        let program = self.program.clone();
+        self.backend().apply(&program)?;
         self.remove_halves(|_| true)?;
         let data = MapData::from_pin(self.map_path("FRAGMENT4"))?;
         let mut fragments: HashMap<_, [u8; size_of::<FragmentKey4>()], [u8; size_of::<Ports>()]> =
@@ -365,13 +373,26 @@ impl Fixture {
     /// Changes the program and applies it; returns the number of writes.
     pub(crate) fn apply(&mut self, change: impl FnOnce(&mut Program)) -> Result<usize> {
         change(&mut self.program);
-        Ok(self.backend.apply(&self.program)?.writes)
+        let program = self.program.clone();
+        Ok(self.backend().apply(&program)?.writes)
+    }
+
+    /// The backend under test.
+    pub(crate) fn backend(&mut self) -> &mut Ebpf {
+        self.backend.as_mut().expect("open but for the moment of reopening")
+    }
+
+    /// How the kernel differs from what was applied last.
+    pub(crate) fn drift(&mut self) -> Result<Vec<Drift>> {
+        let program = self.program.clone();
+        self.backend().check(&program)
     }
 
     /// Closes the backend as the end of the agent would, and opens it again.
     pub(crate) fn reopen(&mut self) -> Result<()> {
         let options = EbpfOptions { bpffs: self.bpffs.path().to_owned(), flows: FLOWS };
-        self.backend = Ebpf::open(options)?;
+        self.backend = None;
+        self.backend = Some(Ebpf::open(options)?);
         self.programs = attached_programs()?;
         Ok(())
     }
@@ -450,9 +471,9 @@ impl Fixture {
         verdict: i32,
         counted: Option<Count>,
     ) -> Result<Vec<u8>> {
-        let before = self.backend.counters()?;
+        let before = self.backend().counters()?;
         let outcome = self.run(at, frame)?;
-        let moved = moved(&before, &self.backend.counters()?);
+        let moved = moved(&before, &self.backend().counters()?);
         ensure!(
             outcome.verdict == verdict && moved == Vec::from_iter(counted),
             "verdict: wanted {verdict}, seen {}; counted: wanted {counted:?}, seen {moved:?}",
@@ -469,7 +490,7 @@ impl Fixture {
             ..record.clone()
         };
         let key = |record: &FlowRecord| (record.protocol, record.source, record.destination);
-        let mut seen: Vec<_> = self.backend.flows()?.iter().map(timeless).collect();
+        let mut seen: Vec<_> = self.backend().flows()?.iter().map(timeless).collect();
         let mut wanted: Vec<_> = wanted.iter().map(timeless).collect();
         seen.sort_by_key(key);
         wanted.sort_by_key(key);

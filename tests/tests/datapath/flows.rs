@@ -48,7 +48,7 @@ fn is_dialled(fixture: &mut Fixture, kind: Kind, opens: bool) -> Result<()> {
 }
 
 fn expect_state(fixture: &mut Fixture, wanted: &str) -> Result<()> {
-    let states: Vec<_> = fixture.backend.flows()?.iter().map(|flow| flow.state).collect();
+    let states: Vec<_> = fixture.backend().flows()?.iter().map(|flow| flow.state).collect();
     ensure!(states == [wanted], "wanted one flow, {wanted}; seen {states:?}");
     Ok(())
 }
@@ -114,7 +114,7 @@ pub(crate) fn a_flow_that_lost_its_reply_half_is_rebuilt(fixture: &mut Fixture) 
     ensure!(fixture.remove_halves(|zone| zone == Zone(0))? == 1);
     // Nobody looks for the other half with every packet: the collector finds what is broken, and
     // the next packet opens the flow again.
-    ensure!(fixture.backend.collect()? == 1, "an original half without its reply is no flow");
+    ensure!(fixture.backend().collect()? == 1, "an original half without its reply is no flow");
     asks(fixture, Kind::Segment, 4000, true)?;
     is_answered(fixture, Kind::Segment, 4000)
 }
@@ -185,7 +185,7 @@ pub(crate) fn an_unpublished_port_is_closed_to_its_flows(fixture: &mut Fixture) 
     asks(fixture, Kind::Udp, 4000, true)?;
     fixture.apply(|program| program.published.retain(|key, _| key.port != 8080))?;
     // The one that did not come through the port lives.
-    let left = fixture.backend.flows()?;
+    let left = fixture.backend().flows()?;
     ensure!(left.len() == 1 && left[0].source.1 == 4000, "{left:?}");
     let wire = from_outside_wire(CLIENT, DIALLED);
     for kind in [Kind::Segment, Kind::Udp] {

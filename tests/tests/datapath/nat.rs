@@ -40,7 +40,7 @@ fn dial(
         pass().opening(network, Reason::FlowOut),
     )?;
     let key = ((*dials.source.ip(), port), (*to.ip(), to.port()), kind.protocol().0);
-    let flows = fixture.backend.flows()?;
+    let flows = fixture.backend().flows()?;
     let flow = flows
         .iter()
         .find(|flow| (flow.source, flow.destination, flow.protocol) == key)
@@ -220,11 +220,11 @@ pub(crate) fn clients_that_collide_behind_a_published_port_stay_apart(
 /// Opens a flow from outside to a container's port 80 and returns the packet as it went in.
 fn open_at(fixture: &mut Fixture, kind: Kind, endpoint: &str, dials: Wire) -> Result<Wire> {
     let port = |socket: SocketAddrV4| (*socket.ip(), socket.port());
-    let before = fixture.backend.flows()?;
+    let before = fixture.backend().flows()?;
     let frame = Datagram::new(kind, dials).frame_bytes();
     let outcome = fixture.run(from_uplink("up0"), &frame)?;
     ensure!(outcome.verdict == crate::fixture::TCX_NEXT, "{outcome:?}");
-    let flows = fixture.backend.flows()?;
+    let flows = fixture.backend().flows()?;
     let flow = flows
         .iter()
         .find(|flow| {
@@ -249,7 +249,7 @@ pub(crate) fn containers_that_collide_behind_a_published_port_stay_apart(
     fixture.expect("first", from_container("b1"), &Datagram::new(Kind::Udp, dials[0]), opening)?;
     let second = Datagram::new(Kind::Udp, dials[1]);
     let outcome = fixture.run(from_container("b1"), &second.frame_bytes())?;
-    let flows = fixture.backend.flows()?;
+    let flows = fixture.backend().flows()?;
     let sources: BTreeSet<_> = flows.iter().map(|flow| flow.translated_source).collect();
     ensure!(flows.len() == 2 && sources.len() == 2, "{flows:?}");
     ensure!(sources.iter().all(|(source, _)| *source == address("b1")), "{sources:?}");

@@ -3,7 +3,10 @@
 //! Everything that works is pinned and goes on without the agent. Opening the backend adopts what
 //! is there; `apply` writes the difference between what the maps hold and what they should.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result};
 use aya::maps::{MapData, PerCpuHashMap};
@@ -51,6 +54,8 @@ pub struct EbpfOptions {
 /// The backend, open: programs loaded, pins adopted.
 pub struct Ebpf {
     pins: Pins,
+    /// Held, not read.
+    _lock: File,
     object: Object,
     tables: Tables,
     flows: Flows,
@@ -82,6 +87,7 @@ impl Ebpf {
     pub fn open(options: EbpfOptions) -> Result<Self> {
         let pins = Pins::at(&options.bpffs);
         pins.prepare()?;
+        let lock = pins.lock()?;
         let mut object = Object::load(pins.clone(), options.flows)?;
         let tables = Tables {
             config: Table::new("CONFIG", object.take_map("CONFIG")?)?,
@@ -97,8 +103,16 @@ impl Ebpf {
         let counters =
             PerCpuHashMap::try_from(object.take_map("COUNTERS")?).context("open map COUNTERS")?;
         let current = tables.read(&object)?;
-        let mut backend =
-            Self { pins, object, tables, flows, counters, current, flows_checked: false };
+        let mut backend = Self {
+            pins,
+            _lock: lock,
+            object,
+            tables,
+            flows,
+            counters,
+            current,
+            flows_checked: false,
+        };
         // Drops that belong to no network.
         backend.ensure_counters(0)?;
         Ok(backend)

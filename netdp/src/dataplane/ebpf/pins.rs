@@ -3,7 +3,8 @@
 //! Owns the paths, the mount of bpffs and the removal of pins. Knows nothing of what is pinned.
 
 use std::{
-    fs, io,
+    fs::{self, File, TryLockError},
+    io,
     path::{Path, PathBuf},
 };
 
@@ -74,6 +75,27 @@ impl Pins {
             }
         }
         Ok(())
+    }
+
+    /// Keeps other agents off these pins, for as long as the file is open: one in another network
+    /// namespace would take ours for its own.
+    ///
+    /// # Errors
+    /// There is one already.
+    pub(super) fn lock(&self) -> Result<File> {
+        let root = self.root();
+        let lock = File::open(&root).with_context(|| format!("open {}", root.display()))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(lock),
+            Err(TryLockError::WouldBlock) => bail!(
+                "another netdp agent works with the pins in {}: stop it, or give this one a bpffs \
+                 of its own with --bpffs",
+                root.display()
+            ),
+            Err(TryLockError::Error(error)) => {
+                Err(error).with_context(|| format!("lock {}", root.display()))
+            }
+        }
     }
 
     /// Whether anything of ours is there.
