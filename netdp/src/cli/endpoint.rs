@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::{Args, builder::NonEmptyStringValueParser};
 use hyper::Method;
 
-use super::{print, print_json};
+use super::{print, print_json, publish::note_loopback};
 use crate::api::{
     client::{self, Client},
     wire,
@@ -70,6 +70,7 @@ impl Connect {
         for port in published {
             text.push_str(&format!("{name}: {port}\n"));
         }
+        note_loopback(published);
         print(&text)
     }
 }

@@ -59,7 +59,16 @@ impl Publish {
         if self.json {
             return print_json(&ports);
         }
+        note_loopback(&ports);
         print(&ports.iter().map(|port| format!("{port}\n")).collect::<String>())
+    }
+}
+
+/// Says what a port on a loopback address is good for: nothing, as long as the host can't dial
+/// published ports.
+pub(super) fn note_loopback(ports: &[wire::Published]) {
+    for port in ports.iter().filter(|port| port.host_ip.starts_with("127.")) {
+        eprintln!("netdp: note: {port}: the host can't dial its own published ports yet");
     }
 }
 

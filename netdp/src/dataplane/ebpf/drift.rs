@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, fmt::Debug, net::Ipv4Addr};
 
+use netdp_common::flow::IPPROTO_UDP;
+
 use super::image::Image;
 use crate::dataplane::Drift;
 
@@ -11,15 +13,19 @@ pub(super) fn between(wanted: &Image, found: &Image) -> Vec<Drift> {
     let mut compare = Comparison { drifts: &mut drifts };
     compare.tables("configuration", &wanted.config, &found.config, |_| String::new());
     compare.tables("network", &wanted.networks, &found.networks, ToString::to_string);
-    compare.tables("interface", &wanted.interfaces, &found.interfaces, |ifindex| {
-        format!("with ifindex {ifindex}")
-    });
+    compare.tables(
+        "map entry of the interface",
+        &wanted.interfaces,
+        &found.interfaces,
+        |ifindex| format!("with ifindex {ifindex}"),
+    );
     compare.tables("endpoint", &wanted.endpoints, &found.endpoints, |&address| {
         Ipv4Addr::from(address).to_string()
     });
     compare.tables("published port", &wanted.published, &found.published, |key| {
         let address = Ipv4Addr::from(key.address);
-        format!("{address}:{} (protocol {})", key.port.get(), key.proto)
+        let protocol = if key.proto == IPPROTO_UDP { "udp" } else { "tcp" };
+        format!("{protocol} {address}:{}", key.port.get())
     });
     compare.tables("subnet", &wanted.subnets, &found.subnets, |&(length, address)| {
         format!("{}/{length}", Ipv4Addr::from(address))
