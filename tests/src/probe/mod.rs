@@ -13,6 +13,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::runtime::poll_until;
+
 mod capture;
 mod icmp;
 mod tcp;
@@ -211,4 +213,17 @@ fn check_reply(request: &[u8], witness: &[u8], mut echo: Vec<u8>) -> Result<Witn
         return Err(Failure::Corrupt("the client read other bytes than were sent".into()));
     }
     Ok(witness)
+}
+
+/// Binds a socket, waiting a moment for the address: a program that another test is starting has
+/// copies of all our sockets until it is that program, closed ones included.
+fn bind_once_free<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    let is_taken = |bound: &io::Result<T>| {
+        bound.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse)
+    };
+    let free = poll_until(SHORT_PATIENCE, "the address", || {
+        let bound = bind();
+        Ok((!is_taken(&bound)).then_some(bound))
+    });
+    free.unwrap_or_else(|_| bind())
 }

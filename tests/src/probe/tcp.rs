@@ -13,8 +13,8 @@ use anyhow::{Context, Result, anyhow};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
-    Failure, PATIENCE, SHORT_PATIENCE, TCP_PAYLOAD_BYTES, Witness, check_reply, encode_reply,
-    expect_failure, locked, payload, socket_address,
+    Failure, PATIENCE, SHORT_PATIENCE, TCP_PAYLOAD_BYTES, Witness, bind_once_free, check_reply,
+    encode_reply, expect_failure, locked, payload, socket_address,
 };
 use crate::namespace::Namespace;
 
@@ -29,7 +29,7 @@ impl Namespace {
     pub fn tcp_server(&self, name: &str, address: &str) -> Result<TcpServer> {
         let address = socket_address(address);
         let listener = self.run(|| {
-            TcpListener::bind(address)
+            bind_once_free(|| TcpListener::bind(address))
                 .with_context(|| format!("bind tcp {address} in {}", self.name()))
         })?;
         TcpServer::start(name.to_owned(), listener)

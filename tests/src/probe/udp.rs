@@ -11,8 +11,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::{
-    Failure, PATIENCE, SHORT_PATIENCE, Witness, any_address, check_reply, encode_reply,
-    expect_failure, locked, payload, socket_address,
+    Failure, PATIENCE, SHORT_PATIENCE, Witness, any_address, bind_once_free, check_reply,
+    encode_reply, expect_failure, locked, payload, socket_address,
 };
 use crate::namespace::Namespace;
 use crate::sys;
@@ -28,7 +28,7 @@ impl Namespace {
     pub fn udp_server(&self, name: &str, address: &str) -> Result<UdpServer> {
         let address = socket_address(address);
         let socket = self.run(|| {
-            UdpSocket::bind(address)
+            bind_once_free(|| UdpSocket::bind(address))
                 .with_context(|| format!("bind udp {address} in {}", self.name()))
         })?;
         UdpServer::start(name.to_owned(), socket)

@@ -210,13 +210,14 @@ pub(crate) fn multicast_stays_on_the_bridge(row: &Row) -> Result<Outcome> {
     })
 }
 
-/// How soon a change of the host's links has to be in force.
-const NOTICED: Duration = Duration::from_secs(1);
+/// How soon a change of the host's links has to be in force: a second is promised, and probes on a
+/// busy machine take another.
+const NOTICED: Duration = Duration::from_secs(2);
 
 /// Waits until the server at `destination` sees `container` as `seen_as`.
 fn expect_soon_seen_as(container: &Namespace, destination: &str, seen_as: &str) -> Result<()> {
     poll_until(NOTICED, &format!("a connection seen as {seen_as}"), || {
-        let seen = container.tcp(destination).patience(NOTICED / 4).bytes(100).exchange();
+        let seen = container.tcp(destination).patience(NOTICED / 8).bytes(100).exchange();
         Ok(seen.ok().filter(|seen| seen.saw_client_at(seen_as).is_ok()).map(drop))
     })
 }
