@@ -79,7 +79,9 @@ fn judge_again(key: &FlowKey4, flow: FlowRef, half: &Flow4) -> Decision<()> {
         remove(key, half);
         return drop(Reason::StaleFlow, half.network);
     };
-    if network.policy_generation == half.policy_generation {
+    // Once, before the verdict: a policy that changes meanwhile must judge the flow again.
+    let policy_generation = network.policy_generation;
+    if policy_generation == half.policy_generation {
         return Ok(());
     }
     let client = if half.flags & flag::ORIGINAL != 0 { key.tuple.src } else { half.to.dst };
@@ -87,7 +89,7 @@ fn judge_again(key: &FlowKey4, flow: FlowRef, half: &Flow4) -> Decision<()> {
         remove(key, half);
         return drop(Reason::Policy, half.network);
     }
-    flow.approve(network.policy_generation);
+    flow.approve(policy_generation);
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! Every map, and the only code that follows pointers into them.
 //!
-//! The agent pins them by name and writes all but FLOW4, FRAGMENT4 and the numbers in COUNTERS.
+//! The agent pins them by name and writes all but FLOW4, FRAGMENT4 and the numbers in COUNTERS. The
+//! per-CPU arrays are scratch of one program run: not pinned, and read by nobody else.
 
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},

@@ -12,7 +12,7 @@ use aya::{
         tc::{SchedClassifierLink, TcAttachOptions},
     },
 };
-use aya_obj::Object as Elf;
+use aya_obj::{Object as Elf, generated::bpf_map_type};
 use nix::{
     ifaddrs::getifaddrs,
     net::if_::{InterfaceFlags, if_indextoname},
@@ -56,8 +56,10 @@ impl Object {
         let names: Vec<&str> = elf.maps.keys().map(String::as_str).collect();
         let mut loader = EbpfLoader::new();
         for name in names {
-            // The compiler's own sections are no maps of ours.
-            if name.starts_with('.') {
+            // The compiler's own sections are no maps of ours, and a per-CPU array is scratch of
+            // one program run: it may look different in every version.
+            let scratch = bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY as u32;
+            if name.starts_with('.') || elf.maps[name].map_type() == scratch {
                 continue;
             }
             let path = pins.map(name);
