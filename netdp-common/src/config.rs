@@ -5,6 +5,9 @@ use crate::abi::wire;
 wire! {
     /// The single entry of CONFIG. Port ranges are inclusive, in host byte order.
     pub struct Config {
+        /// Cookie of the host's network namespace (`SO_NETNS_COOKIE`): sockets of other namespaces
+        /// are not our business. 0 = not known, no socket is ours.
+        pub netns_cookie: u64,
         /// First port that source NAT may choose; the controller reserves the range.
         pub nat_first: u16,
         /// Last one.
@@ -15,4 +18,36 @@ wire! {
         /// Last one.
         pub ephemeral_last: u16,
     }
+}
+
+wire! {
+    /// Seconds without a packet after which a flow is collected.
+    pub struct Timeouts {
+        /// TCP, data may flow.
+        pub tcp_established: u32,
+        /// TCP, while it opens and after it has ended.
+        pub tcp_transitory: u32,
+        /// UDP, packets in both directions.
+        pub udp_replied: u32,
+        /// UDP, packets in one direction only.
+        pub udp_unreplied: u32,
+        /// ICMP echo.
+        pub icmp: u32,
+        /// Other protocols, which are translated by address.
+        pub other: u32,
+    }
+}
+
+impl Timeouts {
+    /// What the RFCs ask for: RFC 5382 REQ-5 (established at least 2 h 4 min, transitory 4 min),
+    /// RFC 4787 REQ-5 (UDP at least 2 min, 5 min recommended), RFC 5508 REQ-2 (ICMP query 60 s).
+    /// None speaks of other protocols.
+    pub const RFC: Self = Self {
+        tcp_established: 7440,
+        tcp_transitory: 240,
+        udp_replied: 300,
+        udp_unreplied: 120,
+        icmp: 60,
+        other: 600,
+    };
 }

@@ -99,6 +99,15 @@ reasons! {
     FlowIn = "flow_in",
     /// New flow, container to published port (not a drop).
     FlowHairpin = "flow_hairpin",
+    /// A container's neighbour advertisement or solicitation that claims an address or MAC that is
+    /// not its own.
+    SpoofedNeighbour = "spoofed_neighbour",
+    /// A container that poses as a router (router advertisement, redirect) or DHCP server.
+    Impostor = "impostor",
+    /// An endpoint with as many flows as its network allows: a new flow was refused.
+    EndpointLimit = "endpoint_limit",
+    /// A flow that nobody had answered made room in a full table (not a drop).
+    Reclaimed = "reclaimed",
 }
 
 impl Reason {
@@ -109,7 +118,7 @@ impl Reason {
 
     /// Whether the packet was dropped.
     pub const fn is_drop(self) -> bool {
-        !matches!(self, Self::FlowOut | Self::FlowIn | Self::FlowHairpin)
+        !matches!(self, Self::FlowOut | Self::FlowIn | Self::FlowHairpin | Self::Reclaimed)
     }
 }
 

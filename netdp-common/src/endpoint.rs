@@ -1,10 +1,10 @@
-//! ENDPOINT4: who has a container address.
+//! ENDPOINT4 and ENDPOINT6: who has a container address.
 
 use crate::abi::wire;
 
 wire! {
-    /// Value of ENDPOINT4; the key is the container's address ([`crate::addr::Be32`]).
-    pub struct Endpoint4 {
+    /// Value of ENDPOINT4 and ENDPOINT6; the key is the container's address.
+    pub struct Endpoint {
         /// ifindex of the host's end of its veth.
         pub ifindex: u32,
         /// Network id.

@@ -1,25 +1,29 @@
-//! FLOW4: tracked connections, as two halves that find and translate each direction.
+//! FLOW4 and FLOW6: tracked connections, as two halves that find and translate each direction.
 //!
 //! A half is found by what a packet looks like when it arrives and says what it looks like when it
 //! leaves; the key of the other half is the reverse of that. Each half records only what its own
 //! direction has shown, so that no packet ever writes to two entries; the state of the connection
 //! is what both show together.
 
-use crate::{abi::wire, addr::Tuple4};
+use crate::{
+    abi::wire,
+    addr::{Address, Be32, Be128, Tuple},
+    config::Timeouts,
+};
 
-/// Default size of FLOW4 in flows; the map has two entries for each.
+/// Default size of each flow table in flows; the map has two entries for each.
 pub const FLOWS_DEFAULT: u32 = 262_144;
 
 /// Zone of packets that arrive from outside; other zones are network ids.
 pub const ZONE_WORLD: u32 = 0;
 
 wire! {
-    /// Key of FLOW4.
-    pub struct FlowKey4 {
+    /// Key of FLOW4 and FLOW6.
+    pub struct FlowKey<A> {
         /// Where the packet arrives: a network id, or [`ZONE_WORLD`].
         pub zone: u32,
         /// Addresses and ports on arrival.
-        pub tuple: Tuple4,
+        pub tuple: Tuple<A>,
         /// IP protocol number.
         pub proto: u8,
         /// Zero.
@@ -28,10 +32,10 @@ wire! {
 }
 
 wire! {
-    /// Value of FLOW4: one half of a flow.
-    pub struct Flow4 {
+    /// Value of FLOW4 and FLOW6: one half of a flow.
+    pub struct Flow<A> {
         /// Addresses and ports when the packet leaves.
-        pub to: Tuple4,
+        pub to: Tuple<A>,
         /// Zone in which the answer to that arrives.
         pub reply_zone: u32,
         /// Generation of the container whose packets this half is for; 0 in [`ZONE_WORLD`].
@@ -40,8 +44,11 @@ wire! {
         pub network: u32,
         /// Generation of its policy under which the flow was last judged.
         pub policy_generation: u32,
-        /// Seconds of CLOCK_BOOTTIME at which this direction last had a packet.
+        /// Seconds of CLOCK_MONOTONIC at which this direction last had a packet.
         pub last_seen: u32,
+        /// TCP: the acknowledgement number that this direction last sent, in host byte order;
+        /// valid with [`seen::ACK`]. The other direction goes on from there.
+        pub acknowledged: u32,
         /// Bits of [`seen`].
         pub seen: u8,
         /// Bits of [`flag`].
@@ -53,7 +60,12 @@ wire! {
     }
 }
 
-/// Bits of [`Flow4::flags`].
+// The programs copy halves in words of 64 bits.
+const _: () = assert!(
+    size_of::<Flow<Be32>>().is_multiple_of(8) && size_of::<Flow<Be128>>().is_multiple_of(8)
+);
+
+/// Bits of [`Flow::flags`].
 pub mod flag {
     /// The half of the direction that opened the flow.
     pub const ORIGINAL: u8 = 1;
@@ -61,7 +73,7 @@ pub mod flag {
     pub const INBOUND: u8 = 2;
 }
 
-/// Values of [`Flow4::stage`]: which hook rewrites the packet. Netfilter's order, for the stack's
+/// Values of [`Flow::stage`]: which hook rewrites the packet. Netfilter's order, for the stack's
 /// sake: a destination has to be right before routing, and a source must not be one of the host's
 /// own addresses until after it.
 pub mod stage {
@@ -73,7 +85,7 @@ pub mod stage {
     pub const SWITCH: u8 = 2;
 }
 
-/// Bits of [`Flow4::seen`].
+/// Bits of [`Flow::seen`].
 pub mod seen {
     /// A packet that is not a first SYN.
     pub const DATA: u8 = 1;
@@ -83,56 +95,97 @@ pub mod seen {
     pub const RST: u8 = 4;
     /// Any packet at all.
     pub const ANY: u8 = 8;
+    /// A TCP ACK.
+    pub const ACK: u8 = 16;
     /// The flow is ending.
     pub const CLOSING: u8 = FIN | RST;
 }
 
-impl FlowKey4 {
+impl<A: Address> FlowKey<A> {
     /// Key of packets with these addresses that arrive in `zone`.
     #[inline(always)]
-    pub const fn new(zone: u32, tuple: Tuple4, proto: u8) -> Self {
+    pub const fn new(zone: u32, tuple: Tuple<A>, proto: u8) -> Self {
         Self { zone, tuple, proto, pad: [0; 3] }
     }
 }
 
-impl Flow4 {
+impl<A: Address> Flow<A> {
     /// Key of the other half.
     #[inline(always)]
-    pub const fn peer_key(&self, proto: u8) -> FlowKey4 {
-        FlowKey4::new(self.reply_zone, self.to.reversed(), proto)
+    pub const fn peer_key(&self, proto: u8) -> FlowKey<A> {
+        FlowKey::new(self.reply_zone, self.to.reversed(), proto)
     }
+
+    /// Writes the key of the other half: field by field, for a caller that has no stack for it.
+    #[inline(always)]
+    pub fn write_peer_key(&self, proto: u8, key: &mut FlowKey<A>) {
+        key.zone = self.reply_zone;
+        key.tuple.src = self.to.dst;
+        key.tuple.dst = self.to.src;
+        key.tuple.sport = self.to.dport;
+        key.tuple.dport = self.to.sport;
+        key.proto = proto;
+        key.pad = [0; 3];
+    }
+}
+
+/// Farthest that an end of a connection is taken to be ahead of what the other has acknowledged,
+/// in bytes: more than is in flight on most paths, and little enough that somebody who can't see
+/// the connection has to send thousands of packets to hit it.
+const IN_FLIGHT: u32 = 1 << 20;
+
+/// Whether a TCP FIN or RST with this sequence number can come from an end of the connection:
+/// its peer has acknowledged up to `acknowledged`. Both in host byte order.
+#[inline(always)]
+pub const fn is_in_window(sequence: u32, acknowledged: u32) -> bool {
+    sequence.wrapping_sub(acknowledged) <= IN_FLIGHT
 }
 
 /// What both halves together say about a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// Packets in one direction only (UDP, ICMP).
+    /// Packets in one direction only (not TCP).
     Unreplied,
-    /// Packets in both directions (UDP, ICMP).
+    /// Packets in both directions (not TCP).
     Replied,
     /// TCP, the handshake is not complete.
     HalfOpen,
     /// TCP, data may flow.
     Established,
-    /// TCP, at least one FIN.
+    /// TCP, one direction has ended; the other may go on for as long as it likes.
+    HalfClosed,
+    /// TCP, both directions have ended.
     Closing,
     /// TCP, reset.
     Reset,
 }
 
 impl State {
-    /// The state of a flow of `proto` whose halves have `original` and `reply` in
-    /// [`Flow4::seen`].
+    /// The state of a flow of `proto` whose halves have `original` and `reply` in [`Flow::seen`].
+    #[inline(always)]
     pub const fn new(proto: u8, original: u8, reply: u8) -> Self {
         let both = original | reply;
-        match (proto, reply & seen::ANY != 0) {
-            (IPPROTO_TCP, _) if both & seen::RST != 0 => Self::Reset,
-            (IPPROTO_TCP, _) if both & seen::FIN != 0 => Self::Closing,
-            (IPPROTO_TCP, true) if original & seen::DATA != 0 => Self::Established,
-            (IPPROTO_TCP, _) => Self::HalfOpen,
-            (_, true) => Self::Replied,
-            (_, false) => Self::Unreplied,
+        let is_answered = reply & seen::ANY != 0;
+        if proto != IPPROTO_TCP {
+            return if is_answered { Self::Replied } else { Self::Unreplied };
         }
+        if both & seen::RST != 0 {
+            Self::Reset
+        } else if original & reply & seen::FIN != 0 {
+            Self::Closing
+        } else if !is_answered || original & seen::DATA == 0 {
+            Self::HalfOpen
+        } else if both & seen::FIN != 0 {
+            Self::HalfClosed
+        } else {
+            Self::Established
+        }
+    }
+
+    /// Whether the flow has not been answered yet: such ones make room when the table is full.
+    #[inline(always)]
+    pub const fn is_tentative(self) -> bool {
+        matches!(self, Self::Unreplied | Self::HalfOpen)
     }
 
     /// Name in JSON and tables.
@@ -142,6 +195,7 @@ impl State {
             Self::Replied => "replied",
             Self::HalfOpen => "half-open",
             Self::Established => "established",
+            Self::HalfClosed => "half-closed",
             Self::Closing => "closing",
             Self::Reset => "reset",
         }
@@ -149,26 +203,32 @@ impl State {
 
     /// Seconds without a packet after which the flow is collected.
     ///
-    /// RFC 5382 REQ-5 (established ≥ 2 h 4 min, transitory ≥ 4 min), RFC 4787 REQ-5 (UDP ≥ 2 min,
-    /// 5 min recommended), RFC 5508 REQ-2 (ICMP query ≥ 60 s). A reset flow is held as transitory
-    /// because an off-path attacker may have sent the reset (RFC 7857, 2.2).
-    pub const fn timeout(self, proto: u8) -> u32 {
-        match (self, proto) {
-            (Self::Established, _) => 7440,
-            (Self::HalfOpen | Self::Closing | Self::Reset, _) => 240,
-            (_, IPPROTO_ICMP) => 60,
-            (Self::Replied, _) => 300,
-            (Self::Unreplied, _) => 120,
+    /// A reset flow is held as transitory because an off-path attacker may have sent the reset
+    /// (RFC 7857, 2.2), and one that ended in one direction only as established (RFC 6146,
+    /// 3.5.2.2).
+    #[inline(always)]
+    pub const fn timeout(self, proto: u8, timeouts: &Timeouts) -> u32 {
+        match (proto, self) {
+            (IPPROTO_TCP, Self::Established | Self::HalfClosed) => timeouts.tcp_established,
+            (IPPROTO_TCP, _) => timeouts.tcp_transitory,
+            (IPPROTO_UDP, Self::Replied) => timeouts.udp_replied,
+            (IPPROTO_UDP, _) => timeouts.udp_unreplied,
+            (IPPROTO_ICMP | IPPROTO_ICMPV6, _) => timeouts.icmp,
+            _ => timeouts.other,
         }
     }
 }
 
-/// IP protocol numbers that are tracked.
+/// IP protocol numbers (IANA).
 pub const IPPROTO_ICMP: u8 = 1;
 /// TCP.
 pub const IPPROTO_TCP: u8 = 6;
 /// UDP.
 pub const IPPROTO_UDP: u8 = 17;
+/// ICMPv6.
+pub const IPPROTO_ICMPV6: u8 = 58;
+/// SCTP.
+pub const IPPROTO_SCTP: u8 = 132;
 
 #[cfg(test)]
 mod tests {
@@ -179,41 +239,61 @@ mod tests {
 
     #[test]
     fn halves_find_each_other() {
-        let container = Ipv4Addr::new(172, 20, 0, 2).into();
-        let host = Ipv4Addr::new(10, 0, 0, 2).into();
-        let world = Ipv4Addr::new(10, 0, 0, 3).into();
+        let container = Be32::from(Ipv4Addr::new(172, 20, 0, 2));
+        let host = Be32::from(Ipv4Addr::new(10, 0, 0, 2));
+        let world = Be32::from(Ipv4Addr::new(10, 0, 0, 3));
         let arrives =
-            Tuple4 { src: container, dst: world, sport: Be16::new(4000), dport: Be16::new(80) };
-        let leaves = Tuple4 { src: host, sport: Be16::new(50_000), ..arrives };
-        let original = FlowKey4::new(7, arrives, IPPROTO_TCP);
-        let half = Flow4 { to: leaves, reply_zone: ZONE_WORLD, ..Flow4::default() };
+            Tuple { src: container, dst: world, sport: Be16::new(4000), dport: Be16::new(80) };
+        let leaves = Tuple { src: host, sport: Be16::new(50_000), ..arrives };
+        let original = FlowKey::new(7, arrives, IPPROTO_TCP);
+        let half = Flow { to: leaves, reply_zone: ZONE_WORLD, ..Flow::default() };
         let reply = half.peer_key(IPPROTO_TCP);
-        let reply_half = Flow4 { to: arrives.reversed(), reply_zone: 7, ..Flow4::default() };
+        let reply_half = Flow { to: arrives.reversed(), reply_zone: 7, ..Flow::default() };
         assert_eq!(reply.tuple.dst, host);
         assert_eq!(reply_half.peer_key(IPPROTO_TCP), original);
     }
 
     #[test]
     fn state_is_what_both_directions_show() {
-        use seen::{ANY, DATA, FIN, RST};
+        use seen::{ACK, ANY, DATA, FIN, RST};
         let tcp = |original, reply| State::new(IPPROTO_TCP, original, reply);
-        assert_eq!(tcp(ANY, 0), State::HalfOpen);
-        assert_eq!(tcp(ANY, ANY | DATA), State::HalfOpen);
-        assert_eq!(tcp(ANY | DATA, ANY | DATA), State::Established);
-        assert_eq!(tcp(ANY | DATA | FIN, ANY | DATA), State::Closing);
-        assert_eq!(tcp(ANY | DATA | FIN, ANY | DATA | RST), State::Reset);
-        assert_eq!(State::new(IPPROTO_UDP, ANY | DATA, 0), State::Unreplied);
-        assert_eq!(State::new(IPPROTO_UDP, ANY | DATA, ANY | DATA), State::Replied);
+        let (syn, data) = (ANY, ANY | DATA | ACK);
+        assert_eq!(tcp(syn, 0), State::HalfOpen);
+        assert_eq!(tcp(syn, syn), State::HalfOpen, "both ends open at once");
+        assert_eq!(tcp(syn, data), State::HalfOpen);
+        assert_eq!(tcp(data, data), State::Established);
+        assert_eq!(tcp(data | FIN, data), State::HalfClosed);
+        assert_eq!(tcp(data, data | FIN), State::HalfClosed);
+        assert_eq!(tcp(data | FIN, data | FIN), State::Closing);
+        assert_eq!(tcp(data | FIN, data | RST), State::Reset);
+        assert_eq!(tcp(syn | RST, 0), State::Reset);
+        assert_eq!(State::new(IPPROTO_UDP, data, 0), State::Unreplied);
+        assert_eq!(State::new(IPPROTO_UDP, data, data), State::Replied);
+        assert_eq!(State::new(47, data, data), State::Replied);
     }
 
     #[test]
     fn timeouts_keep_the_rfc_minima() {
-        assert!(State::Established.timeout(IPPROTO_TCP) >= 7440);
-        for state in [State::HalfOpen, State::Closing, State::Reset] {
-            assert!(state.timeout(IPPROTO_TCP) >= 240);
+        let timeout = |state: State, proto| state.timeout(proto, &Timeouts::RFC);
+        for state in [State::Established, State::HalfClosed] {
+            assert!(timeout(state, IPPROTO_TCP) >= 7440);
         }
-        assert!(State::Unreplied.timeout(IPPROTO_UDP) >= 120);
-        assert!(State::Unreplied.timeout(IPPROTO_ICMP) >= 60);
-        assert!(State::Replied.timeout(IPPROTO_ICMP) >= 60);
+        for state in [State::HalfOpen, State::Closing, State::Reset] {
+            assert!(timeout(state, IPPROTO_TCP) >= 240);
+        }
+        for state in [State::Unreplied, State::Replied] {
+            assert!(timeout(state, IPPROTO_UDP) >= 120);
+            assert!(timeout(state, IPPROTO_ICMP) >= 60);
+            assert!(timeout(state, IPPROTO_ICMPV6) >= 60);
+        }
+    }
+
+    #[test]
+    fn an_end_is_never_behind_what_was_acknowledged() {
+        assert!(is_in_window(1000, 1000));
+        assert!(is_in_window(1000 + IN_FLIGHT, 1000));
+        assert!(!is_in_window(999, 1000));
+        assert!(!is_in_window(1001 + IN_FLIGHT, 1000));
+        assert!(is_in_window(5, u32::MAX - 5), "numbers wrap");
     }
 }

@@ -1,6 +1,9 @@
 //! INTERFACE: what each host interface is to us.
 
-use crate::{abi::wire, addr::Be32};
+use crate::{
+    abi::wire,
+    addr::{Be32, Be128},
+};
 
 wire! {
     /// Value of INTERFACE; the key is the ifindex (`u32`).
@@ -13,11 +16,13 @@ wire! {
         pub mac: [u8; 6],
         /// Network id; 0 for uplinks.
         pub network: u32,
-        /// Endpoint: the container's address. Network: the gateway. Uplink: the source address of
-        /// masquerade, 0.0.0.0 while it has none.
-        pub address: Be32,
-        /// Endpoint: its generation ([`crate::endpoint::Endpoint4`]); otherwise 0.
+        /// Endpoint: its generation ([`crate::endpoint::Endpoint`]); otherwise 0.
         pub generation: u32,
+        /// Endpoint: the container's address. Network: the gateway. Uplink: the source address of
+        /// masquerade. 0.0.0.0 where there is none.
+        pub ipv4: Be32,
+        /// The same for IPv6.
+        pub ipv6: Be128,
     }
 }
 
@@ -35,6 +40,8 @@ pub mod role {
 pub mod flag {
     /// Frames begin with an Ethernet header.
     pub const ETHERNET: u8 = 1;
-    /// Uplink: the host forwarded what came in here before netdp did.
-    pub const FORWARDED_BEFORE: u8 = 2;
+    /// Uplink: the host forwarded IPv4 that came in here before netdp did.
+    pub const FORWARDED_IPV4: u8 = 2;
+    /// The same for IPv6.
+    pub const FORWARDED_IPV6: u8 = 4;
 }

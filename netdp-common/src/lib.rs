@@ -7,6 +7,8 @@
 
 pub mod abi;
 pub mod addr;
+pub mod aging;
+pub mod checksum;
 pub mod config;
 pub mod counter;
 pub mod endpoint;
@@ -16,3 +18,4 @@ pub mod interface;
 pub mod network;
 pub mod policy;
 pub mod publish;
+pub mod socket;

@@ -1,15 +1,12 @@
-//! PUBLISHED4: which host ports lead to which container.
+//! PUBLISHED4 and PUBLISHED6: which host ports lead to which container.
 
-use crate::{
-    abi::wire,
-    addr::{Be16, Be32},
-};
+use crate::{abi::wire, addr::Be16};
 
 wire! {
-    /// Key of PUBLISHED4. In a routed network the container's own address and port stand here.
-    pub struct PublishedKey4 {
-        /// Dialled address; 0.0.0.0 = every address of the host.
-        pub address: Be32,
+    /// Key of PUBLISHED4 and PUBLISHED6. In a routed network the container's own address and port stand here.
+    pub struct PublishedKey<A> {
+        /// Dialled address; 0.0.0.0 or :: = every address of the host of that family.
+        pub address: A,
         /// Dialled port.
         pub port: Be16,
         /// IP protocol number.
@@ -20,10 +17,10 @@ wire! {
 }
 
 wire! {
-    /// Value of PUBLISHED4.
-    pub struct Published4 {
+    /// Value of PUBLISHED4 and PUBLISHED6.
+    pub struct Published<A> {
         /// The container's address.
-        pub address: Be32,
+        pub address: A,
         /// Its port.
         pub port: Be16,
         /// Zero.
