@@ -5,43 +5,56 @@ use aya_ebpf::programs::TcContext;
 use netdp_common::{
     counter::Reason,
     flow::{ZONE_WORLD, stage},
-    interface::role,
-    network::flag,
+    interface::{Interface, role},
+    network::{Network, flag},
 };
 use network_types::eth::EthHdr;
 
 use crate::{
-    flow, maps, packet,
-    packet::{Frame, Packet},
+    family::Family,
+    flow, maps, own_error, packet,
+    packet::{Carried, Packet},
     verdict::{Decision, Verdict, drop},
 };
 
+/// The network whose bridge the hook is at.
 #[inline(always)]
-pub(crate) fn into_network(ctx: &TcContext) -> Decision {
+fn network(ctx: &TcContext) -> Decision<(u32, &'static Network)> {
     let Some(bridge) = maps::interface(packet::ifindex(ctx)) else {
         return drop(Reason::NotReady, 0);
     };
     let id = bridge.network;
-    let Some(network) = maps::network(id) else { return drop(Reason::NotReady, id) };
-    let frame = Frame::parse(ctx).or_else(|reason| drop(reason, id))?;
-    if frame.is_arp() {
+    match maps::network(id) {
+        Some(network) => Ok((id, network)),
+        None => drop(Reason::NotReady, id),
+    }
+}
+
+/// Anything but IP: ARP of the host, where the network carries IPv4.
+#[inline(always)]
+pub(crate) fn other_into_network(ctx: &TcContext, carried: Carried) -> Decision {
+    let (id, network) = network(ctx)?;
+    if carried == Carried::Arp && network.has(flag::IPV4) {
         return Ok(Verdict::Pass);
     }
-    if !frame.is_ipv4() {
+    drop(Reason::Family, id)
+}
+
+/// An IP packet.
+#[inline(always)]
+pub(crate) fn into_network<F: Family>(ctx: &TcContext) -> Decision {
+    let (id, network) = network(ctx)?;
+    if !network.has(F::CARRIED) {
         return drop(Reason::Family, id);
     }
     let arrived_at = packet::arrived_at(ctx);
     if arrived_at == 0 {
-        // From the host itself. Its own access needs no flow.
-        if network.has(flag::ISOLATED) {
-            return drop(Reason::HostAccess, id);
-        }
-        return Ok(Verdict::Pass);
+        return from_host::<F>(ctx, id, network);
     }
     let origin = maps::interface(arrived_at);
-    let from_network = origin.filter(|origin| origin.role == role::NETWORK);
-    let zone = from_network.map_or(ZONE_WORLD, |origin| origin.network);
-    let mut packet = Packet::parse(ctx, EthHdr::LEN, zone).or_else(|reason| drop(reason, id))?;
+    let zone = origin.filter(is_network).map_or(ZONE_WORLD, |origin| origin.network);
+    let mut packet =
+        Packet::<F>::parse(ctx, EthHdr::LEN, zone).or_else(|reason| drop(reason, id))?;
     packet.remember_ports();
     // An answer on its way back to a container that dialled one of the host's addresses.
     if zone != ZONE_WORLD
@@ -52,10 +65,33 @@ pub(crate) fn into_network(ctx: &TcContext) -> Decision {
         packet.rewrite(&half.to).or_else(|reason| drop(reason, id))?;
         return Ok(Verdict::Pass);
     }
-    if let Some(endpoint) = maps::endpoint(packet.destination)
+    if let Some(endpoint) = F::endpoint(packet.destination)
         && flow::allows_into(&packet, id, endpoint.generation, origin.is_some())?
     {
         return Ok(Verdict::Pass);
     }
     drop(if zone == ZONE_WORLD { Reason::DirectAccess } else { Reason::Isolation }, id)
+}
+
+#[inline(always)]
+fn is_network(origin: &&'static Interface) -> bool {
+    origin.role == role::NETWORK
+}
+
+/// From the host itself. Its own access needs no flow.
+#[inline(always)]
+fn from_host<F: Family>(ctx: &TcContext, id: u32, network: &Network) -> Decision {
+    if network.has(flag::ISOLATED) {
+        let packet = Packet::<F>::parse(ctx, EthHdr::LEN, 0).or_else(|reason| drop(reason, id))?;
+        // Who is out of reach may still be found, as by ARP.
+        return if F::is_discovery(&packet) {
+            Ok(Verdict::Pass)
+        } else {
+            drop(Reason::HostAccess, id)
+        };
+    }
+    if own_error::is_possible::<F>(ctx) {
+        own_error::translate::<F>(ctx, EthHdr::LEN);
+    }
+    Ok(Verdict::Pass)
 }

@@ -2,63 +2,75 @@
 
 use aya_ebpf::programs::TcContext;
 use netdp_common::{
-    addr::Be32,
+    addr::{Address, Be32},
     counter::Reason,
-    flow::{Flow4, ZONE_WORLD, flag as flow_flag, stage},
+    flow::{Flow, IPPROTO_UDP, ZONE_WORLD, flag as flow_flag, stage},
     interface::{Interface, role},
     network::{Network, flag},
-    publish::Published4,
+    publish::Published,
 };
 use network_types::eth::EthHdr;
 
 use crate::{
-    flow::{self, NewFlow, SourcePorts},
-    kernel, maps, packet,
+    family::Family,
+    flow::{self, SourcePorts},
+    maps, packet,
     packet::{Arp, Frame, Packet},
-    policy, publish,
+    policy, publish, refuse,
     verdict::{Decision, Verdict, drop},
 };
 
 /// Who sends: its interface entry and its network.
-struct Sender {
-    interface: &'static Interface,
-    id: u32,
-    network: &'static Network,
+pub(crate) struct Sender {
+    pub(crate) interface: &'static Interface,
+    pub(crate) id: u32,
+    pub(crate) network: &'static Network,
+    /// Whether the frame is addressed to another station than the bridge: whatever its addresses
+    /// say, it is for a neighbour.
+    pub(crate) is_for_neighbour: bool,
 }
 
 impl Sender {
     #[inline(always)]
-    fn drop<T>(&self, reason: Reason) -> Decision<T> {
+    pub(crate) fn drop<T>(&self, reason: Reason) -> Decision<T> {
         drop(reason, self.id)
     }
 
     /// Attributes a failed parse or rewrite to the sender's network.
     #[inline(always)]
-    fn check<T>(&self, result: Result<T, Reason>) -> Decision<T> {
+    pub(crate) fn check<T>(&self, result: Result<T, Reason>) -> Decision<T> {
         result.or_else(|reason| self.drop(reason))
+    }
+
+    /// Drops a frame of a family that the network does not carry.
+    #[inline(always)]
+    fn require(&self, carried: u32) -> Decision<()> {
+        if self.network.has(carried) { Ok(()) } else { self.drop(Reason::Family) }
     }
 }
 
+/// An IP packet of a container.
 #[inline(always)]
-pub(crate) fn from_container(ctx: &TcContext) -> Decision {
-    let sender = sender(packet::ifindex(ctx))?;
-    let frame = sender.check(Frame::parse(ctx))?;
-    if frame.source != sender.interface.mac {
-        return sender.drop(Reason::SpoofedSource);
+pub(crate) fn from_container<F: Family>(ctx: &TcContext) -> Decision {
+    judge::<F>(ctx).or_else(|dropped| {
+        let bytes = ctx.len();
+        if refuse::is_told(dropped.reason) && F::answer(ctx.skb.skb, packet::ifindex(ctx)) != 0 {
+            return Ok(Verdict::Answer(dropped, bytes));
+        }
+        Err(dropped)
+    })
+}
+
+#[inline(always)]
+fn judge<F: Family>(ctx: &TcContext) -> Decision {
+    let sender = sender(ctx)?;
+    sender.require(F::CARRIED)?;
+    let mut packet = sender.check(Packet::<F>::parse(ctx, EthHdr::LEN, sender.id))?;
+    if let Some(decision) = F::on_link(&packet, &sender) {
+        return decision;
     }
-    if packet::is_tagged(ctx) {
-        return sender.drop(Reason::Family);
-    }
-    if frame.is_arp() {
-        return arp(ctx, &sender);
-    }
-    if !frame.is_ipv4() {
-        return sender.drop(Reason::Family);
-    }
-    let is_for_neighbour = frame.destination != sender.network.mac;
-    let mut packet = sender.check(Packet::parse(ctx, EthHdr::LEN, sender.id))?;
     // An error is about a packet that came to the sender: others' flows are not its business.
-    let own = sender.interface.address;
+    let own = F::address(sender.interface);
     if packet.source != own || packet.tuple.src != own {
         return sender.drop(Reason::SpoofedSource);
     }
@@ -70,8 +82,7 @@ pub(crate) fn from_container(ctx: &TcContext) -> Decision {
     match flow::follow(&packet, sender.id, sender.interface.generation)? {
         Some(half) => send_on(&mut packet, half, &sender),
         None => {
-            // Whatever the address says, this is for a neighbour.
-            if is_for_neighbour && !sender.network.has(flag::ICC) {
+            if sender.is_for_neighbour && !sender.network.has(flag::ICC) {
                 return sender.drop(Reason::Icc);
             }
             decide(&mut packet, &sender)
@@ -79,42 +90,62 @@ pub(crate) fn from_container(ctx: &TcContext) -> Decision {
     }
 }
 
+/// An ARP packet of a container. It says only what is true of its sender (0.0.0.0 is a probe, RFC
+/// 5227).
 #[inline(always)]
-fn sender(ifindex: u32) -> Decision<Sender> {
-    let Some(interface) = maps::interface(ifindex) else { return drop(Reason::NotReady, 0) };
-    let id = interface.network;
-    let Some(network) = maps::network(id) else { return drop(Reason::NotReady, 0) };
-    if interface.role != role::ENDPOINT {
-        return drop(Reason::NotReady, id);
-    }
-    Ok(Sender { interface, id, network })
-}
-
-/// ARP says only what is true of its sender (0.0.0.0 is a probe, RFC 5227).
-#[inline(always)]
-fn arp(ctx: &TcContext, sender: &Sender) -> Decision {
+pub(crate) fn arp_from_container(ctx: &TcContext) -> Decision {
+    let sender = sender(ctx)?;
+    sender.require(flag::IPV4)?;
     let arp = sender.check(Arp::parse(ctx))?;
     let address = Be32 { raw: u32::from_ne_bytes(arp.sender_address) };
-    let own = address == sender.interface.address || address.is_unspecified();
+    let own = address == sender.interface.ipv4 || address.is_unspecified();
     if arp.sender_mac != sender.interface.mac || !own {
         return sender.drop(Reason::SpoofedArp);
     }
     Ok(Verdict::Pass)
 }
 
+/// Anything else from a container.
+#[inline(always)]
+pub(crate) fn other_from_container(ctx: &TcContext) -> Decision {
+    sender(ctx)?.drop(Reason::Family)
+}
+
+/// Finds out who sends a frame, and drops one with another source MAC or a VLAN tag.
+#[inline(always)]
+fn sender(ctx: &TcContext) -> Decision<Sender> {
+    let Some(interface) = maps::interface(packet::ifindex(ctx)) else {
+        return drop(Reason::NotReady, 0);
+    };
+    let id = interface.network;
+    let Some(network) = maps::network(id) else { return drop(Reason::NotReady, id) };
+    if interface.role != role::ENDPOINT {
+        return drop(Reason::NotReady, id);
+    }
+    let frame = Frame::parse(ctx).or_else(|reason| drop(reason, id))?;
+    if frame.source != interface.mac {
+        return drop(Reason::SpoofedSource, id);
+    }
+    if packet::is_tagged(ctx) {
+        return drop(Reason::Family, id);
+    }
+    Ok(Sender { interface, id, network, is_for_neighbour: frame.destination != network.mac })
+}
+
 /// What becomes of a packet without a flow.
 #[inline(always)]
-fn decide(packet: &mut Packet, sender: &Sender) -> Decision {
+fn decide<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision {
     let destination = packet.destination;
     let network = sender.network;
-    if destination.is_multicast_or_broadcast() || network.is_broadcast(destination) {
-        return to_neighbour(sender);
+    let subnet = F::subnet(network);
+    if destination.is_multicast_or_broadcast() || subnet.is_broadcast(destination) {
+        return to_neighbour(packet, sender);
     }
-    if maps::is_local(destination) {
+    if F::is_local(destination) {
         return to_host(packet, sender);
     }
-    if network.contains(destination) {
-        return to_neighbour(sender);
+    if subnet.contains(destination) {
+        return to_neighbour(packet, sender);
     }
     if network.flags & (flag::INTERNAL | flag::ISOLATED) != 0 {
         return sender.drop(Reason::Internal);
@@ -124,23 +155,33 @@ fn decide(packet: &mut Packet, sender: &Sender) -> Decision {
 
 /// To another member, by the bridge.
 #[inline(always)]
-fn to_neighbour(sender: &Sender) -> Decision {
+fn to_neighbour<F: Family>(packet: &Packet<'_, F>, sender: &Sender) -> Decision {
+    if poses_as_dhcp_server(packet) {
+        return sender.drop(Reason::Impostor);
+    }
     if !sender.network.has(flag::ICC) {
         return sender.drop(Reason::Icc);
     }
     Ok(Verdict::Pass)
 }
 
+/// Whether it is what a DHCP server sends to its clients (RFC 2131, 4.1; RFC 8415, 7.2).
+#[inline(always)]
+pub(crate) fn poses_as_dhcp_server<F: Family>(packet: &Packet<'_, F>) -> bool {
+    packet.proto == IPPROTO_UDP
+        && matches!((packet.tuple.sport.get(), packet.tuple.dport.get()), (67, 68) | (547, 546))
+}
+
 /// To one of the host's own addresses: a published port, or the host itself.
 #[inline(always)]
-fn to_host(packet: &mut Packet, sender: &Sender) -> Decision {
+fn to_host<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision {
     let network = sender.network;
     if network.has(flag::ISOLATED) {
         return sender.drop(Reason::HostAccess);
     }
     if network.has(flag::INTERNAL) {
         // Another network's gateway would be a way out.
-        if packet.destination != network.gateway {
+        if packet.destination != F::subnet(network).gateway {
             return sender.drop(Reason::Internal);
         }
         return Ok(Verdict::Pass);
@@ -153,16 +194,20 @@ fn to_host(packet: &mut Packet, sender: &Sender) -> Decision {
 
 /// To a port that a container publishes, perhaps the sender itself.
 #[inline(always)]
-fn to_published(packet: &mut Packet, sender: &Sender, target: &Published4) -> Decision {
-    let Some(endpoint) = maps::endpoint(target.address) else {
+fn to_published<F: Family>(
+    packet: &mut Packet<'_, F>,
+    sender: &Sender,
+    target: &Published<F::Address>,
+) -> Decision {
+    let Some(endpoint) = F::endpoint(target.address) else {
         return sender.drop(Reason::StaleFlow);
     };
     packet.require_opening(target.network)?;
     let same_network = target.network == sender.id;
-    let Some(new) = maps::new_flow() else { return sender.drop(Reason::NotReady) };
-    new.begin(packet, sender.id, target.network, target.network);
-    new.reply_generation = endpoint.generation;
-    new.reply_stage = stage::SWITCH;
+    let Some(new) = F::new_flow() else { return sender.drop(Reason::NotReady) };
+    new.prepare(packet, sender.id, target.network, target.network);
+    new.reply.generation = endpoint.generation;
+    new.reply.stage = stage::SWITCH;
     new.ports = SourcePorts::Preferred;
     let half = &mut new.half;
     half.to.dst = target.address;
@@ -171,7 +216,7 @@ fn to_published(packet: &mut Packet, sender: &Sender, target: &Published4) -> De
     half.stage = stage::SWITCH;
     if target.address == packet.tuple.src {
         // It would not take an answer from its own address off the wire.
-        half.to.src = sender.network.gateway;
+        half.to.src = F::subnet(sender.network).gateway;
         new.ports = SourcePorts::Host;
     }
     if !same_network {
@@ -180,20 +225,21 @@ fn to_published(packet: &mut Packet, sender: &Sender, target: &Published4) -> De
         };
         // Once, before the verdict: a policy that changes meanwhile must judge the flow again.
         half.policy_generation = network.policy_generation;
-        if !policy::allows(target.network, network, packet.tuple.src) {
+        if !policy::allows::<F>(target.network, network, packet.tuple.src) {
             return drop(Reason::Policy, target.network);
         }
         half.flags |= flow_flag::INBOUND;
         half.stage = stage::INGRESS;
-        new.reply_stage = stage::EGRESS;
+        new.reply.stage = stage::EGRESS;
     }
-    open(new, target.network, Reason::FlowHairpin, packet)?;
+    let limit = sender.network.endpoint_flows;
+    flow::begin(packet, target.network, Reason::FlowHairpin, limit)?;
     send_on(packet, &new.half, sender)
 }
 
 /// Out through an uplink.
 #[inline(always)]
-fn to_world(packet: &mut Packet, sender: &Sender) -> Decision {
+fn to_world<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision {
     let network = sender.network;
     if packet.ttl <= 1 {
         // The stack answers, and can't forward it.
@@ -202,43 +248,35 @@ fn to_world(packet: &mut Packet, sender: &Sender) -> Decision {
     // No route, a blackhole, forwarding off: the stack's to answer. `to_uplink` has no flow for
     // the packet then and would drop it.
     let Some(exit) = leave(packet, sender)? else { return Ok(Verdict::Pass) };
-    let source = exit.address;
+    let source = F::address(exit);
     packet.require_opening(sender.id)?;
-    let Some(new) = maps::new_flow() else { return sender.drop(Reason::NotReady) };
-    new.begin(packet, sender.id, ZONE_WORLD, sender.id);
-    new.reply_generation = 0;
-    new.reply_stage = stage::INGRESS;
+    let Some(new) = F::new_flow() else { return sender.drop(Reason::NotReady) };
+    new.prepare(packet, sender.id, ZONE_WORLD, sender.id);
+    new.reply.generation = 0;
+    new.reply.stage = stage::INGRESS;
     new.ports = SourcePorts::Kept;
     let half = &mut new.half;
     half.generation = sender.interface.generation;
     half.stage = stage::EGRESS;
     if network.has(flag::MASQUERADE) {
-        half.to.src = if network.snat.is_unspecified() { source } else { network.snat };
+        let snat = F::subnet(network).snat;
+        half.to.src = if snat.is_unspecified() { source } else { snat };
         if half.to.src.is_unspecified() {
             return sender.drop(Reason::NoUplink);
         }
-        let answer = half.to.reversed();
-        let taken = kernel::has_socket(packet.skb(), &answer, packet.proto.into());
-        new.ports = if taken { SourcePorts::Chosen } else { SourcePorts::Host };
+        new.ports = SourcePorts::Host;
     }
-    open(new, sender.id, Reason::FlowOut, packet)?;
+    flow::begin(packet, sender.id, Reason::FlowOut, network.endpoint_flows)?;
     Ok(Verdict::Pass)
-}
-
-#[inline(always)]
-fn open(new: &mut NewFlow, network: u32, kind: Reason, packet: &Packet) -> Decision<()> {
-    match flow::open(new) {
-        Ok(()) => {
-            maps::count(network, kind, packet.len());
-            Ok(())
-        }
-        Err(reason) => drop(reason, network),
-    }
 }
 
 /// Sends a packet of a flow on its way.
 #[inline(always)]
-fn send_on(packet: &mut Packet, half: &Flow4, sender: &Sender) -> Decision {
+fn send_on<F: Family>(
+    packet: &mut Packet<'_, F>,
+    half: &Flow<F::Address>,
+    sender: &Sender,
+) -> Decision {
     match half.stage {
         stage::SWITCH => switch(packet, half, sender),
         stage::INGRESS => {
@@ -253,7 +291,10 @@ fn send_on(packet: &mut Packet, half: &Flow4, sender: &Sender) -> Decision {
 
 /// The uplink by which the packet leaves; `None` where the stack answers it instead.
 #[inline(always)]
-fn leave(packet: &Packet, sender: &Sender) -> Decision<Option<&'static Interface>> {
+fn leave<F: Family>(
+    packet: &Packet<'_, F>,
+    sender: &Sender,
+) -> Decision<Option<&'static Interface>> {
     let Some(ifindex) = packet.route(sender.network.bridge) else { return Ok(None) };
     match maps::interface(ifindex) {
         Some(exit) if exit.role == role::UPLINK => Ok(Some(exit)),
@@ -265,13 +306,17 @@ fn leave(packet: &Packet, sender: &Sender) -> Decision<Option<&'static Interface
 /// Rewrites the packet and lets the bridge carry it to its peer in the same network. The bridge
 /// does not send out of the port it received on, so what is for the sender itself turns around.
 #[inline(always)]
-fn switch(packet: &mut Packet, half: &Flow4, sender: &Sender) -> Decision {
-    let Some(peer) = maps::endpoint(half.to.dst).filter(|peer| peer.network == sender.id) else {
+fn switch<F: Family>(
+    packet: &mut Packet<'_, F>,
+    half: &Flow<F::Address>,
+    sender: &Sender,
+) -> Decision {
+    let Some(peer) = F::endpoint(half.to.dst).filter(|peer| peer.network == sender.id) else {
         return sender.drop(Reason::StaleFlow);
     };
     sender.check(packet.rewrite(&half.to))?;
     sender.check(packet.set_destination_mac(&peer.mac))?;
-    if half.to.dst == sender.interface.address {
+    if half.to.dst == F::address(sender.interface) {
         sender.check(packet.set_source_mac(&sender.network.mac))?;
         return Ok(Verdict::TurnAround);
     }

@@ -1,24 +1,34 @@
 //! Flows: following one, opening one.
 
+use aya_ebpf::bindings::__sk_buff;
 use netdp_common::{
-    addr::Be16,
+    addr::{Be16, Tuple},
     config::Config,
     counter::Reason,
-    flow::{Flow4, FlowKey4, flag, seen},
+    flow::{
+        Flow, FlowKey, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, flag, is_in_window,
+        seen,
+    },
 };
 
 use crate::{
-    kernel,
-    maps::{self, FlowRef},
-    packet::Packet,
+    aging,
+    family::Family,
+    kernel, maps,
+    maps::FlowRef,
+    packet::{Headers, Packet},
     policy, publish,
     verdict::{Decision, drop},
 };
 
 const EEXIST: i32 = -17;
 
-/// Free source ports tried before a new flow is refused.
-const PORT_TRIES: u32 = 32;
+/// Ports looked at in search of a free one, each time that one is needed.
+const PORT_TRIES: u32 = 16;
+
+/// How often a new flow tries to have a port before it is refused: none may be free where it looks,
+/// the host may have the one that is, or another CPU be faster.
+const ROUNDS: u32 = 8;
 
 /// Looks for the half that a packet arriving in `zone` belongs to, notes the packet in it and
 /// returns a copy of it that is good until the program ends.
@@ -26,57 +36,97 @@ const PORT_TRIES: u32 = 32;
 /// `generation` is that of the container at hand: a half of a predecessor with the same address is
 /// removed and not found.
 #[inline(always)]
-pub(crate) fn follow(
-    packet: &Packet,
+pub(crate) fn follow<F: Family>(
+    packet: &Packet<'_, F>,
     zone: u32,
     generation: u32,
-) -> Decision<Option<&'static Flow4>> {
+) -> Decision<Option<&'static Flow<F::Address>>> {
     if !packet.is_tracked() {
         return Ok(None);
     }
-    let Some(half) = maps::half() else { return drop(Reason::NotReady, 0) };
-    let key = FlowKey4::new(zone, packet.tuple, packet.proto);
-    let is_found = note(&key, half, generation, packet.seen.into(), packet.opens.into())?;
+    let Some(half) = F::half() else { return drop(Reason::NotReady, 0) };
+    let is_found = note::<F>(packet.headers(), zone, generation, half)?;
     Ok(is_found.then_some(half))
 }
 
-/// Finds a half, copies it and notes what the packet shows: bits of [`seen`], and whether it
-/// opens a TCP connection.
+/// Finds a half, copies it and notes what the packet shows.
 ///
 /// A sub-program of its own, for the stacks of its callers.
 #[inline(never)]
-fn note(
-    key: &FlowKey4,
-    copy: &mut Flow4,
+fn note<F: Family>(
+    headers: &Headers<F>,
+    zone: u32,
     generation: u32,
-    seen: u32,
-    opens: u32,
+    copy: &mut Flow<F::Address>,
 ) -> Decision<bool> {
-    let Some(flow) = maps::flow(key) else { return Ok(false) };
+    let key = FlowKey::new(zone, headers.tuple, headers.proto);
+    let Some(flow) = F::flow(&key) else { return Ok(false) };
     flow.copy_to(copy);
     let half = &*copy;
     if half.generation != generation {
-        remove(key, half);
+        remove::<F>(&key, half);
         return Ok(false);
     }
     if half.flags & flag::INBOUND != 0 {
-        judge_again(key, flow, half)?;
-    }
-    if opens != 0 {
-        restart_if_closing(flow, half, key.proto);
+        judge_again::<F>(&key, flow, half)?;
     }
     // An error shows nothing: it neither refreshes a flow nor ends it (RFC 5508, REQ-6).
-    if seen != 0 {
-        flow.touch(half, seen as u8, kernel::now());
+    if headers.seen == 0 {
+        return Ok(true);
+    }
+    if headers.proto == IPPROTO_TCP {
+        follow_tcp(headers, flow, half);
+    } else {
+        flow.touch(half, half.seen | headers.seen, kernel::now());
     }
     Ok(true)
 }
 
+/// Notes what a TCP packet shows.
+#[inline(always)]
+fn follow_tcp<F: Family>(headers: &Headers<F>, flow: FlowRef<F::Address>, half: &Flow<F::Address>) {
+    let mut shown = headers.seen;
+    if headers.opens && restarts::<F>(half) {
+        flow.restart(shown, kernel::now());
+        return;
+    }
+    if shown & seen::CLOSING != 0 && !is_plausible_end::<F>(headers, half) {
+        // Its receiver judges for itself; somebody who can't see the connection ends nothing here.
+        shown &= !seen::CLOSING;
+        if headers.seen & seen::RST != 0 {
+            return;
+        }
+    }
+    if shown & seen::RST != 0 {
+        // Held, not refreshed (RFC 7857, 2.2).
+        flow.show(half, half.seen | shown);
+        return;
+    }
+    if headers.seen & seen::ACK != 0 {
+        flow.acknowledge(half, headers.acknowledged);
+    }
+    // A direction that goes on was not reset.
+    flow.touch(half, half.seen & !seen::RST | shown, kernel::now());
+}
+
+/// Whether a FIN or RST can come from the end it claims to come from: what it says lies where the
+/// other end has acknowledged. Before that has said anything there is little to end.
+#[inline(always)]
+fn is_plausible_end<F: Family>(headers: &Headers<F>, half: &Flow<F::Address>) -> bool {
+    F::flow(&half.peer_key(IPPROTO_TCP))
+        .and_then(FlowRef::acknowledged)
+        .is_none_or(|acknowledged| is_in_window(headers.sequence, acknowledged))
+}
+
 /// Judges a flow again after its network's policy has changed.
 #[inline(always)]
-fn judge_again(key: &FlowKey4, flow: FlowRef, half: &Flow4) -> Decision<()> {
+fn judge_again<F: Family>(
+    key: &FlowKey<F::Address>,
+    flow: FlowRef<F::Address>,
+    half: &Flow<F::Address>,
+) -> Decision<()> {
     let Some(network) = maps::network(half.network) else {
-        remove(key, half);
+        remove::<F>(key, half);
         return drop(Reason::StaleFlow, half.network);
     };
     // Once, before the verdict: a policy that changes meanwhile must judge the flow again.
@@ -85,49 +135,76 @@ fn judge_again(key: &FlowKey4, flow: FlowRef, half: &Flow4) -> Decision<()> {
         return Ok(());
     }
     let client = if half.flags & flag::ORIGINAL != 0 { key.tuple.src } else { half.to.dst };
-    if !policy::allows(half.network, network, client) {
-        remove(key, half);
+    if !policy::allows::<F>(half.network, network, client) {
+        remove::<F>(key, half);
         return drop(Reason::Policy, half.network);
     }
     flow.approve(policy_generation);
     Ok(())
 }
 
-/// A SYN on a flow that is ending opens a new connection between the same ports: nothing of the
-/// old one may shorten its life (RFC 6191 lets clients reuse a port in TIME_WAIT).
+/// A SYN on a flow that is over opens a new connection between the same ports: nothing of the old
+/// one may shorten its life (RFC 6191 lets clients reuse a port in TIME_WAIT). Makes the other half
+/// forget what it has seen, and returns whether this half has to.
 #[inline(always)]
-fn restart_if_closing(flow: FlowRef, half: &Flow4, proto: u8) {
-    let peer = maps::flow(&half.peer_key(proto));
-    let peer_seen = peer.map_or(0, |peer| peer.load().seen);
-    if (half.seen | peer_seen) & seen::CLOSING != 0 {
-        flow.restart();
-        if let Some(peer) = peer {
-            peer.restart();
-        }
+fn restarts<F: Family>(half: &Flow<F::Address>) -> bool {
+    let peer = F::flow(&half.peer_key(IPPROTO_TCP));
+    let peer_seen = peer.map_or(0, FlowRef::seen);
+    let is_reset = (half.seen | peer_seen) & seen::RST != 0;
+    let is_closed = half.seen & peer_seen & seen::FIN != 0;
+    if let Some(peer) = peer.filter(|_| is_reset || is_closed) {
+        peer.restart(0, kernel::now());
+    }
+    is_reset || is_closed
+}
+
+/// Removes both halves; the flow no longer counts for the endpoint that opened it.
+#[inline(always)]
+pub(crate) fn remove<F: Family>(key: &FlowKey<F::Address>, half: &Flow<F::Address>) {
+    remove_halves::<F>(key, half, &half.peer_key(key.proto));
+}
+
+/// As [`remove`], with the key of the other half at hand.
+#[inline(always)]
+pub(crate) fn remove_halves<F: Family>(
+    key: &FlowKey<F::Address>,
+    half: &Flow<F::Address>,
+    peer_key: &FlowKey<F::Address>,
+) {
+    let is_original = half.flags & flag::ORIGINAL != 0;
+    // Where the peer was lost, another flow may stand in its place.
+    let peer = F::flow(peer_key).filter(|peer| peer.leads_to(key));
+    let opener = if is_original { half.generation } else { peer.map_or(0, FlowRef::generation) };
+    let was_peer_there = peer.is_some() && F::remove_flow(peer_key);
+    let was_there = F::remove_flow(key);
+    // Whoever removes the original half takes it off the account.
+    if (if is_original { was_there } else { was_peer_there })
+        && let Some(usage) = maps::usage(opener)
+    {
+        usage.add(-1);
     }
 }
 
-/// Removes both halves.
+/// A copy of the half that a packet of `zone` followed when it arrived, for the hook at which it
+/// leaves; good until the program ends.
 #[inline(always)]
-pub(crate) fn remove(key: &FlowKey4, half: &Flow4) {
-    maps::remove_flow(&half.peer_key(key.proto));
-    maps::remove_flow(key);
-}
-
-/// The half that a packet of `zone` followed when it arrived, for the hook at which it leaves.
-#[inline(always)]
-pub(crate) fn find(packet: &Packet, zone: u32) -> Option<Flow4> {
+pub(crate) fn find<F: Family>(
+    packet: &Packet<'_, F>,
+    zone: u32,
+) -> Option<&'static Flow<F::Address>> {
     if !packet.is_tracked() {
         return None;
     }
-    maps::flow(&FlowKey4::new(zone, packet.tuple, packet.proto)).map(FlowRef::load)
+    let half = F::half()?;
+    F::flow(&FlowKey::new(zone, packet.tuple, packet.proto))?.copy_to(half);
+    Some(half)
 }
 
 /// Whether a packet on its way into `network` is part of a flow that allows it: the container's
 /// own half, the answer to this packet, is there.
 #[inline(always)]
-pub(crate) fn allows_into(
-    packet: &Packet,
+pub(crate) fn allows_into<F: Family>(
+    packet: &Packet<'_, F>,
     network: u32,
     generation: u32,
     is_watched: bool,
@@ -135,46 +212,60 @@ pub(crate) fn allows_into(
     if !packet.is_tracked() {
         return Ok(false);
     }
-    let key = FlowKey4::new(network, packet.tuple.reversed(), packet.proto);
-    let Some(flow) = maps::flow(&key) else { return Ok(false) };
-    let half = flow.load();
+    let key = FlowKey::new(network, packet.tuple.reversed(), packet.proto);
+    let (Some(flow), Some(half)) = (F::flow(&key), F::half()) else { return Ok(false) };
+    flow.copy_to(half);
     if half.generation != generation {
-        remove(&key, &half);
+        remove::<F>(&key, half);
         return drop(Reason::StaleFlow, network);
     }
     // Without a program at its interface nothing can have been translated on the way in.
     Ok(is_watched || half.to == key.tuple)
 }
 
-/// A flow to be opened. It lies in a map ([`maps::new_flow`]): the stack is too small.
-pub(crate) struct NewFlow {
+/// A flow to be opened. It lies in a map ([`crate::maps::Maps::new_flow`]): the stack is too
+/// small.
+pub(crate) struct NewFlow<F: Family> {
     /// Where and how the first packet arrives.
-    pub(crate) key: FlowKey4,
+    pub(crate) key: FlowKey<F::Address>,
     /// What becomes of it. `to.sport` is a wish where `ports` is not [`SourcePorts::Kept`].
-    pub(crate) half: Flow4,
-    /// `generation` of the other half.
-    pub(crate) reply_generation: u32,
-    /// `stage` of the other half.
-    pub(crate) reply_stage: u8,
+    pub(crate) half: Flow<F::Address>,
+    /// The other half; `generation` and `stage` of it are the caller's to fill.
+    pub(crate) reply: Flow<F::Address>,
+    /// Where the answer arrives; filled in when the flow is opened.
+    reply_key: FlowKey<F::Address>,
     pub(crate) ports: SourcePorts,
 }
 
-impl NewFlow {
-    /// Begins a flow with `packet`, which arrives in `zone` and as yet is not translated; the
+impl<F: Family> NewFlow<F> {
+    /// Prepares a flow that begins with `packet`, which arrives in `zone` and as yet is not translated; the
     /// answer arrives in `reply_zone`, and `network` has the say. The fields that are not of the
     /// halves are the caller's to fill.
     #[inline(always)]
-    pub(crate) fn begin(&mut self, packet: &Packet, zone: u32, reply_zone: u32, network: u32) {
-        self.key = FlowKey4::new(zone, packet.tuple, packet.proto);
-        self.half = Flow4 {
-            to: packet.tuple,
-            reply_zone,
-            network,
-            last_seen: kernel::now(),
-            seen: packet.seen,
-            flags: flag::ORIGINAL,
-            ..Flow4::default()
-        };
+    pub(crate) fn prepare(
+        &mut self,
+        packet: &Packet<'_, F>,
+        zone: u32,
+        reply_zone: u32,
+        network: u32,
+    ) {
+        self.key.zone = zone;
+        self.key.tuple = packet.tuple;
+        self.key.proto = packet.proto;
+        self.key.pad = [0; 3];
+        let half = &mut self.half;
+        half.to = packet.tuple;
+        half.reply_zone = reply_zone;
+        half.generation = 0;
+        half.network = network;
+        half.policy_generation = 0;
+        half.last_seen = kernel::now();
+        half.acknowledged = packet.acknowledged;
+        half.seen = packet.seen;
+        half.flags = flag::ORIGINAL;
+        half.stage = 0;
+        half.pad = 0;
+        self.reply.seen = 0;
     }
 }
 
@@ -189,94 +280,204 @@ pub(crate) enum SourcePorts {
     /// The source becomes an address of the host: a port that no socket of the host and no
     /// published port can have.
     Host,
-    /// As `Host`, and the client's own is known to be taken.
-    Chosen,
 }
 
-/// Opens a flow: inserts both halves, the reply first because it decides whether a port is free.
-///
-/// On return `new.half` is the half in force, which another CPU may have inserted.
-///
-/// A sub-program of its own: the verifier walks it once for each caller, not once for each path
-/// that leads there.
+/// Opens the flow that was prepared for `packet`, counting it as `kind` for `network`; the endpoint
+/// that opens it may have `limit` of them, 0 meaning any number.
+#[inline(always)]
+pub(crate) fn begin<F: Family>(
+    packet: &Packet<'_, F>,
+    network: u32,
+    kind: Reason,
+    limit: u32,
+) -> Decision<()> {
+    outcome(begin_counted::<F>(packet.skb(), network, kind as u32, limit), network)
+}
+
+/// See [`begin`]. A sub-program of its own, for the stacks of its callers; returns one of [`Opened`].
 #[inline(never)]
-pub(crate) fn open(new: &mut NewFlow) -> Result<(), Reason> {
-    let Some(config) = maps::config() else { return Err(Reason::NotReady) };
-    let wish = new.half.to.sport;
-    let reply = Flow4 {
-        to: new.key.tuple.reversed(),
-        reply_zone: new.key.zone,
-        generation: new.reply_generation,
-        stage: new.reply_stage,
-        flags: new.half.flags & !flag::ORIGINAL,
-        seen: 0,
-        ..new.half
-    };
-    let span = u32::from(config.nat_last.wrapping_sub(config.nat_first)) + 1;
-    let start = kernel::random();
-    for attempt in 0..PORT_TRIES {
-        if attempt > 0 || !may_keep(new.ports, wish, config) {
-            if new.ports == SourcePorts::Kept {
-                break;
-            }
-            let offset = (start.wrapping_add(attempt)) % span;
-            new.half.to.sport = Be16::new(config.nat_first.wrapping_add(offset as u16));
+fn begin_counted<F: Family>(skb: *mut __sk_buff, network: u32, kind: u32, limit: u32) -> u32 {
+    let Some(new) = F::new_flow() else { return Opened::NoRoom as u32 };
+    let usage = maps::usage(new.half.generation);
+    if limit != 0 && usage.is_some_and(|usage| usage.get() >= u64::from(limit)) {
+        return Opened::TooMany as u32;
+    }
+    let opened = F::open(skb);
+    if opened == Opened::New as u32 {
+        if let Some(usage) = usage {
+            usage.add(1);
         }
-        let reply_key = new.half.peer_key(new.key.proto);
-        if matches!(new.ports, SourcePorts::Host | SourcePorts::Chosen)
-            && publish::is_published(new.half.to.src, new.half.to.sport, new.key.proto)
-        {
+        aging::begin::<F>(&new.key);
+    }
+    if opened == Opened::New as u32 || opened == Opened::There as u32 {
+        maps::count(network, kind, kernel::length(skb));
+    }
+    opened
+}
+
+/// The end of a packet whose flow could not be opened.
+#[inline(always)]
+fn outcome(opened: u32, network: u32) -> Decision<()> {
+    const NO_ROOM: u32 = Opened::NoRoom as u32;
+    const NO_PORT: u32 = Opened::NoPort as u32;
+    const TOO_MANY: u32 = Opened::TooMany as u32;
+    match opened {
+        NO_ROOM => drop(Reason::FlowTableFull, network),
+        NO_PORT => drop(Reason::PortsExhausted, network),
+        TOO_MANY => drop(Reason::EndpointLimit, network),
+        _ => Ok(()),
+    }
+}
+
+/// What became of a flow that was to be opened.
+#[derive(Clone, Copy)]
+pub(crate) enum Opened {
+    /// It was not there before.
+    New,
+    /// Another CPU was faster.
+    There,
+    /// The table is full.
+    NoRoom,
+    /// No free source port.
+    NoPort,
+    /// The endpoint has as many as it may have.
+    TooMany,
+}
+
+/// Opens the flow that lies in [`crate::maps::Maps::new_flow`]: inserts both halves, the reply
+/// first because it decides whether a port is free. Returns one of [`Opened`]; where that is good
+/// news, `half` is the half in force, which another CPU may have inserted.
+#[inline(always)]
+pub(crate) fn open<F: Family>(skb: *mut __sk_buff) -> u32 {
+    let (Some(config), Some(new)) = (maps::config(), F::new_flow()) else {
+        return Opened::NoRoom as u32;
+    };
+    insert(skb, new, config) as u32
+}
+
+#[inline(always)]
+fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config) -> Opened {
+    let ports = if has_changeable_ports(new.key.proto) { new.ports } else { SourcePorts::Kept };
+    new.reply.to.src = new.key.tuple.dst;
+    new.reply.to.dst = new.key.tuple.src;
+    new.reply.to.sport = new.key.tuple.dport;
+    new.reply.to.dport = new.key.tuple.sport;
+    new.reply.reply_zone = new.key.zone;
+    new.reply.network = new.half.network;
+    new.reply.policy_generation = new.half.policy_generation;
+    new.reply.last_seen = new.half.last_seen;
+    new.reply.acknowledged = 0;
+    new.reply.flags = new.half.flags & !flag::ORIGINAL;
+    new.reply.pad = 0;
+    new.half.write_peer_key(new.key.proto, &mut new.reply_key);
+    let mut next = kernel::random();
+    let mut is_chosen = may_keep(ports, new.half.to.sport, config);
+    for _ in 0..ROUNDS {
+        if !is_chosen && !choose_port(new, config, &mut next) {
+            // Taken ports lie close together: on to somewhere else.
+            next = kernel::random();
             continue;
         }
-        match maps::insert_flow(&reply_key, &reply) {
-            Ok(()) => return finish(new, &reply_key),
+        is_chosen = false;
+        if ports == SourcePorts::Host && is_the_hosts::<F>(skb, &new.half.to, new.key.proto) {
+            continue;
+        }
+        match F::insert_flow(&new.reply_key, &new.reply) {
+            Ok(()) => return finish(new),
             Err(EEXIST) => {}
-            Err(_) => return Err(Reason::FlowTableFull),
+            Err(_) => return open_in_full_table(new),
         }
         // Taken: by another CPU for this very flow, or by a flow that lost its other half?
-        if maps::flow(&reply_key).is_some_and(|other| other.leads_where(&reply)) {
+        if F::flow(&new.reply_key).is_some_and(|other| other.leads_where(&new.reply)) {
             return adopt(new);
         }
+        if ports == SourcePorts::Kept {
+            break;
+        }
     }
-    Err(Reason::PortsExhausted)
+    // The last port may have gone to this very flow, on another CPU.
+    let Some(winner) = F::flow(&new.key) else { return Opened::NoPort };
+    winner.copy_to(&mut new.half);
+    Opened::There
+}
+
+/// Opens a flow in place of one that nobody has answered.
+#[inline(always)]
+fn open_in_full_table<F: Family>(new: &mut NewFlow<F>) -> Opened {
+    if !aging::make_room::<F>() || F::insert_flow(&new.reply_key, &new.reply).is_err() {
+        return Opened::NoRoom;
+    }
+    maps::count(new.half.network, Reason::Reclaimed as u32, 0);
+    finish(new)
+}
+
+/// Sets a source port that no flow to the same destination has, looking from `next` on, which
+/// moves; `false` where none was found.
+#[inline(always)]
+fn choose_port<F: Family>(new: &mut NewFlow<F>, config: &Config, next: &mut u32) -> bool {
+    let span = u32::from(config.nat_last.wrapping_sub(config.nat_first)) + 1;
+    for _ in 0..PORT_TRIES {
+        let offset = *next % span;
+        *next = next.wrapping_add(1);
+        let port = Be16::new(config.nat_first.wrapping_add(offset as u16));
+        new.reply_key.tuple.dport = port;
+        if F::flow(&new.reply_key).is_none() {
+            new.half.to.sport = port;
+            return true;
+        }
+    }
+    false
+}
+
+/// Whether the source of a packet that leaves belongs to the host: published, or a socket's.
+#[inline(always)]
+fn is_the_hosts<F: Family>(skb: *mut __sk_buff, leaves: &Tuple<F::Address>, proto: u8) -> bool {
+    publish::is_published::<F>(leaves.src, leaves.sport, proto)
+        || kernel::has_socket(skb, &leaves.reversed(), proto.into())
+}
+
+/// Whether the ports of a protocol can be changed with its checksum.
+#[inline(always)]
+const fn has_changeable_ports(proto: u8) -> bool {
+    matches!(proto, IPPROTO_TCP | IPPROTO_UDP | IPPROTO_ICMP | IPPROTO_ICMPV6)
 }
 
 /// Inserts the original half after the reply half got its place.
 #[inline(always)]
-fn finish(new: &mut NewFlow, reply_key: &FlowKey4) -> Result<(), Reason> {
-    match maps::insert_flow(&new.key, &new.half) {
-        Ok(()) => Ok(()),
+fn finish<F: Family>(new: &mut NewFlow<F>) -> Opened {
+    match F::insert_flow(&new.key, &new.half) {
+        Ok(()) => Opened::New,
         Err(EEXIST) => {
             // Another CPU was faster and has a reply half of its own.
-            let Some(winner) = maps::flow(&new.key) else {
-                maps::remove_flow(reply_key);
-                return Err(Reason::PortsExhausted);
+            let Some(winner) = F::flow(&new.key) else {
+                F::remove_flow(&new.reply_key);
+                return Opened::NoPort;
             };
             if !winner.leads_where(&new.half) {
-                maps::remove_flow(reply_key);
+                F::remove_flow(&new.reply_key);
             }
-            new.half = winner.load();
-            Ok(())
+            winner.copy_to(&mut new.half);
+            Opened::There
         }
         Err(_) => {
-            maps::remove_flow(reply_key);
-            Err(Reason::FlowTableFull)
+            F::remove_flow(&new.reply_key);
+            Opened::NoRoom
         }
     }
 }
 
 /// Takes the reply half that is there for our own and sees to the original.
 #[inline(always)]
-fn adopt(new: &mut NewFlow) -> Result<(), Reason> {
-    match maps::insert_flow(&new.key, &new.half) {
-        Ok(()) => Ok(()),
+fn adopt<F: Family>(new: &mut NewFlow<F>) -> Opened {
+    match F::insert_flow(&new.key, &new.half) {
+        Ok(()) => Opened::New,
         Err(EEXIST) => {
-            if let Some(winner) = maps::flow(&new.key) {
-                new.half = winner.load();
+            if let Some(winner) = F::flow(&new.key) {
+                winner.copy_to(&mut new.half);
             }
-            Ok(())
+            Opened::There
         }
-        Err(_) => Err(Reason::FlowTableFull),
+        Err(_) => Opened::NoRoom,
     }
 }
 
@@ -287,6 +488,5 @@ fn may_keep(ports: SourcePorts, wish: Be16, config: &Config) -> bool {
     match ports {
         SourcePorts::Kept | SourcePorts::Preferred => true,
         SourcePorts::Host => wish < config.ephemeral_first || wish > config.ephemeral_last,
-        SourcePorts::Chosen => false,
     }
 }

@@ -3,24 +3,34 @@
 use aya_ebpf::{
     bindings::__sk_buff,
     helpers::generated::{
-        bpf_get_prandom_u32, bpf_ktime_get_boot_ns, bpf_redirect, bpf_sk_lookup_tcp,
-        bpf_sk_lookup_udp, bpf_sk_release,
+        bpf_csum_update, bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_redirect,
+        bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_change_tail,
+        bpf_skb_load_bytes_relative,
     },
 };
 use netdp_common::{
-    addr::Tuple4,
+    addr::{Address, Tuple},
+    checksum::Difference,
     flow::{IPPROTO_TCP, IPPROTO_UDP},
 };
 
 /// `BPF_F_CURRENT_NETNS`, which the bindings lack as a 64-bit number.
 const CURRENT_NETNS: u64 = u64::MAX;
 
-/// Seconds of CLOCK_BOOTTIME (Linux 5.8); 32 bits last for 136 years of uptime.
+/// Seconds of CLOCK_MONOTONIC_COARSE (Linux 5.11): read from memory, where the exact clocks cost as
+/// much as the lookup of a flow. 32 bits last for 136 years of uptime.
 #[inline(always)]
 pub(crate) fn now() -> u32 {
     // SAFETY: takes nothing, returns a number.
-    let nanos = unsafe { bpf_ktime_get_boot_ns() };
+    let nanos = unsafe { bpf_ktime_get_coarse_ns() };
     (nanos / 1_000_000_000) as u32
+}
+
+/// Bytes of a packet, from the first header that the hook sees.
+#[inline(always)]
+pub(crate) fn length(skb: *mut __sk_buff) -> u32 {
+    // SAFETY: the context is valid for the whole run of the program.
+    unsafe { (*skb).len }
 }
 
 /// A pseudo-random number; not for secrets.
@@ -37,14 +47,43 @@ pub(crate) fn redirect(ifindex: u32) -> i32 {
     unsafe { bpf_redirect(ifindex, 0) as i32 }
 }
 
+/// `BPF_HDR_START_NET`.
+const FROM_NETWORK_HEADER: u32 = 1;
+
+/// A byte of the packet, counted from its IP header, wherever that lies (Linux 4.18).
+#[inline(always)]
+pub(crate) fn network_header_byte(skb: *mut __sk_buff, offset: u32) -> Option<u8> {
+    let mut byte = 0_u8;
+    let to = (&raw mut byte).cast();
+    // SAFETY: the context is valid; `to` has room for the one byte asked for.
+    let outcome =
+        unsafe { bpf_skb_load_bytes_relative(skb.cast(), offset, to, 1, FROM_NETWORK_HEADER) };
+    (outcome == 0).then_some(byte)
+}
+
+/// Cuts the packet to this many bytes. Returns whether it could be.
+#[inline(always)]
+pub(crate) fn cut(skb: *mut __sk_buff, bytes: u32) -> bool {
+    // SAFETY: the context is valid; takes a number, which the kernel checks.
+    unsafe { bpf_skb_change_tail(skb, bytes, 0) == 0 }
+}
+
+/// Brings the sum that a driver has made of the whole packet (CHECKSUM_COMPLETE) up to date;
+/// without one nothing happens.
+#[inline(always)]
+pub(crate) fn account(skb: *mut __sk_buff, difference: Difference) {
+    // SAFETY: the context is valid; takes a number.
+    unsafe { bpf_csum_update(skb, difference.get()) };
+}
+
 /// Whether a socket of the host would take a packet that looks like this on arrival, listening or
 /// connected.
 ///
 /// A sub-program of its own: its callers have little stack left.
 #[inline(never)]
-pub(crate) fn has_socket(skb: *mut __sk_buff, arriving: &Tuple4, proto: u32) -> bool {
-    // `Tuple4` is laid out as the IPv4 half of `bpf_sock_tuple`.
-    let (tuple, size) = ((&raw const *arriving).cast_mut().cast(), size_of::<Tuple4>() as u32);
+pub(crate) fn has_socket<A: Address>(skb: *mut __sk_buff, arriving: &Tuple<A>, proto: u32) -> bool {
+    // `Tuple` is laid out as the family's half of `bpf_sock_tuple`.
+    let (tuple, size) = ((&raw const *arriving).cast_mut().cast(), size_of::<Tuple<A>>() as u32);
     let socket = if proto == u32::from(IPPROTO_TCP) {
         // SAFETY: context and tuple are valid; the size is that of the tuple.
         unsafe { bpf_sk_lookup_tcp(skb.cast(), tuple, size, CURRENT_NETNS, 0) }

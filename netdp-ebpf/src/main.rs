@@ -1,48 +1,168 @@
-//! netdp's packet path. Four programs, each: parse → decide → act.
+//! netdp's packet path. Four tc programs, each: parse → decide → act; and the socket hooks, which
+//! lead programs of the host to published ports before there is a packet.
 //!
-//! `docs/packet-walk.md` follows a packet through them, hook by hook.
+//! `docs/packet-walk.md` follows a packet through them, hook by hook. Each program parts into the
+//! families at once; what they do is written once, for both.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
+mod aging;
 mod bridge;
 mod container;
+mod family;
 mod flow;
 mod icmp_error;
 mod kernel;
 mod maps;
+mod neighbour;
+mod own_error;
 mod packet;
 mod policy;
 mod publish;
+mod refuse;
 mod rewrite;
+mod sock_addr;
+mod socket;
+mod subprogram;
 mod uplink;
 mod verdict;
 
-use aya_ebpf::{macros::classifier, programs::TcContext};
+use aya_ebpf::{
+    bindings::__sk_buff,
+    macros::{cgroup_sock, cgroup_sock_addr, classifier},
+    programs::{SockAddrContext, SockContext, TcContext},
+};
+use family::{Family, V4, V6};
+use packet::Carried;
+use sock_addr::{Inet4, Inet6};
 use verdict::Verdict;
 
 /// tcx ingress of the host's end of each veth: everything a container sends.
 #[classifier]
 fn from_container(ctx: TcContext) -> i32 {
-    container::from_container(&ctx).unwrap_or_else(Verdict::from).finish(&ctx)
+    match Carried::by_protocol(&ctx) {
+        Carried::Ipv4 => ip_from_container::<V4>(ctx.skb.skb),
+        Carried::Ipv6 => ip_from_container::<V6>(ctx.skb.skb),
+        Carried::Arp => arp_from_container(ctx.skb.skb),
+        Carried::Other => other_from_container(ctx.skb.skb),
+    }
 }
 
 /// tcx egress of each bridge: everything the host's stack sends into a network.
 #[classifier]
 fn into_network(ctx: TcContext) -> i32 {
-    bridge::into_network(&ctx).unwrap_or_else(Verdict::from).finish(&ctx)
+    match Carried::by_protocol(&ctx) {
+        Carried::Ipv4 => ip_into_network::<V4>(ctx.skb.skb),
+        Carried::Ipv6 => ip_into_network::<V6>(ctx.skb.skb),
+        other => bridge::other_into_network(&ctx, other).unwrap_or_else(Verdict::from).finish(&ctx),
+    }
 }
 
 /// tcx ingress of each uplink: everything that comes from outside.
 #[classifier]
 fn from_uplink(ctx: TcContext) -> i32 {
-    uplink::from_uplink(&ctx).unwrap_or_else(Verdict::from).finish(&ctx)
+    match Carried::by(&ctx) {
+        Carried::Ipv4 => ip_from_uplink::<V4>(ctx.skb.skb),
+        Carried::Ipv6 => ip_from_uplink::<V6>(ctx.skb.skb),
+        _ => Verdict::Pass.finish(&ctx),
+    }
 }
 
 /// tcx egress of each uplink: everything that leaves the host.
 #[classifier]
 fn to_uplink(ctx: TcContext) -> i32 {
-    uplink::to_uplink(&ctx).unwrap_or_else(Verdict::from).finish(&ctx)
+    match Carried::by(&ctx) {
+        Carried::Ipv4 => ip_to_uplink::<V4>(ctx.skb.skb),
+        Carried::Ipv6 => ip_to_uplink::<V6>(ctx.skb.skb),
+        _ => uplink::other_to_uplink(&ctx).unwrap_or_else(Verdict::from).finish(&ctx),
+    }
 }
+
+/// cgroup hook of `connect`, and what libraries make of it.
+#[cgroup_sock_addr(connect4)]
+fn connect4(ctx: SockAddrContext) -> i32 {
+    socket::dial::<Inet4>(&ctx)
+}
+
+/// cgroup hook of `connect`, and what libraries make of it, with IPv6 addresses.
+#[cgroup_sock_addr(connect6)]
+fn connect6(ctx: SockAddrContext) -> i32 {
+    socket::dial::<Inet6>(&ctx)
+}
+
+/// cgroup hook of `sendto` and `sendmsg` of unconnected UDP sockets (Linux 4.18).
+#[cgroup_sock_addr(sendmsg4)]
+fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    socket::dial::<Inet4>(&ctx)
+}
+
+/// cgroup hook of `sendto` and `sendmsg` of unconnected UDP sockets (Linux 4.18), with IPv6
+/// addresses.
+#[cgroup_sock_addr(sendmsg6)]
+fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    socket::dial::<Inet6>(&ctx)
+}
+
+/// cgroup hook of `recvfrom` and `recvmsg` of UDP sockets (Linux 5.2).
+#[cgroup_sock_addr(recvmsg4)]
+fn recvmsg4(ctx: SockAddrContext) -> i32 {
+    socket::name_peer::<Inet4>(&ctx)
+}
+
+/// cgroup hook of `recvfrom` and `recvmsg` of UDP sockets (Linux 5.2), with IPv6 addresses.
+#[cgroup_sock_addr(recvmsg6)]
+fn recvmsg6(ctx: SockAddrContext) -> i32 {
+    socket::name_peer::<Inet6>(&ctx)
+}
+
+/// cgroup hook of `getpeername` (Linux 5.8).
+#[cgroup_sock_addr(getpeername4)]
+fn getpeername4(ctx: SockAddrContext) -> i32 {
+    socket::name_peer::<Inet4>(&ctx)
+}
+
+/// cgroup hook of `getpeername` (Linux 5.8), with IPv6 addresses.
+#[cgroup_sock_addr(getpeername6)]
+fn getpeername6(ctx: SockAddrContext) -> i32 {
+    socket::name_peer::<Inet6>(&ctx)
+}
+
+/// cgroup hook of a socket's last `close` (Linux 5.9).
+#[cgroup_sock(sock_release)]
+fn sock_release(ctx: SockContext) -> i32 {
+    socket::release(&ctx)
+}
+
+/// An order of the agent about IPv4 flows: on no hook, run by hand.
+#[classifier]
+fn collect4(ctx: TcContext) -> i32 {
+    aging::collect::<V4>(ctx.skb.skb)
+}
+
+/// An order of the agent about IPv6 flows: on no hook, run by hand.
+#[classifier]
+fn collect6(ctx: TcContext) -> i32 {
+    aging::collect::<V6>(ctx.skb.skb)
+}
+
+/// A part of a program as a sub-program: its stack is its own.
+macro_rules! part {
+    ($name:ident$(<$family:ident>)?, $decide:path) => {
+        #[inline(never)]
+        fn $name$(<$family: Family>)?(skb: *mut __sk_buff) -> i32 {
+            let ctx = TcContext::new(skb);
+            $decide(&ctx).unwrap_or_else(Verdict::from).finish(&ctx)
+        }
+    };
+}
+
+part!(ip_from_container<F>, container::from_container::<F>);
+part!(arp_from_container, container::arp_from_container);
+part!(other_from_container, container::other_from_container);
+part!(ip_into_network<F>, bridge::into_network::<F>);
+part!(ip_from_uplink<F>, uplink::from_uplink::<F>);
+part!(ip_to_uplink<F>, uplink::to_uplink::<F>);
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {

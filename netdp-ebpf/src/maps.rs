@@ -1,44 +1,40 @@
 //! Every map, and the only code that follows pointers into them.
 //!
-//! The agent pins them by name and writes all but FLOW4, FRAGMENT4 and the numbers in COUNTERS. The
-//! per-CPU arrays are scratch of one program run: not pinned, and read by nobody else.
+//! The agent pins them by name and writes all but the flow and fragment tables, SOCKET_ORIGIN and the
+//! numbers in COUNTERS. The per-CPU arrays are scratch of one program run: not pinned, and read by nobody
+//! else.
+
+use core::arch::asm;
 
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
+    helpers::generated::bpf_map_pop_elem,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, Queue, lpm_trie::Key},
 };
 use netdp_common::{
-    addr::Be32,
+    addr::{Address, Be32, Be128},
+    aging::Collection,
     config::Config,
-    counter::{Counter, CounterKey, Reason},
-    endpoint::Endpoint4,
-    flow::{FLOWS_DEFAULT, Flow4, FlowKey4},
-    fragment::{FragmentKey4, Ports},
+    counter::{Counter, CounterKey},
+    endpoint::Endpoint,
+    flow::{FLOWS_DEFAULT, Flow, FlowKey, seen},
+    fragment::{FragmentKey, Ports},
     interface::Interface,
     network::{NETWORKS_MAX, Network},
-    policy::{PREFIX_BASE, PolicyKey4, PolicyVerdict},
-    publish::{Published4, PublishedKey4},
+    policy::{PREFIX_BASE, PolicyKey, PolicyVerdict},
+    publish::{Published, PublishedKey},
+    socket::{SocketAddress, SocketPeer},
 };
 
-use crate::{flow::NewFlow, packet::Headers, rewrite::Rewrite};
-
-/// Halves of flows. Written by the programs, collected by the agent. Full: new flows are refused.
-#[map]
-static FLOW4: HashMap<FlowKey4, Flow4> = HashMap::with_max_entries(2 * FLOWS_DEFAULT, 0);
-
-/// Ports of datagrams in fragments. Full: the oldest datagram is forgotten.
-#[map]
-static FRAGMENT4: LruHashMap<FragmentKey4, Ports> = LruHashMap::with_max_entries(8192, 0);
-
-/// Published ports. Full: the agent refuses to publish.
-#[map]
-static PUBLISHED4: HashMap<PublishedKey4, Published4> =
-    HashMap::with_max_entries(262_144, BPF_F_NO_PREALLOC);
-
-/// Container addresses. Full: the agent refuses to connect.
-#[map]
-static ENDPOINT4: HashMap<Be32, Endpoint4> = HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+use crate::{
+    aging::Suspect,
+    family::{Family, V4, V6},
+    flow::NewFlow,
+    packet::Headers,
+    refuse::Allowance,
+    rewrite::Rewrite,
+};
 
 /// Interfaces with a program, by ifindex. Full: the agent refuses to connect.
 #[map]
@@ -48,148 +44,416 @@ static INTERFACE: HashMap<u32, Interface> = HashMap::with_max_entries(65_536, BP
 #[map]
 static NETWORK: Array<Network> = Array::with_max_entries(NETWORKS_MAX, 0);
 
-/// Subnets of all networks → network id. Full: the agent refuses to create.
+/// What sockets of the host dialled. Written by the socket hooks, purged by the agent. Full: the
+/// socket that was silent for the longest time is forgotten and sees the container's own address.
 #[map]
-static SUBNET4: LpmTrie<Be32, u32> = LpmTrie::with_max_entries(NETWORKS_MAX, BPF_F_NO_PREALLOC);
-
-/// The host's own addresses → 1. Full: the agent says so; the rest is not published on.
-#[map]
-static LOCAL4: HashMap<Be32, u32> = HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
-
-/// Compiled policies. Full: the agent refuses the policy.
-#[map]
-static POLICY4: LpmTrie<PolicyKey4, PolicyVerdict> =
-    LpmTrie::with_max_entries(1_048_576, BPF_F_NO_PREALLOC);
+static SOCKET_ORIGIN: LruHashMap<SocketPeer, SocketAddress> =
+    LruHashMap::with_max_entries(32_768, 0);
 
 /// The one [`Config`].
 #[map]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+
+/// The one [`Collection`].
+#[map]
+static COLLECTION: Array<Collection> = Array::with_max_entries(1, 0);
+
+/// Flows that each endpoint has opened, by its generation; the agent makes the row with the
+/// endpoint.
+#[map]
+static USAGE: HashMap<u32, u64> = HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+
+/// How often each endpoint was told of what is refused, by ifindex. Full: the one that was told
+/// longest ago starts afresh.
+#[map]
+static ALLOWANCE: LruHashMap<u32, Allowance> = LruHashMap::with_max_entries(4096, 0);
 
 /// Counters; the agent makes the rows of a network with the network.
 #[map]
 static COUNTERS: PerCpuHashMap<CounterKey, Counter> =
     PerCpuHashMap::with_max_entries(NETWORKS_MAX * 32, BPF_F_NO_PREALLOC);
 
-/// Room for the headers of the packet at hand.
-#[map]
-static HEADERS: PerCpuArray<Headers> = PerCpuArray::with_max_entries(1, 0);
+/// The maps of a family.
+pub(crate) trait Maps: Sized {
+    /// Its addresses.
+    type Address: Address;
 
-/// Room for a copy of the half that the packet at hand follows.
-#[map]
-static HALF: PerCpuArray<Flow4> = PerCpuArray::with_max_entries(1, 0);
+    /// Finds a half.
+    fn flow(key: &FlowKey<Self::Address>) -> Option<FlowRef<Self::Address>>;
 
-/// Room for the one rewrite that a CPU may be at.
-#[map]
-static REWRITE: PerCpuArray<Rewrite> = PerCpuArray::with_max_entries(1, 0);
+    /// Inserts a half unless there is one. Errors: the kernel's, -EEXIST or -E2BIG.
+    fn insert_flow(key: &FlowKey<Self::Address>, half: &Flow<Self::Address>) -> Result<(), i32>;
 
-/// Room for the one flow that a CPU may be opening.
-#[map]
-static NEW_FLOW: PerCpuArray<NewFlow> = PerCpuArray::with_max_entries(1, 0);
+    /// Removes a half. Returns whether it was there.
+    fn remove_flow(key: &FlowKey<Self::Address>) -> bool;
+
+    /// Notes a new flow. Returns whether there was room.
+    fn enqueue(key: &FlowKey<Self::Address>) -> bool;
+
+    /// Takes out the flow that was noted first. Returns whether there was one.
+    fn dequeue(key: &mut FlowKey<Self::Address>) -> bool;
+
+    /// Remembers the ports of a datagram whose first fragment this is.
+    fn remember_fragment(key: &FragmentKey<Self::Address>, ports: &Ports);
+
+    /// The ports of a later fragment's datagram.
+    fn fragment(key: &FragmentKey<Self::Address>) -> Option<Ports>;
+
+    /// The target of a published port.
+    fn published(key: &PublishedKey<Self::Address>) -> Option<Published<Self::Address>>;
+
+    /// The container with this address.
+    fn endpoint(address: Self::Address) -> Option<&'static Endpoint>;
+
+    /// The network whose subnet the address lies in.
+    fn network_of(address: Self::Address) -> Option<u32>;
+
+    /// Whether the host itself has the address.
+    fn is_local(address: Self::Address) -> bool;
+
+    /// What the policy says of a source; `None` where no rule matches.
+    fn policy(key: PolicyKey<Self::Address>) -> Option<PolicyVerdict>;
+
+    /// Room for a packet's headers; holds what was there before.
+    fn headers() -> Option<&'static mut Headers<Self>>
+    where
+        Self: Family;
+
+    /// Room for a copy of a half; holds what was there before.
+    fn half() -> Option<&'static mut Flow<Self::Address>>;
+
+    /// Room for what is to be rewritten; holds what was there before.
+    fn rewrite() -> Option<&'static mut Rewrite<Self>>
+    where
+        Self: Family;
+
+    /// Room for a flow that is to be opened; holds what was there before.
+    fn new_flow() -> Option<&'static mut NewFlow<Self>>
+    where
+        Self: Family;
+
+    /// Room for a flow that may have to go; holds what was there before.
+    fn suspect() -> Option<&'static mut Suspect<Self>>
+    where
+        Self: Family;
+}
+
+/// The maps of one family, and the way to them.
+macro_rules! maps {
+    (
+        $family:ident, $address:ident, $flow:ident, $pending:ident, $fragment:ident, $published:ident,
+        $endpoint:ident, $subnet:ident, $local:ident, $policy:ident, $headers:ident, $half:ident,
+        $rewrite:ident, $new_flow:ident, $suspect:ident
+    ) => {
+        /// Halves of flows. Written by the programs, collected by the agent. Full: new flows are
+        /// refused.
+        #[map]
+        static $flow: HashMap<FlowKey<$address>, Flow<$address>> =
+            HashMap::with_max_entries(2 * FLOWS_DEFAULT, 0);
+
+        /// Keys of flows in the order in which they were opened. Full: the oldest are looked after.
+        #[map]
+        static $pending: Queue<FlowKey<$address>> = Queue::with_max_entries(FLOWS_DEFAULT, 0);
+
+        /// Ports of datagrams in fragments. Full: the oldest datagram is forgotten.
+        #[map]
+        static $fragment: LruHashMap<FragmentKey<$address>, Ports> =
+            LruHashMap::with_max_entries(8192, 0);
+
+        /// Published ports. Full: the agent refuses to publish.
+        #[map]
+        static $published: HashMap<PublishedKey<$address>, Published<$address>> =
+            HashMap::with_max_entries(262_144, BPF_F_NO_PREALLOC);
+
+        /// Container addresses. Full: the agent refuses to connect.
+        #[map]
+        static $endpoint: HashMap<$address, Endpoint> =
+            HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+
+        /// Subnets of all networks → network id. Full: the agent refuses to create.
+        #[map]
+        static $subnet: LpmTrie<$address, u32> =
+            LpmTrie::with_max_entries(NETWORKS_MAX, BPF_F_NO_PREALLOC);
+
+        /// The host's own addresses → 1. Full: the agent says so; the rest is not published on.
+        #[map]
+        static $local: HashMap<$address, u32> =
+            HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+
+        /// Compiled policies. Full: the agent refuses the policy.
+        #[map]
+        static $policy: LpmTrie<PolicyKey<$address>, PolicyVerdict> =
+            LpmTrie::with_max_entries(1_048_576, BPF_F_NO_PREALLOC);
+
+        /// Room for the headers of the packet at hand.
+        #[map]
+        static $headers: PerCpuArray<Headers<$family>> = PerCpuArray::with_max_entries(1, 0);
+
+        /// Room for a copy of the half that the packet at hand follows.
+        #[map]
+        static $half: PerCpuArray<Flow<$address>> = PerCpuArray::with_max_entries(1, 0);
+
+        /// Room for the one rewrite that a CPU may be at.
+        #[map]
+        static $rewrite: PerCpuArray<Rewrite<$family>> = PerCpuArray::with_max_entries(1, 0);
+
+        /// Room for the one flow that a CPU may be opening.
+        #[map]
+        static $new_flow: PerCpuArray<NewFlow<$family>> = PerCpuArray::with_max_entries(1, 0);
+
+        /// Room for the one flow that a CPU may be removing.
+        #[map]
+        static $suspect: PerCpuArray<Suspect<$family>> = PerCpuArray::with_max_entries(1, 0);
+
+        impl Maps for $family {
+            type Address = $address;
+
+            #[inline(always)]
+            fn flow(key: &FlowKey<$address>) -> Option<FlowRef<$address>> {
+                $flow.get_ptr_mut(key).map(FlowRef)
+            }
+
+            #[inline(always)]
+            fn insert_flow(key: &FlowKey<$address>, half: &Flow<$address>) -> Result<(), i32> {
+                $flow.insert(key, half, u64::from(BPF_NOEXIST))
+            }
+
+            #[inline(always)]
+            fn remove_flow(key: &FlowKey<$address>) -> bool {
+                $flow.remove(key).is_ok()
+            }
+
+            #[inline(always)]
+            fn enqueue(key: &FlowKey<$address>) -> bool {
+                $pending.push(key, 0).is_ok()
+            }
+
+            #[inline(always)]
+            fn dequeue(key: &mut FlowKey<$address>) -> bool {
+                let queue = (&raw const $pending).cast_mut().cast();
+                // SAFETY: the map is a queue of such keys. `Queue::pop` would take the detour
+                // over the stack, where there is no room.
+                unsafe { bpf_map_pop_elem(queue, (&raw mut *key).cast()) == 0 }
+            }
+
+            #[inline(always)]
+            fn remember_fragment(key: &FragmentKey<$address>, ports: &Ports) {
+                let _ = $fragment.insert(key, ports, 0);
+            }
+
+            #[inline(always)]
+            fn fragment(key: &FragmentKey<$address>) -> Option<Ports> {
+                // SAFETY: entries are only ever written whole by updates of the map.
+                unsafe { $fragment.get(key) }.copied()
+            }
+
+            #[inline(always)]
+            fn published(key: &PublishedKey<$address>) -> Option<Published<$address>> {
+                // SAFETY: entries are only ever written whole by updates of the map.
+                unsafe { $published.get(key) }.copied()
+            }
+
+            #[inline(always)]
+            fn endpoint(address: $address) -> Option<&'static Endpoint> {
+                // SAFETY: entries are only ever written whole by updates of the map.
+                unsafe { $endpoint.get(address) }
+            }
+
+            #[inline(always)]
+            fn network_of(address: $address) -> Option<u32> {
+                $subnet.get(Key::new($address::BITS, address)).copied()
+            }
+
+            #[inline(always)]
+            fn is_local(address: $address) -> bool {
+                $local.get_ptr(address).is_some()
+            }
+
+            #[inline(always)]
+            fn policy(key: PolicyKey<$address>) -> Option<PolicyVerdict> {
+                $policy.get(Key::new(PREFIX_BASE + $address::BITS, key)).copied()
+            }
+
+            #[inline(always)]
+            fn headers() -> Option<&'static mut Headers<Self>> {
+                scratch(&$headers)
+            }
+
+            #[inline(always)]
+            fn half() -> Option<&'static mut Flow<$address>> {
+                scratch(&$half)
+            }
+
+            #[inline(always)]
+            fn rewrite() -> Option<&'static mut Rewrite<Self>> {
+                scratch(&$rewrite)
+            }
+
+            #[inline(always)]
+            fn new_flow() -> Option<&'static mut NewFlow<Self>> {
+                scratch(&$new_flow)
+            }
+
+            #[inline(always)]
+            fn suspect() -> Option<&'static mut Suspect<Self>> {
+                scratch(&$suspect)
+            }
+        }
+    };
+}
+
+maps!(
+    V4, Be32, FLOW4, PENDING4, FRAGMENT4, PUBLISHED4, ENDPOINT4, SUBNET4, LOCAL4, POLICY4,
+    HEADERS4, HALF4, REWRITE4, NEW_FLOW4, SUSPECT4
+);
+maps!(
+    V6, Be128, FLOW6, PENDING6, FRAGMENT6, PUBLISHED6, ENDPOINT6, SUBNET6, LOCAL6, POLICY6,
+    HEADERS6, HALF6, REWRITE6, NEW_FLOW6, SUSPECT6
+);
+
+/// An endpoint's allowance of errors.
+#[inline(always)]
+pub(crate) fn allowance(ifindex: u32) -> Option<&'static mut Allowance> {
+    if ALLOWANCE.get_ptr(ifindex).is_none() {
+        let _ = ALLOWANCE.insert(ifindex, Allowance::default(), 0);
+    }
+    let allowance = ALLOWANCE.get_ptr_mut(ifindex)?;
+    // SAFETY: checked for null by the lookup. Numbers that two CPUs write at once are still
+    // numbers, and a slot of the map keeps its size when it is reused.
+    Some(unsafe { &mut *allowance })
+}
+
+/// This CPU's room.
+#[expect(clippy::mut_from_ref, reason = "each CPU has a room of its own in the map")]
+#[inline(always)]
+fn scratch<T>(map: &'static PerCpuArray<T>) -> Option<&'static mut T> {
+    let room = map.get_ptr_mut(0)?;
+    // SAFETY: this CPU's own, checked for null by the lookup. A hook is done with it before the
+    // packet reaches the next one.
+    Some(unsafe { &mut *room })
+}
 
 /// A half in the map. Its slot may be reused for another flow at any time after a removal: what
 /// is written through it must be harmless there.
 #[derive(Clone, Copy)]
-pub(crate) struct FlowRef(*mut Flow4);
+pub(crate) struct FlowRef<A>(*mut Flow<A>);
 
-impl FlowRef {
-    /// A copy of the half.
+impl<A: Address> FlowRef<A> {
+    /// Copies the half into a map.
     #[inline(always)]
-    pub(crate) fn load(self) -> Flow4 {
-        // SAFETY: the pointer comes from a map lookup and was checked for null.
-        unsafe { *self.0 }
+    pub(crate) fn copy_to(self, copy: &mut Flow<A>) {
+        let (from, to): (*const u64, *mut u64) = (self.0.cast(), (&raw mut *copy).cast());
+        // Word by word: of a whole assignment the compiler would make a detour over the stack.
+        for word in 0..size_of::<Flow<A>>() / size_of::<u64>() {
+            // SAFETY: the pointer comes from a map lookup and was checked for null. The kernel
+            // aligns values of maps to 8 bytes; a half is a whole number of words.
+            let value = unsafe { from.wrapping_add(word).read_volatile() };
+            // SAFETY: `copy` lies in a map, too.
+            unsafe { to.wrapping_add(word).write_volatile(value) };
+        }
     }
 
-    /// Copies the half.
+    /// Generation of the container whose packets the half is for.
     #[inline(always)]
-    pub(crate) fn copy_to(self, copy: &mut Flow4) {
-        // SAFETY: as in `load`.
-        *copy = unsafe { *self.0 };
+    pub(crate) fn generation(self) -> u32 {
+        // SAFETY: as in `copy_to`; an aligned word.
+        unsafe { (*self.0).generation }
+    }
+
+    /// See [`Flow::last_seen`].
+    #[inline(always)]
+    pub(crate) fn last_seen(self) -> u32 {
+        // SAFETY: as in `copy_to`; an aligned word.
+        unsafe { (*self.0).last_seen }
+    }
+
+    /// Bits of [`seen`].
+    #[inline(always)]
+    pub(crate) fn seen(self) -> u8 {
+        // SAFETY: as in `copy_to`; one byte.
+        unsafe { (*self.0).seen }
+    }
+
+    /// The acknowledgement number that the direction last sent, if it sent one.
+    #[inline(always)]
+    pub(crate) fn acknowledged(self) -> Option<u32> {
+        // SAFETY: as in `copy_to`; an aligned word.
+        (self.seen() & seen::ACK != 0).then(|| unsafe { (*self.0).acknowledged })
     }
 
     /// Whether it leads where `half` would lead, for the same container.
     #[inline(always)]
-    pub(crate) fn leads_where(self, half: &Flow4) -> bool {
-        // SAFETY: as in `load`.
+    pub(crate) fn leads_where(self, half: &Flow<A>) -> bool {
+        // SAFETY: as in `copy_to`.
         let found = unsafe { &*self.0 };
-        found.to.src == half.to.src
-            && found.to.dst == half.to.dst
-            && found.to.sport == half.to.sport
-            && found.to.dport == half.to.dport
-            && found.reply_zone == half.reply_zone
-            && found.generation == half.generation
+        let differences = found.to.xor(half.to)
+            | (found.reply_zone ^ half.reply_zone)
+            | (found.generation ^ half.generation);
+        differences == 0
     }
 
     /// Notes a packet. Writes only what is new: an idle cache line stays shared.
     #[inline(always)]
-    pub(crate) fn touch(self, half: &Flow4, seen: u8, now: u32) {
+    pub(crate) fn touch(self, half: &Flow<A>, seen: u8, now: u32) {
         if half.last_seen != now {
-            // SAFETY: as in `load`; an aligned word.
+            // SAFETY: as in `copy_to`; an aligned word.
             unsafe { (*self.0).last_seen = now };
         }
-        if half.seen | seen != half.seen {
-            // SAFETY: as in `load`; one byte.
-            unsafe { (*self.0).seen = half.seen | seen };
+        self.show(half, seen);
+    }
+
+    /// Notes the time alone.
+    #[inline(always)]
+    pub(crate) fn refresh(self, now: u32) {
+        // SAFETY: as in `copy_to`; an aligned word.
+        unsafe { (*self.0).last_seen = now };
+    }
+
+    /// Notes what a packet shows, without refreshing the half.
+    #[inline(always)]
+    pub(crate) fn show(self, half: &Flow<A>, seen: u8) {
+        if half.seen != seen {
+            // SAFETY: as in `copy_to`; one byte.
+            unsafe { (*self.0).seen = seen };
         }
     }
 
-    /// Forgets what was seen, for a new connection between the same ports.
+    /// Notes what the direction acknowledges.
     #[inline(always)]
-    pub(crate) fn restart(self) {
-        // SAFETY: as in `load`; one byte.
-        unsafe { (*self.0).seen = 0 };
+    pub(crate) fn acknowledge(self, half: &Flow<A>, number: u32) {
+        if half.acknowledged != number {
+            // SAFETY: as in `copy_to`; an aligned word.
+            unsafe { (*self.0).acknowledged = number };
+        }
+    }
+
+    /// Whether the answer to what leaves by this half arrives at `key`.
+    #[inline(always)]
+    pub(crate) fn leads_to(self, key: &FlowKey<A>) -> bool {
+        // SAFETY: as in `copy_to`.
+        let found = unsafe { &*self.0 };
+        let differences = found.to.src.xor(key.tuple.dst)
+            | found.to.dst.xor(key.tuple.src)
+            | u32::from(found.to.sport.raw ^ key.tuple.dport.raw)
+            | u32::from(found.to.dport.raw ^ key.tuple.sport.raw)
+            | (found.reply_zone ^ key.zone);
+        differences == 0
+    }
+
+    /// Forgets what was seen but for this, for a new connection between the same ports.
+    #[inline(always)]
+    pub(crate) fn restart(self, seen: u8, now: u32) {
+        // SAFETY: as in `copy_to`; one byte.
+        unsafe { (*self.0).seen = seen };
+        self.refresh(now);
     }
 
     /// Notes that the policy of this generation lets the flow pass.
     #[inline(always)]
     pub(crate) fn approve(self, policy_generation: u32) {
-        // SAFETY: as in `load`; an aligned word.
+        // SAFETY: as in `copy_to`; an aligned word.
         unsafe { (*self.0).policy_generation = policy_generation };
     }
-}
-
-/// Finds a half.
-#[inline(always)]
-pub(crate) fn flow(key: &FlowKey4) -> Option<FlowRef> {
-    FLOW4.get_ptr_mut(key).map(FlowRef)
-}
-
-/// Inserts a half unless there is one. Errors: the kernel's, -EEXIST or -E2BIG.
-#[inline(always)]
-pub(crate) fn insert_flow(key: &FlowKey4, half: &Flow4) -> Result<(), i32> {
-    FLOW4.insert(key, half, u64::from(BPF_NOEXIST))
-}
-
-/// Removes a half; it may be gone already.
-#[inline(always)]
-pub(crate) fn remove_flow(key: &FlowKey4) {
-    let _ = FLOW4.remove(key);
-}
-
-/// Remembers the ports of a datagram whose first fragment this is.
-#[inline(always)]
-pub(crate) fn remember_fragment(key: &FragmentKey4, ports: &Ports) {
-    let _ = FRAGMENT4.insert(key, ports, 0);
-}
-
-/// The ports of a later fragment's datagram.
-#[inline(always)]
-pub(crate) fn fragment(key: &FragmentKey4) -> Option<Ports> {
-    // SAFETY: entries are only ever written whole by updates of the map.
-    unsafe { FRAGMENT4.get(key) }.copied()
-}
-
-/// The target of a published port.
-#[inline(always)]
-pub(crate) fn published(key: &PublishedKey4) -> Option<Published4> {
-    // SAFETY: entries are only ever written whole by updates of the map.
-    unsafe { PUBLISHED4.get(key) }.copied()
-}
-
-/// The container with this address.
-#[inline(always)]
-pub(crate) fn endpoint(address: Be32) -> Option<&'static Endpoint4> {
-    // SAFETY: entries are only ever written whole by updates of the map.
-    unsafe { ENDPOINT4.get(address) }
 }
 
 /// What an interface is to us.
@@ -205,55 +469,58 @@ pub(crate) fn network(id: u32) -> Option<&'static Network> {
     NETWORK.get(id).filter(|network| network.has(netdp_common::network::flag::PRESENT))
 }
 
-/// The network whose subnet the address lies in.
+/// How flows end at present.
 #[inline(always)]
-pub(crate) fn subnet(address: Be32) -> Option<u32> {
-    SUBNET4.get(Key::new(32, address)).copied()
+pub(crate) fn collection() -> Option<&'static Collection> {
+    COLLECTION.get(0)
 }
 
-/// Whether the host itself has the address.
-#[inline(always)]
-pub(crate) fn is_local(address: Be32) -> bool {
-    LOCAL4.get_ptr(address).is_some()
+/// The number of flows that an endpoint has opened.
+#[derive(Clone, Copy)]
+pub(crate) struct Usage(*mut u64);
+
+impl Usage {
+    /// As it was a moment ago.
+    #[inline(always)]
+    pub(crate) fn get(self) -> u64 {
+        // SAFETY: an aligned word of a map, checked for null by the lookup.
+        unsafe { self.0.read_volatile() }
+    }
+
+    /// Adds to it; other CPUs do, too.
+    #[inline(always)]
+    pub(crate) fn add(self, number: i64) {
+        // The target has this instruction from its first version on, but none that returns a
+        // value (Linux 5.12), so `core` offers no atomics for it.
+        // SAFETY: as in `get`; the kernel's programs touch the word in no other way.
+        unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) self.0, in(reg) number) };
+    }
 }
 
-/// What the policy says of a source; `None` where no rule matches.
+/// See [`Usage`]; `None` where the agent counts for nobody.
 #[inline(always)]
-pub(crate) fn policy(key: PolicyKey4) -> Option<PolicyVerdict> {
-    POLICY4.get(Key::new(PREFIX_BASE + 32, key)).copied()
+pub(crate) fn usage(generation: u32) -> Option<Usage> {
+    USAGE.get_ptr_mut(generation).map(Usage)
 }
 
-/// Room for a packet's headers; holds what was there before.
+/// What a socket of the host dialled before it came to talk to this peer.
 #[inline(always)]
-pub(crate) fn headers() -> Option<&'static mut Headers> {
-    let room = HEADERS.get_ptr_mut(0)?;
-    // SAFETY: as in `rewrite`.
-    Some(unsafe { &mut *room })
+pub(crate) fn socket_origin(peer: &SocketPeer) -> Option<SocketAddress> {
+    // SAFETY: entries are only ever written whole by updates of the map.
+    unsafe { SOCKET_ORIGIN.get(peer) }.copied()
 }
 
-/// Room for a copy of a half; holds what was there before.
+/// Remembers what a socket dialled. Where there is no memory for it, the socket sees the
+/// container's own address.
 #[inline(always)]
-pub(crate) fn half() -> Option<&'static mut Flow4> {
-    let room = HALF.get_ptr_mut(0)?;
-    // SAFETY: as in `rewrite`.
-    Some(unsafe { &mut *room })
+pub(crate) fn remember_socket_origin(peer: &SocketPeer, dialled: &SocketAddress) {
+    let _ = SOCKET_ORIGIN.insert(peer, dialled, 0);
 }
 
-/// Room for what is to be rewritten; holds what was there before.
+/// Forgets what a socket dialled; it may be forgotten already.
 #[inline(always)]
-pub(crate) fn rewrite() -> Option<&'static mut Rewrite> {
-    let room = REWRITE.get_ptr_mut(0)?;
-    // SAFETY: this CPU's own, checked for null by the lookup. A hook is done with it before the
-    // packet reaches the next one.
-    Some(unsafe { &mut *room })
-}
-
-/// Room for a flow that is to be opened; holds what was there before.
-#[inline(always)]
-pub(crate) fn new_flow() -> Option<&'static mut NewFlow> {
-    let room = NEW_FLOW.get_ptr_mut(0)?;
-    // SAFETY: as in `rewrite`.
-    Some(unsafe { &mut *room })
+pub(crate) fn forget_socket_origin(peer: &SocketPeer) {
+    let _ = SOCKET_ORIGIN.remove(peer);
 }
 
 /// The host's port ranges.
@@ -262,10 +529,11 @@ pub(crate) fn config() -> Option<&'static Config> {
     CONFIG.get(0)
 }
 
-/// Counts a packet; a row that the agent has not made is not counted.
+/// Counts a packet for a reason ([`netdp_common::counter::Reason`]), given by its number; a row that the agent has not made is not
+/// counted.
 #[inline(always)]
-pub(crate) fn count(network: u32, reason: Reason, bytes: u32) {
-    let key = CounterKey { network, reason: reason as u32 };
+pub(crate) fn count(network: u32, reason: u32, bytes: u32) {
+    let key = CounterKey { network, reason };
     if let Some(counter) = COUNTERS.get_ptr_mut(key) {
         // SAFETY: this CPU's own copy, checked for null by the lookup.
         let counter = unsafe { &mut *counter };

@@ -13,35 +13,27 @@ use aya_ebpf::{
     programs::{TcContext, sk_buff::SkBuff},
 };
 use netdp_common::{
-    addr::{Be16, Be32, Tuple4},
+    addr::{Be16, Be32, Tuple},
     counter::Reason,
-    flow::{IPPROTO_ICMP, IPPROTO_TCP, IPPROTO_UDP, seen},
-    fragment::{FragmentKey4, Ports},
+    flow::{IPPROTO_SCTP, IPPROTO_TCP, IPPROTO_UDP, seen},
+    fragment::{FragmentKey, Ports},
+    interface::{Interface, flag as interface_flag},
 };
 use network_types::{
     eth::{EthHdr, EtherType},
     icmp::Icmpv4Hdr,
-    ip::Ipv4Hdr,
     tcp::TcpHdr,
     udp::UdpHdr,
 };
 
 use crate::{
-    maps, rewrite,
+    family::Family,
+    maps,
     verdict::{Decision, drop},
 };
 
-/// Bits of the IPv4 header's flags and fragment offset (RFC 791, 3.1).
-const FRAGMENT_OFFSET: u16 = 0x1fff;
-const MORE_FRAGMENTS: u16 = 0x2000;
-const ICMP_ECHO_REPLY: u8 = 0;
-const ICMP_UNREACHABLE: u8 = 3;
-const ICMP_ECHO: u8 = 8;
-const ICMP_TIME_EXCEEDED: u8 = 11;
-const ICMP_PARAMETER_PROBLEM: u8 = 12;
 /// What an error quotes at least of the transport header it is about (RFC 792).
 const QUOTED_TRANSPORT: usize = 8;
-const AF_INET: u8 = 2;
 const PACKET_OTHERHOST: u32 = 3;
 const VLAN_ID: u32 = 0x0fff;
 
@@ -82,33 +74,75 @@ pub(crate) fn is_for_another(ctx: &TcContext) -> bool {
     kind == PACKET_OTHERHOST || tag & VLAN_ID != 0
 }
 
-/// The Ethernet header.
+/// The first of the words in which whoever runs a program by hand may leave a number.
+#[inline(always)]
+pub(crate) fn control_word(skb: *mut __sk_buff) -> u32 {
+    // SAFETY: the context is valid for the whole run of the program.
+    unsafe { (*skb).cb[0] }
+}
+
+/// What a frame carries.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Carried {
+    Arp,
+    Ipv4,
+    Ipv6,
+    Other,
+}
+
+impl Carried {
+    /// What the kernel takes the packet for.
+    #[inline(always)]
+    pub(crate) fn by_protocol(ctx: &TcContext) -> Self {
+        const ARP: u32 = EtherType::Arp as u32;
+        const IPV4: u32 = EtherType::Ipv4 as u32;
+        const IPV6: u32 = EtherType::Ipv6 as u32;
+        let skb: *mut __sk_buff = ctx.skb.skb;
+        // SAFETY: the context is valid for the whole run of the program.
+        match unsafe { (*skb).protocol } {
+            ARP => Self::Arp,
+            IPV4 => Self::Ipv4,
+            IPV6 => Self::Ipv6,
+            _ => Self::Other,
+        }
+    }
+
+    /// What a packet of an uplink carries, which may have no Ethernet header. The kernel knows of
+    /// most; of the rest the IP header itself tells.
+    #[inline(always)]
+    pub(crate) fn by(ctx: &TcContext) -> Self {
+        let said = Self::by_protocol(ctx);
+        if said != Self::Other {
+            return said;
+        }
+        let has_no_header = maps::interface(ifindex(ctx))
+            .is_some_and(|interface| interface.flags & interface_flag::ETHERNET == 0);
+        match ctx.load::<u8>(0).map(|first| first >> 4) {
+            Ok(4) if has_no_header => Self::Ipv4,
+            Ok(6) if has_no_header => Self::Ipv6,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// Offset of the IP header in what an interface sends and receives.
+#[inline(always)]
+pub(crate) fn ip_offset(interface: &Interface) -> usize {
+    if interface.flags & interface_flag::ETHERNET == 0 { 0 } else { EthHdr::LEN }
+}
+
+/// The MAC addresses of a frame.
+#[repr(C)]
 pub(crate) struct Frame {
     pub(crate) destination: [u8; 6],
     pub(crate) source: [u8; 6],
-    ether_type: u16,
 }
 
 impl Frame {
     /// Errors: the frame is too short.
     #[inline(always)]
     pub(crate) fn parse(ctx: &TcContext) -> Result<Self, Reason> {
-        let header: EthHdr = ctx.load(0).map_err(|_| Reason::Malformed)?;
-        Ok(Self {
-            destination: header.dst_addr,
-            source: header.src_addr,
-            ether_type: header.ether_type,
-        })
-    }
-
-    #[inline(always)]
-    pub(crate) fn is_ipv4(&self) -> bool {
-        self.ether_type == EtherType::Ipv4 as u16
-    }
-
-    #[inline(always)]
-    pub(crate) fn is_arp(&self) -> bool {
-        self.ether_type == EtherType::Arp as u16
+        ctx.load(0).map_err(|_| Reason::Malformed)
     }
 }
 
@@ -136,6 +170,27 @@ impl Arp {
     }
 }
 
+/// What the headers before the transport say.
+pub(crate) struct Datagram<A> {
+    pub(crate) src: A,
+    pub(crate) dst: A,
+    /// Protocol of the transport.
+    pub(crate) proto: u8,
+    pub(crate) ttl: u8,
+    /// A later fragment: no transport header in it.
+    pub(crate) headless: bool,
+    /// The first of several fragments.
+    pub(crate) heads_fragments: bool,
+    /// Identification, as in [`FragmentKey::id`].
+    pub(crate) id: Be32,
+    /// As in [`FragmentKey::proto`].
+    pub(crate) fragment_proto: u8,
+    /// Offset of the transport header.
+    pub(crate) l4: usize,
+    /// Offset of the packet's end, as the header has it.
+    pub(crate) end: usize,
+}
+
 /// What follows the IP header, as far as flows care.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Transport {
@@ -145,45 +200,31 @@ pub(crate) enum Transport {
     Query,
     /// An ICMP error about a packet that belongs, or could, to a flow.
     Error,
+    /// SCTP: its checksum covers the whole packet, so its ports stay as they are.
+    Sctp,
+    /// No ports: known by its addresses.
+    Addresses,
     /// Not tracked; the reason for which it is dropped where only flows may pass.
     Untracked(Reason),
 }
 
-/// Where the packet that an error quotes lies, in bytes from the first header that the hook sees.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Quoted {
-    pub(crate) ip: u32,
-    pub(crate) l4: u32,
-    /// Bytes from `l4` on, 8 or more.
-    pub(crate) length: u32,
-}
-
-/// What the headers of an IPv4 packet say. It lies in a map ([`maps::headers`]): the stack is too
-/// small.
-pub(crate) struct Headers {
+/// What the headers of a packet say. It lies in a map ([`crate::maps::Maps::headers`]): the stack
+/// is too small.
+pub(crate) struct Headers<F: Family> {
     /// Offset of the IP header: 14, or 0 on interfaces without Ethernet.
     ip: u32,
-    /// Offset of the transport header.
-    l4: u32,
-    /// A later fragment: no transport header in it.
-    headless: bool,
-    /// The first of several fragments.
-    heads_fragments: bool,
-    /// Identification of its datagram.
-    id: Be16,
-    /// Where it arrived.
-    zone: u32,
+    /// The packet itself.
+    pub(crate) outer: Datagram<F::Address>,
+    /// The packet that an ICMP error quotes.
+    quoted: Datagram<F::Address>,
+    /// See [`FragmentKey`].
+    fragment: FragmentKey<F::Address>,
     pub(crate) transport: Transport,
+    /// IP protocol; of an ICMP error, that of the quoted packet.
     pub(crate) proto: u8,
     pub(crate) ttl: u8,
-    /// Source address of the packet itself.
-    pub(crate) source: Be32,
-    /// Destination address of the packet itself.
-    pub(crate) destination: Be32,
-    /// What the flow table knows the packet by: its own addresses and ports, ports being 0 where
-    /// the transport is not tracked. An error counts as an answer to the packet it is about.
-    pub(crate) tuple: Tuple4,
-    quoted: Quoted,
+    /// Type of an ICMP message.
+    pub(crate) icmp_type: u8,
     /// What this packet shows of its flow: bits of [`seen`]; an error shows nothing.
     pub(crate) seen: u8,
     /// A TCP SYN without ACK.
@@ -191,44 +232,59 @@ pub(crate) struct Headers {
     /// Whether a flow may begin with it. Not with a reset, an echo reply or a later fragment; with
     /// any other TCP packet, so that a connection survives the loss of its flow.
     pub(crate) may_open: bool,
+    /// TCP: sequence number, host byte order.
+    pub(crate) sequence: u32,
+    /// TCP: acknowledgement number, host byte order; valid with [`seen::ACK`].
+    pub(crate) acknowledged: u32,
+    /// Source address of the packet itself.
+    pub(crate) source: F::Address,
+    /// Destination address of the packet itself.
+    pub(crate) destination: F::Address,
+    /// What the flow table knows the packet by: its own addresses and ports, ports being 0 where
+    /// the transport has none. An error counts as an answer to the packet it is about.
+    pub(crate) tuple: Tuple<F::Address>,
 }
 
-/// An IPv4 packet.
-pub(crate) struct Packet<'a> {
+/// An IP packet.
+pub(crate) struct Packet<'a, F: Family> {
     ctx: &'a TcContext,
-    headers: &'static mut Headers,
+    headers: &'static mut Headers<F>,
 }
 
-impl Deref for Packet<'_> {
-    type Target = Headers;
+impl<F: Family> Deref for Packet<'_, F> {
+    type Target = Headers<F>;
 
     #[inline(always)]
-    fn deref(&self) -> &Headers {
+    fn deref(&self) -> &Headers<F> {
         self.headers
     }
 }
 
-impl<'a> Packet<'a> {
-    /// Parses the IPv4 packet at offset `ip` that arrived in `zone`.
+impl<'a, F: Family> Packet<'a, F> {
+    /// Parses the packet at offset `ip` that arrived in `zone`.
     ///
     /// Errors: headers that contradict themselves or end too early (RFC 1122, 3.2.1).
     #[inline(always)]
     pub(crate) fn parse(ctx: &'a TcContext, ip: usize, zone: u32) -> Result<Self, Reason> {
-        let Some(headers) = maps::headers() else { return Err(Reason::NotReady) };
-        parse_headers(ctx.skb.skb, ip as u32, zone, headers);
-        if headers.transport == Transport::Untracked(Reason::Malformed) {
+        if F::parse_headers(ctx.skb.skb, ip as u32, zone) == 0 {
             return Err(Reason::Malformed);
         }
-        Ok(Packet { ctx, headers })
+        match F::headers() {
+            Some(headers) => Ok(Packet { ctx, headers }),
+            None => Err(Reason::NotReady),
+        }
     }
 
     /// Remembers the ports of the first fragment, since later ones have none. To be called when
     /// the sender is known to be who it says.
     #[inline(always)]
     pub(crate) fn remember_ports(&self) {
-        if self.heads_fragments && self.is_tracked() {
-            let Tuple4 { sport, dport, .. } = self.tuple;
-            maps::remember_fragment(&self.fragment(), &Ports { sport, dport });
+        if self.outer.heads_fragments && self.is_tracked() {
+            let Tuple { sport, dport, .. } = self.tuple;
+            F::remember_fragment(
+                &self.fragment,
+                &Ports { sport, dport, proto: self.proto, pad: [0; 3] },
+            );
         }
     }
 
@@ -238,10 +294,10 @@ impl<'a> Packet<'a> {
         self.ctx.skb.skb
     }
 
-    /// Bytes, from the first header that the hook sees.
+    /// The headers, for sub-programs.
     #[inline(always)]
-    pub(crate) fn len(&self) -> u32 {
-        self.ctx.len()
+    pub(crate) fn headers(&self) -> &Headers<F> {
+        self.headers
     }
 
     /// Drops what can't begin a flow, counting it for `network`.
@@ -258,8 +314,7 @@ impl<'a> Packet<'a> {
     /// where the stack would not forward it.
     #[inline(always)]
     pub(crate) fn route(&self, ifindex: u32) -> Option<u32> {
-        let (src, dst) = (self.source, self.destination);
-        match route(self.ctx.skb.skb, ifindex, src.raw, dst.raw, self.proto.into()) {
+        match route(self.ctx.skb.skb, ifindex, self.headers) {
             0 => None,
             ifindex => Some(ifindex),
         }
@@ -269,18 +324,21 @@ impl<'a> Packet<'a> {
     ///
     /// Errors: the kernel refused a write (no memory to unshare the packet).
     #[inline(always)]
-    pub(crate) fn rewrite(&mut self, to: &Tuple4) -> Result<(), Reason> {
-        let Some(rewrite) = maps::rewrite() else { return Err(Reason::NotReady) };
+    pub(crate) fn rewrite(&mut self, to: &Tuple<F::Address>) -> Result<(), Reason> {
+        let Some(rewrite) = F::rewrite() else { return Err(Reason::NotReady) };
         rewrite.from = self.tuple;
         rewrite.to = *to;
         rewrite.ip = self.ip;
-        rewrite.l4 = self.l4;
+        rewrite.l4 = self.outer.l4 as u32;
         rewrite.proto = self.proto.into();
-        rewrite.headless = self.headless.into();
+        rewrite.headless = self.outer.headless.into();
         rewrite.is_error = u32::from(self.transport == Transport::Error);
-        rewrite.is_sent_by_router = u32::from(self.source != self.tuple.src);
-        rewrite.quoted = self.quoted;
-        rewrite::apply(self.ctx.skb.skb, rewrite)?;
+        rewrite.source = self.source;
+        rewrite.quoted_l4 = self.quoted.l4 as u32;
+        rewrite.end = self.outer.end as u32;
+        if F::apply(self.ctx.skb.skb) == 0 {
+            return Err(Reason::Rewrite);
+        }
         self.headers.tuple = *to;
         Ok(())
     }
@@ -298,158 +356,168 @@ impl<'a> Packet<'a> {
     }
 }
 
-impl Headers {
+impl<F: Family> Headers<F> {
     #[inline(always)]
     fn parse(&mut self, skb: &SkBuff, ip: usize, zone: u32) {
         self.ip = ip as u32;
-        self.zone = zone;
         self.transport = Transport::Untracked(Reason::Malformed);
         self.seen = seen::ANY;
         self.opens = false;
         self.may_open = false;
-        let Ok(header) = skb.load::<Ipv4Hdr>(ip) else { return };
-        let header_length = usize::from(header.vihl & 0x0f) * 4;
-        let length = usize::from(u16::from_be_bytes(header.tot_len));
-        if header.vihl >> 4 != 4
-            || header_length < Ipv4Hdr::LEN
-            || length < header_length
-            || ip + length > skb.len() as usize
-        {
+        self.icmp_type = 0;
+        if F::parse(skb, ip, &mut self.outer).is_none() {
             return;
         }
-        let offset_and_flags = u16::from_be_bytes(header.frags);
-        self.headless = offset_and_flags & FRAGMENT_OFFSET != 0;
-        self.heads_fragments = !self.headless && offset_and_flags & MORE_FRAGMENTS != 0;
-        self.id = Be16 { raw: u16::from_ne_bytes(header.id) };
-        self.proto = header.proto;
-        self.ttl = header.ttl;
-        self.source = Be32 { raw: u32::from_ne_bytes(header.src_addr) };
-        self.destination = Be32 { raw: u32::from_ne_bytes(header.dst_addr) };
-        self.tuple = Tuple4 { src: self.source, dst: self.destination, ..Tuple4::default() };
-        let l4 = ip + header_length;
-        self.l4 = l4 as u32;
-        self.transport = if self.headless {
+        let (l4, end) = (self.outer.l4, self.outer.end);
+        if l4 > end || end > skb.len() as usize {
+            return;
+        }
+        self.fragment.zone = zone;
+        self.fragment.src = self.outer.src;
+        self.fragment.dst = self.outer.dst;
+        self.fragment.id = self.outer.id;
+        self.fragment.proto = self.outer.fragment_proto;
+        self.fragment.pad = [0; 3];
+        self.proto = self.outer.proto;
+        self.ttl = self.outer.ttl;
+        self.source = self.outer.src;
+        self.destination = self.outer.dst;
+        self.tuple.src = self.outer.src;
+        self.tuple.dst = self.outer.dst;
+        self.tuple.sport = Be16::default();
+        self.tuple.dport = Be16::default();
+        self.transport = if self.outer.headless {
             self.recall_ports()
         } else {
-            self.parse_transport(skb, l4, length - header_length)
+            self.parse_transport(skb, l4, end - l4)
         };
-    }
-
-    /// What the fragments of its datagram share.
-    #[inline(always)]
-    fn fragment(&self) -> FragmentKey4 {
-        let Self { zone, id, proto, source: src, destination: dst, .. } = *self;
-        FragmentKey4 { zone, src, dst, id, proto, pad: 0 }
     }
 
     #[inline(always)]
     fn parse_transport(&mut self, skb: &SkBuff, l4: usize, payload: usize) -> Transport {
         const MALFORMED: Transport = Transport::Untracked(Reason::Malformed);
         const UNTRACKED: Transport = Transport::Untracked(Reason::Protocol);
-        match self.proto {
-            IPPROTO_TCP => {
-                let Some(tcp) = load_whole::<TcpHdr>(skb, l4, payload) else { return MALFORMED };
-                self.tuple.sport = Be16 { raw: u16::from_ne_bytes(tcp.source) };
-                self.tuple.dport = Be16 { raw: u16::from_ne_bytes(tcp.dest) };
-                self.opens = tcp.syn() != 0 && tcp.ack() == 0;
-                self.may_open = tcp.rst() == 0;
-                if !self.opens {
-                    self.seen |= seen::DATA;
-                }
-                if tcp.fin() != 0 {
-                    self.seen |= seen::FIN;
-                }
-                if tcp.rst() != 0 {
-                    self.seen |= seen::RST;
-                }
-                Transport::Tcp
+        let proto = self.proto;
+        if proto == IPPROTO_TCP {
+            let Some(tcp) = load_whole::<TcpHdr>(skb, l4, payload) else { return MALFORMED };
+            self.parse_tcp(&tcp);
+            Transport::Tcp
+        } else if proto == IPPROTO_UDP {
+            let Some(udp) = load_whole::<UdpHdr>(skb, l4, payload) else { return MALFORMED };
+            self.tuple.sport = Be16 { raw: u16::from_ne_bytes(udp.src) };
+            self.tuple.dport = Be16 { raw: u16::from_ne_bytes(udp.dst) };
+            self.seen |= seen::DATA;
+            self.may_open = true;
+            Transport::Udp
+        } else if proto == F::ICMP {
+            let Some(icmp) = load_whole::<Icmpv4Hdr>(skb, l4, payload) else { return MALFORMED };
+            self.icmp_type = icmp.type_;
+            let identifier = Be16 { raw: u16::from_ne_bytes([icmp.data[0], icmp.data[1]]) };
+            if icmp.type_ == F::ECHO {
+                self.tuple.sport = identifier;
+            } else if icmp.type_ == F::ECHO_REPLY {
+                self.tuple.dport = identifier;
+            } else if F::is_error(icmp.type_) && self.parse_quoted(skb, l4).is_some() {
+                return Transport::Error;
+            } else {
+                return UNTRACKED;
             }
-            IPPROTO_UDP => {
-                let Some(udp) = load_whole::<UdpHdr>(skb, l4, payload) else { return MALFORMED };
-                self.tuple.sport = Be16 { raw: u16::from_ne_bytes(udp.src) };
-                self.tuple.dport = Be16 { raw: u16::from_ne_bytes(udp.dst) };
-                self.seen |= seen::DATA;
-                self.may_open = true;
-                Transport::Udp
-            }
-            IPPROTO_ICMP => {
-                let Some(icmp) = load_whole::<Icmpv4Hdr>(skb, l4, payload) else {
-                    return MALFORMED;
-                };
-                let identifier = Be16 { raw: u16::from_ne_bytes([icmp.data[0], icmp.data[1]]) };
-                match icmp.type_ {
-                    ICMP_ECHO => self.tuple.sport = identifier,
-                    ICMP_ECHO_REPLY => self.tuple.dport = identifier,
-                    ICMP_UNREACHABLE | ICMP_TIME_EXCEEDED | ICMP_PARAMETER_PROBLEM => {
-                        let is_known = self.parse_quoted(skb, l4, payload).is_some();
-                        return if is_known { Transport::Error } else { UNTRACKED };
-                    }
-                    _ => return UNTRACKED,
-                }
-                self.seen |= seen::DATA;
-                self.may_open = icmp.type_ == ICMP_ECHO;
-                Transport::Query
-            }
-            _ => UNTRACKED,
+            self.seen |= seen::DATA;
+            self.may_open = icmp.type_ == F::ECHO;
+            Transport::Query
+        } else if proto == IPPROTO_SCTP {
+            let Some(ports) = load_whole::<[Be16; 2]>(skb, l4, payload) else { return MALFORMED };
+            self.tuple.sport = ports[0];
+            self.tuple.dport = ports[1];
+            self.seen |= seen::DATA;
+            self.may_open = true;
+            Transport::Sctp
+        } else if F::is_translatable(proto) {
+            self.seen |= seen::DATA;
+            self.may_open = true;
+            Transport::Addresses
+        } else {
+            UNTRACKED
+        }
+    }
+
+    #[inline(always)]
+    fn parse_tcp(&mut self, tcp: &TcpHdr) {
+        self.tuple.sport = Be16 { raw: u16::from_ne_bytes(tcp.source) };
+        self.tuple.dport = Be16 { raw: u16::from_ne_bytes(tcp.dest) };
+        self.sequence = u32::from_be_bytes(tcp.seq);
+        self.acknowledged = u32::from_be_bytes(tcp.ack_seq);
+        self.opens = tcp.syn() != 0 && tcp.ack() == 0;
+        self.may_open = tcp.rst() == 0;
+        if !self.opens {
+            self.seen |= seen::DATA;
+        }
+        if tcp.ack() != 0 {
+            self.seen |= seen::ACK;
+        }
+        if tcp.fin() != 0 {
+            self.seen |= seen::FIN;
+        }
+        if tcp.rst() != 0 {
+            self.seen |= seen::RST;
         }
     }
 
     /// Recognises the packet that an error is about. `None` where it can't be, for it is a later
     /// fragment or cut short.
     #[inline(always)]
-    fn parse_quoted(&mut self, skb: &SkBuff, l4: usize, payload: usize) -> Option<()> {
+    fn parse_quoted(&mut self, skb: &SkBuff, l4: usize) -> Option<()> {
         let ip = l4 + Icmpv4Hdr::LEN;
-        let header: Ipv4Hdr = skb.load(ip).ok()?;
-        let header_length = usize::from(header.vihl & 0x0f) * 4;
-        let is_whole = header.vihl >> 4 == 4
-            && header_length >= Ipv4Hdr::LEN
-            && payload >= Icmpv4Hdr::LEN + header_length + QUOTED_TRANSPORT
-            && u16::from_be_bytes(header.frags) & FRAGMENT_OFFSET == 0
-            && !self.heads_fragments;
-        if !is_whole {
+        let end = self.outer.end;
+        F::parse(skb, ip, &mut self.quoted)?;
+        let (l4, proto) = (self.quoted.l4, self.quoted.proto);
+        if l4 + QUOTED_TRANSPORT > end || self.quoted.headless || self.outer.heads_fragments {
             return None;
         }
-        let l4 = ip + header_length;
         let start: [u8; QUOTED_TRANSPORT] = skb.load(l4).ok()?;
         let first = Be16 { raw: u16::from_ne_bytes([start[0], start[1]]) };
         let second = Be16 { raw: u16::from_ne_bytes([start[2], start[3]]) };
         let identifier = Be16 { raw: u16::from_ne_bytes([start[4], start[5]]) };
         let none = Be16::default();
-        let (sport, dport) = match (header.proto, start[0]) {
-            (IPPROTO_TCP | IPPROTO_UDP, _) => (first, second),
-            (IPPROTO_ICMP, ICMP_ECHO) => (identifier, none),
-            (IPPROTO_ICMP, ICMP_ECHO_REPLY) => (none, identifier),
-            _ => return None,
+        let (sport, dport) = if matches!(proto, IPPROTO_TCP | IPPROTO_UDP | IPPROTO_SCTP) {
+            (first, second)
+        } else if proto == F::ICMP && start[0] == F::ECHO {
+            (identifier, none)
+        } else if proto == F::ICMP && start[0] == F::ECHO_REPLY {
+            (none, identifier)
+        } else if proto != F::ICMP && F::is_translatable(proto) {
+            (none, none)
+        } else {
+            return None;
         };
-        let src = Be32 { raw: u32::from_ne_bytes(header.src_addr) };
-        let dst = Be32 { raw: u32::from_ne_bytes(header.dst_addr) };
-        // An error goes to where the packet came from (RFC 1122, 3.2.2).
-        if src != self.destination {
+        // An error goes to where the packet came from (RFC 1122, 3.2.2; RFC 4443, 2.2).
+        if self.quoted.src != self.destination {
             return None;
         }
-        self.tuple = Tuple4 { src, dst, sport, dport }.reversed();
-        self.proto = header.proto;
+        self.tuple.src = self.quoted.dst;
+        self.tuple.dst = self.quoted.src;
+        self.tuple.sport = dport;
+        self.tuple.dport = sport;
+        self.proto = proto;
         self.seen = 0;
-        self.quoted = Quoted {
-            ip: ip as u32,
-            l4: l4 as u32,
-            length: (payload - Icmpv4Hdr::LEN - header_length) as u32,
-        };
         Some(())
     }
 
     #[inline(always)]
     fn recall_ports(&mut self) -> Transport {
-        let Some(ports) = maps::fragment(&self.fragment()) else {
+        let Some(ports) = F::fragment(&self.fragment) else {
             return Transport::Untracked(Reason::Fragment);
         };
         self.tuple.sport = ports.sport;
         self.tuple.dport = ports.dport;
+        self.proto = ports.proto;
         self.seen |= seen::DATA;
-        match self.proto {
+        match ports.proto {
             IPPROTO_TCP => Transport::Tcp,
             IPPROTO_UDP => Transport::Udp,
-            _ => Transport::Query,
+            IPPROTO_SCTP => Transport::Sctp,
+            proto if proto == F::ICMP => Transport::Query,
+            _ => Transport::Addresses,
         }
     }
 
@@ -460,10 +528,13 @@ impl Headers {
     }
 }
 
-/// A sub-program of its own: the headers it copies would fill the stacks of its callers.
-#[inline(never)]
-fn parse_headers(skb: *mut __sk_buff, ip: u32, zone: u32, headers: &mut Headers) {
+/// Parses into [`crate::maps::Maps::headers`] and returns 1; 0 where the headers contradict
+/// themselves or end too early.
+#[inline(always)]
+pub(crate) fn parse<F: Family>(skb: *mut __sk_buff, ip: u32, zone: u32) -> u32 {
+    let Some(headers) = F::headers() else { return 0 };
     headers.parse(&SkBuff::new(skb), ip as usize, zone);
+    u32::from(headers.transport != Transport::Untracked(Reason::Malformed))
 }
 
 /// Loads a header that must lie within the payload of what carries it.
@@ -477,14 +548,14 @@ fn load_whole<T>(skb: &SkBuff, at: usize, payload: usize) -> Option<T> {
 
 /// A sub-program of its own, for its stack; 0 stands for none.
 #[inline(never)]
-fn route(skb: *mut __sk_buff, ifindex: u32, src: u32, dst: u32, proto: u32) -> u32 {
+fn route<F: Family>(skb: *mut __sk_buff, ifindex: u32, headers: &Headers<F>) -> u32 {
     // SAFETY: plain integers and unions of them; zero is a value of each.
     let mut lookup: FibLookup = unsafe { core::mem::zeroed() };
-    lookup.family = AF_INET;
-    lookup.l4_protocol = proto as u8;
+    lookup.family = F::ADDRESS_FAMILY;
+    lookup.l4_protocol = headers.proto;
     lookup.ifindex = ifindex;
-    lookup.__bindgen_anon_3.ipv4_src = src;
-    lookup.__bindgen_anon_4.ipv4_dst = dst;
+    let addresses = Tuple { src: headers.source, dst: headers.destination, ..headers.tuple };
+    F::set_route(&mut lookup, &addresses);
     let size = size_of::<FibLookup>() as i32;
     // SAFETY: context and parameters are valid; the size is that of the structure.
     let outcome = unsafe { bpf_fib_lookup(skb.cast(), &raw mut lookup, size, 0) } as u32;

@@ -1,35 +1,35 @@
 //! Rewriting a packet in place, all checksums included.
 //!
 //! Writes go through the kernel's checksum helpers, which know CHECKSUM_PARTIAL and
-//! CHECKSUM_COMPLETE. The one sub-program that all hooks call keeps their stacks small.
+//! CHECKSUM_COMPLETE. What a checksum changes by is what the addresses change by and what the
+//! ports change by, each computed once. The one sub-program that all hooks call keeps their stacks
+//! small.
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
     programs::sk_buff::SkBuff,
 };
 use netdp_common::{
-    addr::{Be16, Be32, Tuple4},
+    addr::{Address, Be16, Tuple},
+    checksum::Difference,
     counter::Reason,
     flow::{IPPROTO_TCP, IPPROTO_UDP},
 };
 
-use crate::packet::Quoted;
+use crate::{family::Family, kernel};
 
-pub(crate) const IPV4_CHECKSUM: u32 = 10;
-pub(crate) const IPV4_SOURCE: u32 = 12;
-pub(crate) const IPV4_DESTINATION: u32 = 16;
 pub(crate) const TCP_CHECKSUM: u32 = 16;
-pub(crate) const UDP_CHECKSUM: u32 = 6;
+const UDP_CHECKSUM: u32 = 6;
 pub(crate) const ICMP_CHECKSUM: u32 = 2;
 pub(crate) const ICMP_IDENTIFIER: u32 = 4;
 
-/// What to rewrite. It lies in a map ([`crate::maps::rewrite`]): the stack is too small. Offsets
-/// are in bytes from the first header that the hook sees; booleans are 0 or 1.
-pub(crate) struct Rewrite {
+/// What to rewrite. It lies in a map ([`crate::maps::Maps::rewrite`]): the stack is too small.
+/// Offsets are in bytes from the first header that the hook sees; booleans are 0 or 1.
+pub(crate) struct Rewrite<F: Family> {
     /// What the flow table knows the packet by ...
-    pub(crate) from: Tuple4,
+    pub(crate) from: Tuple<F::Address>,
     /// ... and what becomes of that.
-    pub(crate) to: Tuple4,
+    pub(crate) to: Tuple<F::Address>,
     /// Offset of the IP header.
     pub(crate) ip: u32,
     /// Offset of the transport header.
@@ -40,74 +40,107 @@ pub(crate) struct Rewrite {
     pub(crate) headless: u32,
     /// An ICMP error.
     pub(crate) is_error: u32,
-    /// An ICMP error from a router on the way, not from the host that was addressed.
-    pub(crate) is_sent_by_router: u32,
-    /// What an ICMP error quotes.
-    pub(crate) quoted: Quoted,
+    /// An ICMP error's own source: a router on the way, or the host that was addressed.
+    pub(crate) source: F::Address,
+    /// Offset of the transport header that an ICMP error quotes.
+    pub(crate) quoted_l4: u32,
+    /// Offset of the packet's end.
+    pub(crate) end: u32,
 }
 
-/// Rewrites the packet.
-///
-/// Errors: the kernel refused a write (no memory to unshare the packet).
-#[inline(never)]
-pub(crate) fn apply(skb: *mut __sk_buff, rewrite: &Rewrite) -> Result<(), Reason> {
+/// Does the rewrite that lies in [`crate::maps::Maps::rewrite`] and returns 1; 0 where the kernel
+/// refused a write (no memory to unshare the packet).
+#[inline(always)]
+pub(crate) fn apply<F: Family>(skb: *mut __sk_buff) -> u32 {
+    let Some(rewrite) = F::rewrite() else { return 0 };
     let writer = Writer { skb: SkBuff::new(skb), rewrite };
-    if rewrite.is_error != 0 { writer.rewrite_error() } else { writer.rewrite_packet() }
+    let outcome =
+        if rewrite.is_error != 0 { writer.rewrite_error() } else { writer.rewrite_packet() };
+    u32::from(outcome.is_ok())
 }
 
 /// The rewriting of one packet.
-pub(crate) struct Writer<'a> {
-    skb: SkBuff,
-    pub(crate) rewrite: &'a Rewrite,
+pub(crate) struct Writer<'a, F: Family> {
+    pub(crate) skb: SkBuff,
+    pub(crate) rewrite: &'a Rewrite<F>,
 }
 
-impl Writer<'_> {
+impl<F: Family> Writer<'_, F> {
     #[inline(always)]
     fn rewrite_packet(&self) -> Result<(), Reason> {
-        let Rewrite { from, to, ip, l4, headless, .. } = *self.rewrite;
-        let checksum = match headless {
-            0 => l4 + self.transport_checksum_offset(),
-            _ => 0,
-        };
-        self.set_packet_address(from.src, to.src, ip + IPV4_SOURCE, checksum)?;
-        self.set_packet_address(from.dst, to.dst, ip + IPV4_DESTINATION, checksum)?;
-        if headless != 0 {
-            return Ok(());
-        }
+        let Rewrite { from, to, ip, l4, headless, .. } = self.rewrite;
+        let checksum = self.checksum_offset().filter(|_| *headless == 0);
+        let covers_addresses = self.has_ports() || F::ICMP_HAS_PSEUDO_HEADER;
+        self.set_addresses(
+            *ip,
+            [&from.src, &from.dst],
+            [&to.src, &to.dst],
+            checksum.filter(|_| covers_addresses).map(|offset| (l4 + offset, self.udp_flag())),
+        )?;
+        let Some(checksum) = checksum else { return Ok(()) };
         if self.has_ports() {
-            self.set_packet_port(from.sport, to.sport, l4, checksum)?;
-            self.set_packet_port(from.dport, to.dport, l4 + 2, checksum)
+            self.set_ports(from.ports(), to.ports(), *l4, l4 + checksum)
         } else {
-            self.set_packet_port(from.identifier(), to.identifier(), l4 + ICMP_IDENTIFIER, checksum)
+            let (old, new) = (from.identifier(), to.identifier());
+            self.set_identifier(old, new, l4 + ICMP_IDENTIFIER, l4 + checksum)
         }
     }
 
+    /// Sets source and destination in the header at `ip`, and brings up to date its own checksum
+    /// and the one that covers them, given with what [`Self::update`] has to know of it.
     #[inline(always)]
-    fn set_packet_address(
+    pub(crate) fn set_addresses(
         &self,
-        from: Be32,
-        to: Be32,
-        at: u32,
-        checksum: u32,
+        ip: u32,
+        from: [&F::Address; 2],
+        to: [&F::Address; 2],
+        covering: Option<(u32, u64)>,
     ) -> Result<(), Reason> {
+        let difference = self.store_addresses(ip, from, to)?;
+        if let Some((at, flags)) = covering {
+            self.update(at, difference, flags | u64::from(BPF_F_PSEUDO_HDR))?;
+        }
+        if F::HEADER_CHECKSUM.is_none() {
+            // Nothing in the packet makes up for the addresses, but for the checksum that covers
+            // them: and that one's change the kernel has just subtracted as if something did.
+            kernel::account(self.skb.skb, difference);
+        }
+        self.update_header_checksum(ip, difference)
+    }
+
+    /// Writes the addresses that are new; returns what that changes.
+    #[inline(always)]
+    pub(crate) fn store_addresses(
+        &self,
+        ip: u32,
+        from: [&F::Address; 2],
+        to: [&F::Address; 2],
+    ) -> Result<Difference, Reason> {
+        let at = ip + F::ADDRESSES;
+        if from[0] != to[0] {
+            self.store(at, to[0])?;
+        }
+        if from[1] != to[1] {
+            self.store(at + size_of::<F::Address>() as u32, to[1])?;
+        }
+        Ok(from[0].difference(*to[0]).plus(from[1].difference(*to[1])))
+    }
+
+    #[inline(always)]
+    fn set_ports(&self, from: u32, to: u32, at: u32, checksum: u32) -> Result<(), Reason> {
         if from == to {
             return Ok(());
         }
-        let (old, new) = (u64::from(from.raw), u64::from(to.raw));
-        // ICMPv4 checksums know nothing of addresses (RFC 792).
-        if checksum != 0 && self.has_ports() {
-            self.replace(checksum, old, new, u64::from(BPF_F_PSEUDO_HDR) | self.udp_flag() | 4)?;
-        }
-        self.replace_ip_checksum(self.rewrite.ip, old, new)?;
+        self.update(checksum, Difference::of(from, to), self.udp_flag())?;
         self.store(at, &to)
     }
 
     #[inline(always)]
-    fn set_packet_port(&self, from: Be16, to: Be16, at: u32, checksum: u32) -> Result<(), Reason> {
+    fn set_identifier(&self, from: Be16, to: Be16, at: u32, checksum: u32) -> Result<(), Reason> {
         if from == to {
             return Ok(());
         }
-        self.replace(checksum, from.raw.into(), to.raw.into(), self.udp_flag() | 2)?;
+        self.update(checksum, Difference::of(from.raw.into(), to.raw.into()), 0)?;
         self.store(at, &to)
     }
 
@@ -121,15 +154,18 @@ impl Writer<'_> {
         self.is(IPPROTO_TCP) || self.is(IPPROTO_UDP)
     }
 
-    /// Offset of the checksum within the transport header.
+    /// Offset of the checksum within the transport header; `None` where it stays as it is because
+    /// nothing that it covers changes.
     #[inline(always)]
-    pub(crate) fn transport_checksum_offset(&self) -> u32 {
+    pub(crate) fn checksum_offset(&self) -> Option<u32> {
         if self.is(IPPROTO_TCP) {
-            TCP_CHECKSUM
+            Some(TCP_CHECKSUM)
         } else if self.is(IPPROTO_UDP) {
-            UDP_CHECKSUM
+            Some(UDP_CHECKSUM)
+        } else if self.is(F::ICMP) {
+            Some(ICMP_CHECKSUM)
         } else {
-            ICMP_CHECKSUM
+            None
         }
     }
 
@@ -139,15 +175,24 @@ impl Writer<'_> {
         if self.is(IPPROTO_UDP) { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 }
     }
 
+    /// Brings the checksum of the IP header at `ip` up to date, where it has one.
     #[inline(always)]
-    pub(crate) fn replace_ip_checksum(&self, ip: u32, old: u64, new: u64) -> Result<(), Reason> {
-        let at = (ip + IPV4_CHECKSUM) as usize;
-        self.skb.l3_csum_replace(at, old, new, 4).map_err(|_| Reason::Rewrite)
+    pub(crate) fn update_header_checksum(
+        &self,
+        ip: u32,
+        difference: Difference,
+    ) -> Result<(), Reason> {
+        let Some(offset) = F::HEADER_CHECKSUM else { return Ok(()) };
+        let at = (ip + offset) as usize;
+        self.skb.l3_csum_replace(at, 0, difference.get().into(), 0).map_err(|_| Reason::Rewrite)
     }
 
+    /// Brings a transport's checksum up to date.
     #[inline(always)]
-    pub(crate) fn replace(&self, at: u32, old: u64, new: u64, flags: u64) -> Result<(), Reason> {
-        self.skb.l4_csum_replace(at as usize, old, new, flags).map_err(|_| Reason::Rewrite)
+    pub(crate) fn update(&self, at: u32, difference: Difference, flags: u64) -> Result<(), Reason> {
+        self.skb
+            .l4_csum_replace(at as usize, 0, difference.get().into(), flags)
+            .map_err(|_| Reason::Rewrite)
     }
 
     #[inline(always)]

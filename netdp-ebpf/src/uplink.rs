@@ -2,43 +2,34 @@
 
 use aya_ebpf::programs::TcContext;
 use netdp_common::{
-    addr::Tuple4,
+    addr::{Address, Be16},
     counter::Reason,
     flow::{ZONE_WORLD, flag as flow_flag, stage},
-    interface::{Interface, flag as interface_flag, role},
+    interface::{Interface, role},
     network::flag,
 };
-use network_types::eth::EthHdr;
 
 use crate::{
+    family::Family,
     flow::{self, SourcePorts},
-    maps, packet,
-    packet::{Frame, Packet, Transport},
+    maps, own_error, packet,
+    packet::{Packet, Transport},
     policy, publish,
     verdict::{Decision, Verdict, drop},
 };
 
-/// Offset of the IPv4 header; `None` where the packet is no IPv4.
 #[inline(always)]
-fn ipv4_offset(ctx: &TcContext, uplink: &Interface) -> Option<usize> {
-    if uplink.flags & interface_flag::ETHERNET == 0 {
-        // The version of an IPv6 packet makes it malformed.
-        return Some(0);
-    }
-    Frame::parse(ctx).ok()?.is_ipv4().then_some(EthHdr::LEN)
-}
-
-#[inline(always)]
-pub(crate) fn from_uplink(ctx: &TcContext) -> Decision {
+pub(crate) fn from_uplink<F: Family>(ctx: &TcContext) -> Decision {
     // An uplink that has just appeared: `into_network` lets nothing in without a flow.
     let Some(uplink) = maps::interface(packet::ifindex(ctx)) else { return Ok(Verdict::Pass) };
-    if packet::is_for_another(ctx) {
+    if packet::ip_offset(uplink) != 0 && packet::is_for_another(ctx) {
         // For an interface on top of this one, which is an uplink itself, or for nobody here.
         return Ok(Verdict::Pass);
     }
-    let Some(ip) = ipv4_offset(ctx, uplink) else { return Ok(Verdict::Pass) };
     // What makes no sense is the stack's to drop.
-    let Ok(mut packet) = Packet::parse(ctx, ip, ZONE_WORLD) else { return Ok(Verdict::Pass) };
+    let Ok(mut packet) = Packet::<F>::parse(ctx, packet::ip_offset(uplink), ZONE_WORLD) else {
+        return Ok(Verdict::Pass);
+    };
     packet.remember_ports();
     if packet.source.is_loopback() || packet.destination.is_loopback() {
         return drop(Reason::Martian, 0);
@@ -54,27 +45,28 @@ pub(crate) fn from_uplink(ctx: &TcContext) -> Decision {
 
 /// What becomes of a packet without a flow.
 #[inline(always)]
-fn decide(packet: &mut Packet, uplink: &Interface, ifindex: u32) -> Decision {
-    if let Some(network) = maps::subnet(packet.source) {
+fn decide<F: Family>(packet: &mut Packet<'_, F>, uplink: &Interface, ifindex: u32) -> Decision {
+    if packet.source.is_link_local() {
+        // Nobody forwards it, so no container can answer it.
+        return Ok(Verdict::Pass);
+    }
+    if let Some(network) = F::network_of(packet.source) {
         return drop(Reason::OutsideSpoof, network);
     }
     let destination = packet.destination;
-    if maps::is_local(destination) {
+    if F::is_local(destination) {
         return match publish::target(packet) {
-            Some(target) => {
-                let to = Tuple4 { dst: target.address, dport: target.port, ..packet.tuple };
-                admit(packet, to, target.network)
-            }
+            Some(target) => admit(packet, target.address, target.port, target.network),
             None => Ok(Verdict::Pass),
         };
     }
-    if destination.is_multicast_or_broadcast() {
+    if destination.is_multicast_or_broadcast() || destination.is_link_local() {
         return Ok(Verdict::Pass);
     }
-    if let Some(network) = maps::subnet(destination) {
+    if let Some(network) = F::network_of(destination) {
         return to_container(packet, network);
     }
-    if uplink.flags & interface_flag::FORWARDED_BEFORE == 0 {
+    if uplink.flags & F::FORWARDED == 0 {
         // We switched forwarding on for our networks' sake; the host does not become a router.
         if packet.route(ifindex).is_some() {
             return drop(Reason::NotRouted, 0);
@@ -85,66 +77,91 @@ fn decide(packet: &mut Packet, uplink: &Interface, ifindex: u32) -> Decision {
 
 /// Straight to a container's address: only where the network is open.
 #[inline(always)]
-fn to_container(packet: &mut Packet, id: u32) -> Decision {
+fn to_container<F: Family>(packet: &mut Packet<'_, F>, id: u32) -> Decision {
     let Some(network) = maps::network(id) else { return drop(Reason::NotReady, id) };
     let open = network.has(flag::UNPROTECTED)
         || network.has(flag::ROUTED)
             && (packet.transport == Transport::Query
-                || publish::at(packet.tuple.dst, packet.tuple.dport, packet.proto).is_some());
+                || publish::at::<F>(packet.tuple.dst, packet.tuple.dport, packet.proto).is_some());
     if !open {
         return drop(Reason::DirectAccess, id);
     }
-    admit(packet, packet.tuple, id)
+    admit(packet, packet.tuple.dst, packet.tuple.dport, id)
 }
 
-/// Opens a flow into network `id`, if its policy lets the source in.
+/// Opens a flow to a container's port in network `id`, if its policy lets the source in.
 #[inline(always)]
-fn admit(packet: &mut Packet, to: Tuple4, id: u32) -> Decision {
+fn admit<F: Family>(
+    packet: &mut Packet<'_, F>,
+    address: F::Address,
+    port: Be16,
+    id: u32,
+) -> Decision {
     let Some(network) = maps::network(id) else { return drop(Reason::NotReady, id) };
-    let Some(endpoint) = maps::endpoint(to.dst) else { return drop(Reason::StaleFlow, id) };
+    let Some(endpoint) = F::endpoint(address) else { return drop(Reason::StaleFlow, id) };
     packet.require_opening(id)?;
-    if maps::is_local(packet.tuple.src) {
+    if F::is_local(packet.tuple.src) {
         return drop(Reason::Martian, id);
     }
     // Once, before the verdict: a policy that changes meanwhile must judge the flow again.
     let policy_generation = network.policy_generation;
-    if !policy::allows(id, network, packet.tuple.src) {
+    if !policy::allows::<F>(id, network, packet.tuple.src) {
         return drop(Reason::Policy, id);
     }
-    let translated = to.dst != packet.tuple.dst;
-    let Some(new) = maps::new_flow() else { return drop(Reason::NotReady, id) };
-    new.begin(packet, ZONE_WORLD, id, id);
-    new.half.to = to;
+    let translated = address != packet.tuple.dst;
+    let Some(new) = F::new_flow() else { return drop(Reason::NotReady, id) };
+    new.prepare(packet, ZONE_WORLD, id, id);
+    new.half.to.dst = address;
+    new.half.to.dport = port;
     new.half.flags |= flow_flag::INBOUND;
     new.half.policy_generation = policy_generation;
     new.half.stage = stage::INGRESS;
-    new.reply_generation = endpoint.generation;
-    new.reply_stage = stage::EGRESS;
+    new.reply.generation = endpoint.generation;
+    new.reply.stage = stage::EGRESS;
     new.ports = if translated { SourcePorts::Preferred } else { SourcePorts::Kept };
-    flow::open(new).or_else(|reason| drop(reason, id))?;
-    maps::count(id, Reason::FlowIn, packet.len());
+    flow::begin(packet, id, Reason::FlowIn, 0)?;
     packet.rewrite(&new.half.to).or_else(|reason| drop(reason, id))?;
     Ok(Verdict::Pass)
 }
 
+/// Where a packet that leaves by an uplink comes from: the network's id. `None`: from no network.
 #[inline(always)]
-pub(crate) fn to_uplink(ctx: &TcContext) -> Decision {
-    let arrived_at = packet::arrived_at(ctx);
-    if arrived_at == 0 {
+fn origin(ctx: &TcContext) -> Option<u32> {
+    maps::interface(packet::arrived_at(ctx))
+        .filter(|origin| origin.role == role::NETWORK)
+        .map(|origin| origin.network)
+}
+
+/// Neither IPv4 nor IPv6.
+#[inline(always)]
+pub(crate) fn other_to_uplink(ctx: &TcContext) -> Decision {
+    match origin(ctx) {
+        Some(id) => drop(Reason::Family, id),
+        None => Ok(Verdict::Pass),
+    }
+}
+
+#[inline(always)]
+pub(crate) fn to_uplink<F: Family>(ctx: &TcContext) -> Decision {
+    let uplink = || maps::interface(packet::ifindex(ctx));
+    if packet::arrived_at(ctx) == 0 {
         // The host's own traffic.
+        if own_error::is_possible::<F>(ctx)
+            && let Some(uplink) = uplink()
+        {
+            own_error::translate::<F>(ctx, packet::ip_offset(uplink));
+        }
         return Ok(Verdict::Pass);
     }
-    let Some(origin) = maps::interface(arrived_at) else { return Ok(Verdict::Pass) };
-    if origin.role != role::NETWORK {
-        return Ok(Verdict::Pass);
-    }
-    let id = origin.network;
-    let Some(uplink) = maps::interface(packet::ifindex(ctx)) else {
-        return drop(Reason::NotReady, id);
-    };
-    let Some(ip) = ipv4_offset(ctx, uplink) else { return drop(Reason::Family, id) };
-    let mut packet = Packet::parse(ctx, ip, id).or_else(|reason| drop(reason, id))?;
+    let Some(id) = origin(ctx) else { return Ok(Verdict::Pass) };
+    let Some(uplink) = uplink() else { return drop(Reason::NotReady, id) };
+    let ip = packet::ip_offset(uplink);
+    let mut packet = Packet::<F>::parse(ctx, ip, id).or_else(|reason| drop(reason, id))?;
     packet.remember_ports();
+    if packet.source != packet.tuple.src {
+        // An error of a container about somebody else's packet.
+        return drop(Reason::Unmasqueraded, id);
+    }
     // `from_container` has opened a flow for everything that may leave.
     match flow::find(&packet, id) {
         Some(half) if half.stage == stage::EGRESS && half.reply_zone == ZONE_WORLD => {
@@ -153,7 +170,7 @@ pub(crate) fn to_uplink(ctx: &TcContext) -> Decision {
         }
         // A container has no other source than its own: an uplink on top of this one (VLAN,
         // macvlan) has translated the packet.
-        None if maps::subnet(packet.source) != Some(id) => Ok(Verdict::Pass),
+        None if F::network_of(packet.source) != Some(id) => Ok(Verdict::Pass),
         _ => drop(Reason::Unmasqueraded, id),
     }
 }

@@ -17,6 +17,9 @@ pub(crate) enum Verdict {
     TurnAround,
     /// Gone, and counted.
     Drop(Dropped),
+    /// Gone, and counted with the bytes that it had; an error stands in its place and goes to its
+    /// sender.
+    Answer(Dropped, u32),
 }
 
 /// Why a packet was dropped and for whom it is counted.
@@ -52,8 +55,12 @@ impl Verdict {
             Self::Pass => TCX_NEXT,
             Self::TurnAround => kernel::redirect(packet::ifindex(ctx)),
             Self::Drop(dropped) => {
-                maps::count(dropped.network, dropped.reason, ctx.len());
+                maps::count(dropped.network, dropped.reason as u32, ctx.len());
                 TCX_DROP
+            }
+            Self::Answer(dropped, bytes) => {
+                maps::count(dropped.network, dropped.reason as u32, bytes);
+                kernel::redirect(packet::ifindex(ctx))
             }
         }
     }

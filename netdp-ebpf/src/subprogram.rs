@@ -1,0 +1,91 @@
+//! Sub-programs that the verifier walks once, each by itself, and not once more for every path that
+//! leads to a call: what the programs share is cheap to load that way, however often it is called.
+//!
+//! Such a function takes the context and numbers and returns a number; everything else it finds and
+//! leaves in this CPU's scratch. Its name has no parameters, so each family has its own.
+
+use aya_ebpf::bindings::__sk_buff;
+
+use crate::{
+    aging,
+    family::{V4, V6},
+    flow, packet, refuse, rewrite,
+};
+
+/// The sub-programs of a family; see the functions that they are named after.
+pub(crate) trait Subprograms {
+    /// [`packet::parse`].
+    fn parse_headers(skb: *mut __sk_buff, ip: u32, zone: u32) -> u32;
+    /// [`flow::open`].
+    fn open(skb: *mut __sk_buff) -> u32;
+    /// [`rewrite::apply`].
+    fn apply(skb: *mut __sk_buff) -> u32;
+    /// [`aging::look_at_oldest`].
+    fn look_at_oldest(kind: u32) -> u32;
+    /// [`refuse::answer`].
+    fn answer(skb: *mut __sk_buff, ifindex: u32) -> u32;
+}
+
+macro_rules! subprograms {
+    ($family:ident: $parse:ident, $open:ident, $apply:ident, $look_at_oldest:ident, $answer:ident) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $parse(skb: *mut __sk_buff, ip: u32, zone: u32) -> u32 {
+            packet::parse::<$family>(skb, ip, zone)
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $open(skb: *mut __sk_buff) -> u32 {
+            flow::open::<$family>(skb)
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $apply(skb: *mut __sk_buff) -> u32 {
+            rewrite::apply::<$family>(skb)
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $look_at_oldest(kind: u32) -> u32 {
+            aging::look_at_oldest::<$family>(kind)
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $answer(skb: *mut __sk_buff, ifindex: u32) -> u32 {
+            refuse::answer::<$family>(skb, ifindex)
+        }
+
+        impl Subprograms for $family {
+            #[inline(always)]
+            fn parse_headers(skb: *mut __sk_buff, ip: u32, zone: u32) -> u32 {
+                $parse(skb, ip, zone)
+            }
+
+            #[inline(always)]
+            fn open(skb: *mut __sk_buff) -> u32 {
+                $open(skb)
+            }
+
+            #[inline(always)]
+            fn apply(skb: *mut __sk_buff) -> u32 {
+                $apply(skb)
+            }
+
+            #[inline(always)]
+            fn look_at_oldest(kind: u32) -> u32 {
+                $look_at_oldest(kind)
+            }
+
+            #[inline(always)]
+            fn answer(skb: *mut __sk_buff, ifindex: u32) -> u32 {
+                $answer(skb, ifindex)
+            }
+        }
+    };
+}
+
+subprograms!(V4: parse4, open4, apply4, look_at_oldest4, answer4);
+subprograms!(V6: parse6, open6, apply6, look_at_oldest6, answer6);
