@@ -2,11 +2,11 @@
 //!
 //! Owns where things are on the host. Knows nothing of networks.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, str::FromStr};
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use netdp_common::flow::FLOWS_DEFAULT;
+use netdp_common::{config::Timeouts, flow::FLOWS_DEFAULT};
 
 /// What the agent is told on its command line.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
@@ -17,13 +17,58 @@ pub struct Config {
     /// Interface to the outside; all that can be one where none is given
     #[arg(long = "uplink", value_name = "IFACE")]
     pub uplinks: Vec<String>,
-    /// Most flows that are tracked at a time
+    /// Most flows of each family that are tracked at a time
     #[arg(long, value_name = "N", default_value_t = FLOWS_DEFAULT,
           value_parser = clap::value_parser!(u32).range(16..=67_108_864))]
     pub flows: u32,
+    /// How long an idle flow is kept: tcp-established, tcp-transitory, udp-replied, udp-unreplied,
+    /// icmp or other
+    #[arg(long = "timeout", value_name = "KIND=SECONDS")]
+    pub timeouts: Vec<Timeout>,
     /// See [`Paths`].
     #[command(flatten)]
     pub paths: Paths,
+}
+
+/// How long idle flows of one kind are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeout {
+    kind: &'static str,
+    seconds: u32,
+}
+
+/// A field of [`Timeouts`].
+type TimeoutField = fn(&mut Timeouts) -> &mut u32;
+
+/// Kinds of [`Timeout`] by name.
+const TIMEOUTS: [(&str, TimeoutField); 6] = [
+    ("tcp-established", |timeouts| &mut timeouts.tcp_established),
+    ("tcp-transitory", |timeouts| &mut timeouts.tcp_transitory),
+    ("udp-replied", |timeouts| &mut timeouts.udp_replied),
+    ("udp-unreplied", |timeouts| &mut timeouts.udp_unreplied),
+    ("icmp", |timeouts| &mut timeouts.icmp),
+    ("other", |timeouts| &mut timeouts.other),
+];
+
+/// Longest timeout, in seconds: ten years fit into the programs' clock with room to spare.
+const LONGEST_TIMEOUT: u32 = 315_360_000;
+
+impl FromStr for Timeout {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let kinds = TIMEOUTS.map(|(name, _)| name).join(", ");
+        let (name, seconds) =
+            text.split_once('=').ok_or("write it as KIND=SECONDS, for example icmp=60")?;
+        let (kind, _) = TIMEOUTS
+            .into_iter()
+            .find(|(kind, _)| *kind == name)
+            .ok_or_else(|| format!("{name:?} is no kind of flow: give one of {kinds}"))?;
+        match seconds.parse() {
+            Ok(seconds @ 1..=LONGEST_TIMEOUT) => Ok(Self { kind, seconds }),
+            _ => Err(format!("{seconds:?} is no timeout: give seconds, at least 1")),
+        }
+    }
 }
 
 const STATE_DIR: &str = "/var/lib/netdp";
@@ -42,7 +87,7 @@ pub struct Paths {
     /// Mount point of the BPF file system
     #[arg(long, value_name = "D", default_value = BPFFS)]
     pub bpffs: PathBuf,
-    /// Mount point of the cgroup2 hierarchy; checked, and not used before there are socket hooks
+    /// Mount point of the cgroup2 hierarchy, where the mount table names none or another
     #[arg(long, value_name = "D")]
     pub cgroup: Option<PathBuf>,
 }
@@ -59,6 +104,17 @@ pub enum DataplaneChoice {
 }
 
 impl Config {
+    /// The timeouts asked for, and those of the RFCs for what was not.
+    pub fn timeouts(&self) -> Timeouts {
+        let mut timeouts = Timeouts::RFC;
+        for Timeout { kind, seconds } in &self.timeouts {
+            for (_, field) in TIMEOUTS.iter().filter(|(name, _)| name == kind) {
+                *field(&mut timeouts) = *seconds;
+            }
+        }
+        timeouts
+    }
+
     /// Looks for what can't work, before anything is touched.
     ///
     /// # Errors
@@ -90,5 +146,40 @@ impl Paths {
     /// Where the agent listens.
     pub fn socket(&self) -> PathBuf {
         self.run_dir.join("netdp.sock")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        config: Config,
+    }
+
+    fn timeouts(arguments: &[&str]) -> Result<Timeouts, String> {
+        Line::try_parse_from([&["agent"], arguments].concat())
+            .map(|line| line.config.timeouts())
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn timeouts_are_those_of_the_rfcs_unless_told() {
+        assert_eq!(timeouts(&[]), Ok(Timeouts::RFC));
+        let asked = timeouts(&["--timeout", "icmp=10", "--timeout", "tcp-established=86400"]);
+        assert_eq!(asked, Ok(Timeouts { icmp: 10, tcp_established: 86_400, ..Timeouts::RFC }));
+    }
+
+    #[test]
+    fn a_bad_timeout_is_named() {
+        for (bad, hint) in [("icmp", "KIND=SECONDS"), ("tcp=5", "tcp-established"), ("icmp=0", "1")]
+        {
+            let refusal = timeouts(&["--timeout", bad]).unwrap_err();
+            assert!(refusal.contains(hint), "{bad}: {refusal}");
+        }
     }
 }

@@ -21,12 +21,13 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use self::{
+    alarms::{About, Alarm, alarms, unheard},
     blocking::Blocking,
     converge::{Failure, Subject},
 };
 use crate::{
     config::Config,
-    dataplane::{Count, Dataplane, Drift, FlowRecord, Program},
+    dataplane::{Count, Dataplane, Drift, FlowRecord, FlowTable, Program},
     facts::HostFacts,
     model::{EndpointId, Model, Refusal},
     netlink::{Netlink, events::Events, namespace},
@@ -35,8 +36,10 @@ use crate::{
     store::Store,
 };
 
+mod alarms;
 mod blocking;
 mod converge;
+mod sysctls;
 
 /// How often flows are collected, and facts read again in case an event got lost.
 const TICK: Duration = Duration::from_secs(5);
@@ -73,6 +76,10 @@ pub struct Snapshot {
     pub program: Arc<Program>,
     /// What could not be repaired so far, one line each.
     pub troubles: Vec<String>,
+    /// What the operator should know of and the agent can't repair, one line each.
+    pub alarms: Vec<String>,
+    /// How full the flow tables were when flows were last collected.
+    pub flow_tables: Vec<FlowTable>,
 }
 
 struct State {
@@ -82,6 +89,10 @@ struct State {
     setting: Setting,
     program: Arc<Program>,
     troubles: Vec<String>,
+    /// As of the last collection.
+    flow_tables: Vec<FlowTable>,
+    /// Alarms that are in the log already.
+    heard: BTreeSet<About>,
     /// Endpoints whose container's end was made right by this agent, with the ifindex of the
     /// host's end that it belongs to.
     dressed: BTreeMap<EndpointId, u32>,
@@ -131,6 +142,8 @@ impl Controller {
             setting: Setting { uplinks: config.uplinks.iter().cloned().collect(), originals },
             program: Arc::default(),
             troubles: Vec::new(),
+            flow_tables: Vec::new(),
+            heard: BTreeSet::new(),
             dressed: BTreeMap::new(),
             netlink,
             store,
@@ -424,12 +437,18 @@ impl State {
         Err(anyhow!("purge left something behind: {}", errors.join("; ")))
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
+        let alarms = alarms(&self.model, &self.facts, &self.setting, &self.flow_tables);
+        for Alarm { text, .. } in unheard(&alarms, &self.flow_tables, &mut self.heard) {
+            warn!("{text}");
+        }
         self.snapshot.send_replace(Snapshot {
             model: Arc::clone(&self.model),
             facts: Arc::new(self.facts.clone()),
             program: Arc::clone(&self.program),
             troubles: self.troubles.clone(),
+            alarms: alarms.into_iter().map(|alarm| alarm.text).collect(),
+            flow_tables: self.flow_tables.clone(),
         });
     }
 }
@@ -456,6 +475,10 @@ async fn keep(state: Weak<Mutex<State>>, mut events: Events) {
                 Ok(0) => {}
                 Ok(flows) => debug!(flows, "collected idle flows"),
                 Err(error) => warn!("collect idle flows: {error:#}"),
+            }
+            match state.dataplane.call(|dataplane| dataplane.flow_tables()).await {
+                Ok(tables) => state.flow_tables = tables,
+                Err(error) => warn!("look how full the flow tables are: {error:#}"),
             }
         }
         if let Err(error) = state.look().await {

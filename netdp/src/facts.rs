@@ -4,10 +4,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
 };
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use crate::model::{MacAddress, Protocol};
 
@@ -16,10 +16,17 @@ use crate::model::{MacAddress, Protocol};
 pub struct HostFacts {
     /// Every link, by ifindex.
     pub links: BTreeMap<u32, Link>,
-    /// Destinations of the main table's unicast routes, the default route left out.
+    /// Destinations of the main table's unicast routes, default routes left out.
     pub routes: Vec<Route>,
     /// `net.ipv4.ip_forward`: the host was told to be a router.
     pub is_router: bool,
+    /// `net.ipv6.conf.all.forwarding`: the same for IPv6. Unlike there, an interface's own switch
+    /// lets nothing be forwarded without it; see [`Self::can_force_forwarding`].
+    pub is_ipv6_router: bool,
+    /// The kernel does IPv6 at all.
+    pub has_ipv6: bool,
+    /// Interfaces have `net.ipv6.conf.<name>.force_forwarding` (Linux 6.17).
+    pub can_force_forwarding: bool,
     /// `net.ipv4.ip_local_port_range`, inclusive.
     pub ephemeral_ports: (u16, u16),
     /// Ports that other programs of the host were found to have: none to choose.
@@ -45,17 +52,29 @@ pub struct Link {
     pub up: bool,
     /// The loopback interface.
     pub loopback: bool,
-    /// Its IPv4 addresses in the kernel's order, primaries first.
-    pub addresses: Vec<Ipv4Net>,
+    /// Its addresses in the kernel's order: IPv4 first, primaries before secondaries.
+    pub addresses: Vec<LinkAddress>,
     /// `net.ipv4.conf.<name>.forwarding`.
     pub forwarding: bool,
+    /// `net.ipv6.conf.<name>.force_forwarding`, of links that are no port of another.
+    pub forces_forwarding: bool,
+}
+
+/// An address of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkAddress {
+    /// With the length of its prefix.
+    pub net: IpNet,
+    /// Fit to be what the world sees for long: neither tentative, deprecated nor temporary
+    /// (RFC 8981), as IPv6 addresses may be.
+    pub is_steady: bool,
 }
 
 /// A unicast route of the main table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
     /// Where it leads to.
-    pub destination: Ipv4Net,
+    pub destination: IpNet,
     /// The interface it leaves by.
     pub ifindex: u32,
 }
@@ -70,14 +89,40 @@ impl HostFacts {
     }
 
     /// Whether one of the host's interfaces has this address.
-    pub fn is_local(&self, address: Ipv4Addr) -> bool {
-        self.links.values().any(|link| link.addresses.iter().any(|net| net.addr() == address))
+    pub fn is_local(&self, address: IpAddr) -> bool {
+        // One that is link-local may be on several, and says nothing without its interface.
+        !is_ipv6_link_local(address)
+            && self
+                .links
+                .values()
+                .any(|link| link.addresses.iter().any(|candidate| candidate.net.addr() == address))
+    }
+}
+
+/// Whether an address is fe80::/10. IPv4's link-local addresses mean one thing on a whole host.
+pub fn is_ipv6_link_local(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
+}
+
+impl Route {
+    /// Whether it is a part of the address space so large that it stands for all of it: VPN
+    /// clients take halves, and 2000::/3 is all of IPv6 that is routed at all.
+    pub fn is_default_in_disguise(&self) -> bool {
+        match self.destination {
+            IpNet::V4(net) => net.prefix_len() <= 1,
+            IpNet::V6(net) => net.prefix_len() <= 3,
+        }
     }
 }
 
 impl Link {
     /// What the alias of every link of ours begins with.
     pub const ALIAS_PREFIX: &str = "netdp ";
+
+    /// Whether it has this address with this prefix length.
+    pub fn has_address(&self, net: IpNet) -> bool {
+        self.addresses.iter().any(|address| address.net == net)
+    }
 
     /// Whether we made it; any other link is left alone. An operator's own notes may begin with
     /// our name: the noun and the kind of link have to be right, too.

@@ -9,6 +9,7 @@ pub mod config;
 pub mod controller;
 pub mod dataplane;
 pub mod facts;
+pub mod family;
 pub mod ipam;
 pub mod model;
 pub mod netlink;

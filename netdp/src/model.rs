@@ -4,9 +4,16 @@
 //! Owns the shapes and the pure operations on them. Knows nothing of kernel objects, of files, of
 //! wire formats.
 
-use std::{collections::BTreeMap, fmt, net::Ipv4Addr, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::PathBuf,
+};
 
-use ipnet::Ipv4Net;
+use ipnet::Ipv6Net;
+
+use crate::family::{Family, V4, V6};
 
 mod endpoint;
 mod network;
@@ -42,6 +49,9 @@ pub struct Model {
     pub endpoints: BTreeMap<EndpointId, Endpoint>,
     /// The next network id to try and the next endpoint id to give.
     pub next: NextIds,
+    /// This host's own /48 of unique local addresses (RFC 4193), where IPv6 subnets come from
+    /// that the user left open; chosen with the first of them.
+    pub unique_local: Option<Ipv6Net>,
 }
 
 /// Where the search for a free id goes on; part of the state so that ids are not reused early.
@@ -68,8 +78,10 @@ pub struct Network {
     pub name: String,
     /// Name of the Linux bridge.
     pub bridge: String,
-    /// The IPv4 side; every network has one until IPv6-only networks come.
-    pub ipv4: Subnet4,
+    /// The IPv4 side. A network has at least one of the two.
+    pub ipv4: Option<Subnet<V4>>,
+    /// The IPv6 side.
+    pub ipv6: Option<Subnet<V6>>,
     /// How packets from and to the outside are treated.
     pub gateway_mode: GatewayMode,
     /// No way in or out; members and the gateway only.
@@ -80,28 +92,31 @@ pub struct Network {
     pub masquerade: bool,
     /// MTU of bridge and endpoints in bytes; the kernel's 1500 where the user said nothing.
     pub mtu: u32,
-    /// Host address that `-p` without one means; 0.0.0.0 = every local address.
-    pub host_binding: Ipv4Addr,
-    /// Source address towards the world instead of the uplink's own.
-    pub snat_ip: Option<Ipv4Addr>,
+    /// Most flows that one endpoint may have opened, in both families together; 0 = no limit.
+    pub endpoint_flows: u32,
     /// The user's rules, evaluated in order before our own.
-    pub policy: Vec<Rule>,
+    pub policy: Vec<PolicyRule>,
     /// Incremented with every change of `policy`; flows classified under an older one are
     /// classified again.
     pub policy_generation: u32,
-    /// Address at which the search for the next free one starts.
-    pub next_address: Ipv4Addr,
 }
 
-/// An IPv4 subnet with its gateway and the part that addresses are chosen from.
+/// One family of a network: its subnet, the gateway, the part that addresses are chosen from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Subnet4 {
+pub struct Subnet<F: Family> {
     /// Network address and prefix length.
-    pub subnet: Ipv4Net,
+    pub subnet: F::Net,
     /// The bridge's own address.
-    pub gateway: Ipv4Addr,
+    pub gateway: F::Address,
     /// Addresses are chosen from here; the subnet where the user said nothing.
-    pub range: Ipv4Net,
+    pub range: F::Net,
+    /// Address at which the search for the next free one starts.
+    pub next_address: F::Address,
+    /// Host address that `-p` without one means: unspecified = every local address, `None` = such
+    /// ports are not published in this family.
+    pub host_binding: Option<F::Address>,
+    /// Source address towards the world instead of the uplink's own.
+    pub snat_ip: Option<F::Address>,
 }
 
 /// Docker's gateway modes.
@@ -135,8 +150,10 @@ pub struct Endpoint {
     pub host_interface: String,
     /// Name of the interface inside the container.
     pub interface: String,
-    /// Its address in the network's subnet.
-    pub address: Ipv4Addr,
+    /// Its address in the network's IPv4 subnet; there iff the network has one.
+    pub ipv4: Option<Ipv4Addr>,
+    /// Its address in the network's IPv6 subnet; there iff the network has one.
+    pub ipv6: Option<Ipv6Addr>,
     /// Its MAC address.
     pub mac: MacAddress,
     /// Its published ports.
@@ -174,8 +191,8 @@ impl fmt::Debug for MacAddress {
 pub struct PublishedPort {
     /// Transport protocol.
     pub protocol: Protocol,
-    /// Host address; 0.0.0.0 = every local address.
-    pub host_address: Ipv4Addr,
+    /// Host address; 0.0.0.0 and :: = every local address of that family.
+    pub host_address: IpAddr,
     /// Host port, as chosen where the user left it open.
     pub host_port: u16,
     /// Port the container listens on.
@@ -189,6 +206,8 @@ pub enum Protocol {
     Tcp,
     /// UDP, IP protocol 17.
     Udp,
+    /// SCTP, IP protocol 132.
+    Sctp,
 }
 
 impl Protocol {
@@ -197,19 +216,46 @@ impl Protocol {
         match self {
             Self::Tcp => 6,
             Self::Udp => 17,
+            Self::Sctp => 132,
         }
+    }
+
+    /// Whether translation changes ports. SCTP's checksum covers the whole packet (RFC 9260,
+    /// section 6.8), so its ports stay as they are.
+    pub fn has_changeable_ports(self) -> bool {
+        self != Self::Sctp
     }
 }
 
 /// One line of a policy: what to do with new connections into the network from these sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PolicyRule {
+    /// What happens to a match.
+    pub action: Action,
+    /// Who matches.
+    pub source: Source,
+}
+
+/// Whom a line of a policy is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Everybody, in both families.
+    Any,
+    /// First and last address that match.
+    Ipv4(Ipv4Addr, Ipv4Addr),
+    /// The same for IPv6.
+    Ipv6(Ipv6Addr, Ipv6Addr),
+}
+
+/// What a backend has to know of a policy's line in one family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rule {
     /// What happens to a match.
     pub action: Action,
     /// First source address that matches.
-    pub first: Ipv4Addr,
-    /// Last source address that matches.
-    pub last: Ipv4Addr,
+    pub first: IpAddr,
+    /// Last source address that matches; of the same family.
+    pub last: IpAddr,
 }
 
 /// A rule's effect.

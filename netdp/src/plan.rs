@@ -5,20 +5,22 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::PathBuf,
 };
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
     dataplane::{
         Drift, EndpointProgram, NatPorts, NetworkProgram, Program, PublishedKey, PublishedTarget,
-        Uplink,
+        SubnetProgram, Uplink,
     },
-    facts::{HostFacts, Link},
+    facts::{HostFacts, Link, is_ipv6_link_local},
+    family::{Family, V4, V6},
     model::{
         Endpoint, EndpointId, GatewayMode, MacAddress, Model, NetnsIdentity, Network, NetworkId,
+        PolicyRule, Subnet,
     },
 };
 
@@ -65,12 +67,21 @@ pub struct BridgePlan {
     pub name: String,
     /// Marks it as ours and says whose it is.
     pub alias: String,
-    /// Derived from the gateway, so that neighbour entries in containers outlive the bridge.
+    /// See [`Network::bridge_mac`].
     pub mac: MacAddress,
     /// In bytes.
     pub mtu: u32,
-    /// The gateway, with the subnet's prefix length.
-    pub address: Ipv4Net,
+    /// The IPv4 gateway, with the subnet's prefix length.
+    pub ipv4: Option<Ipv4Net>,
+    /// The IPv6 gateway; without one the bridge does no IPv6.
+    pub ipv6: Option<Ipv6Net>,
+}
+
+impl BridgePlan {
+    /// Its addresses, IPv4 first.
+    pub fn addresses(&self) -> impl Iterator<Item = IpNet> {
+        self.ipv4.map(IpNet::V4).into_iter().chain(self.ipv6.map(IpNet::V6))
+    }
 }
 
 /// A veth pair as it has to be.
@@ -92,10 +103,19 @@ pub struct VethPlan {
     pub interface: String,
     /// MAC of the container's end.
     pub mac: MacAddress,
+    /// Its IPv4 side.
+    pub ipv4: Option<InterfacePlan<V4>>,
+    /// Its IPv6 side; without one the interface does no IPv6.
+    pub ipv6: Option<InterfacePlan<V6>>,
+}
+
+/// One family of a container's interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InterfacePlan<F: Family> {
     /// The container's address, with the subnet's prefix length.
-    pub address: Ipv4Net,
+    pub address: F::Net,
     /// Where the container's default route leads, if it has to have one.
-    pub gateway: Option<Ipv4Addr>,
+    pub gateway: Option<F::Address>,
 }
 
 /// What a sysctl of the host has to say.
@@ -103,22 +123,44 @@ pub struct VethPlan {
 pub enum SysctlPlan {
     /// Exactly this.
     Is(String),
+    /// The second where it says the first; anything else stays.
+    Replaces(String, String),
     /// A list of port ranges that covers this one, inclusive; what is on it already stays.
     Covers(u16, u16),
 }
 
-/// Path under `/proc/sys` of the switch that lets packets from an interface be forwarded.
+/// Path under `/proc/sys` of the switch that lets IPv4 packets from an interface be forwarded.
 pub fn forwarding_sysctl(interface: &str) -> String {
-    format!("{FORWARDING_PREFIX}{interface}{FORWARDING_SUFFIX}")
+    format!("{IPV4_CONF}{interface}/forwarding")
 }
 
-/// The interface whose [`forwarding_sysctl`] this is.
-pub fn forwarding_interface(path: &str) -> Option<&str> {
-    path.strip_prefix(FORWARDING_PREFIX)?.strip_suffix(FORWARDING_SUFFIX)
+/// The same for IPv6, beside a host that is no router (Linux 6.17).
+pub fn force_forwarding_sysctl(interface: &str) -> String {
+    format!("{IPV6_CONF}{interface}/force_forwarding")
 }
 
-const FORWARDING_PREFIX: &str = "net/ipv4/conf/";
-const FORWARDING_SUFFIX: &str = "/forwarding";
+/// The interface that a sysctl belongs to, if it belongs to a single one.
+pub fn sysctl_interface(path: &str) -> Option<&str> {
+    let rest = path.strip_prefix(IPV4_CONF).or_else(|| path.strip_prefix(IPV6_CONF))?;
+    let (interface, _) = rest.rsplit_once('/')?;
+    (!matches!(interface, "all" | "default")).then_some(interface)
+}
+
+/// The same sysctl of another interface.
+pub fn sysctl_of_interface(path: &str, interface: &str) -> Option<String> {
+    let old = sysctl_interface(path)?;
+    let (head, tail) = path.split_at(IPV4_CONF.len());
+    Some(format!("{head}{interface}{}", tail.strip_prefix(old)?))
+}
+
+/// Directory of IPv4's sysctls of interfaces; as long as [`IPV6_CONF`].
+const IPV4_CONF: &str = "net/ipv4/conf/";
+/// Directory of IPv6's sysctls of interfaces.
+pub const IPV6_CONF: &str = "net/ipv6/conf/";
+
+/// Path under `/proc/sys` of the switch that makes the host an IPv6 router: a write to it is one to
+/// the `forwarding` of every interface.
+pub const IPV6_ROUTER_SYSCTL: &str = "net/ipv6/conf/all/forwarding";
 
 /// Path under `/proc/sys` of the ports that the kernel gives to no socket by itself.
 pub const RESERVED_PORTS_SYSCTL: &str = "net/ipv4/ip_local_reserved_ports";
@@ -139,17 +181,8 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
         .collect();
     let uplinks = uplinks(model, facts, setting);
 
-    let mut sysctls: BTreeMap<_, _> = uplinks
-        .keys()
-        .filter_map(|ifindex| facts.links.get(ifindex))
-        .map(|link| (forwarding_sysctl(&link.name), SysctlPlan::Is("1".into())))
-        .collect();
     let nat_ports = NatPorts { ephemeral: facts.ephemeral_ports, ..NatPorts::default() };
-    // A host without networks is left as it is.
-    if !model.networks.is_empty() {
-        let (first, last) = nat_ports.reserved;
-        sysctls.insert(RESERVED_PORTS_SYSCTL.into(), SysctlPlan::Covers(first, last));
-    }
+    let sysctls = sysctls(model, facts, &uplinks, &nat_ports);
 
     let networks: BTreeMap<_, _> = bridges
         .iter()
@@ -167,7 +200,8 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
             let program = EndpointProgram {
                 network: endpoint.network,
                 ifindex,
-                address: endpoint.address,
+                ipv4: endpoint.ipv4,
+                ipv6: endpoint.ipv6,
                 mac: endpoint.mac,
             };
             Some((*id, program))
@@ -178,13 +212,15 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
         .iter()
         .filter(|(id, _)| endpoints.contains_key(id))
         .flat_map(|(&id, endpoint)| {
-            endpoint.published.iter().map(move |port| {
-                let target = PublishedTarget {
-                    endpoint: id,
-                    address: endpoint.address,
-                    port: port.container_port,
+            endpoint.published.iter().filter_map(move |port| {
+                // A port of a family that the endpoint lacks can't come out of the model's
+                // operations; it would only be unreachable, so it is left out.
+                let address = match port.host_address {
+                    IpAddr::V4(_) => endpoint.ipv4?.into(),
+                    IpAddr::V6(_) => endpoint.ipv6?.into(),
                 };
-                (PublishedKey::from(port), target)
+                let target = PublishedTarget { endpoint: id, address, port: port.container_port };
+                Some((PublishedKey::from(port), target))
             })
         })
         .collect();
@@ -192,8 +228,8 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
         .links
         .values()
         .flat_map(|link| &link.addresses)
-        .map(Ipv4Net::addr)
-        .filter(|address| !address.is_loopback())
+        .map(|address| address.net.addr())
+        .filter(|&address| !address.is_loopback() && !is_ipv6_link_local(address))
         .collect();
 
     Plan {
@@ -231,11 +267,14 @@ pub fn link_drift(plan: &Plan, facts: &HostFacts) -> Vec<Drift> {
                 if !link.up {
                     drift.push(format!("bridge {} is down", bridge.name));
                 }
-                if !link.addresses.contains(&bridge.address) {
-                    drift.push(format!("bridge {} lacks {}", bridge.name, bridge.address));
+                for net in bridge.addresses().filter(|&net| !link.has_address(net)) {
+                    drift.push(format!("bridge {} lacks {net}", bridge.name));
                 }
-                if !link.forwarding {
+                if bridge.ipv4.is_some() && !link.forwarding {
                     drift.push(format!("bridge {} does not forward", bridge.name));
+                }
+                if bridge.ipv6.is_some() && facts.can_force_forwarding && !link.forces_forwarding {
+                    drift.push(format!("bridge {} does not forward IPv6", bridge.name));
                 }
             }
         }
@@ -252,10 +291,17 @@ pub fn link_drift(plan: &Plan, facts: &HostFacts) -> Vec<Drift> {
             Some(_) => {}
         }
     }
-    for ifindex in plan.program.uplinks.keys() {
-        if let Some(link) = facts.links.get(ifindex).filter(|link| !link.forwarding) {
+    for link in plan.program.uplinks.keys().filter_map(|ifindex| facts.links.get(ifindex)) {
+        let is_wanted = |path| plan.sysctls.contains_key(&path);
+        if is_wanted(forwarding_sysctl(&link.name)) && !link.forwarding {
             drift.push(format!("uplink {} does not forward", link.name));
         }
+        if is_wanted(force_forwarding_sysctl(&link.name)) && !link.forces_forwarding {
+            drift.push(format!("uplink {} does not forward IPv6", link.name));
+        }
+    }
+    if plan.sysctls.contains_key(IPV6_ROUTER_SYSCTL) && !facts.is_ipv6_router {
+        drift.push("the host does not forward IPv6".to_owned());
     }
     for link in plan.orphans.iter().filter_map(|ifindex| facts.links.get(ifindex)) {
         drift.push(format!("interface {} belongs to nothing any more", link.name));
@@ -276,14 +322,13 @@ pub fn is_port_of(facts: &HostFacts, link: &Link, bridge: &str) -> bool {
 }
 
 fn bridge(network: &Network) -> BridgePlan {
-    let Network { bridge, ipv4, mtu, .. } = network;
-    let [a, b, c, d] = ipv4.gateway.octets();
     BridgePlan {
-        name: bridge.clone(),
+        name: network.bridge.clone(),
         alias: network.alias(),
-        mac: MacAddress([0x02, 0x42, a, b, c, d]),
-        mtu: *mtu,
-        address: with_prefix_of(ipv4.gateway, ipv4.subnet),
+        mac: network.bridge_mac(),
+        mtu: network.mtu,
+        ipv4: network.ipv4.map(|side| V4::with_prefix_of(side.gateway, side.subnet)),
+        ipv6: network.ipv6.map(|side| V6::with_prefix_of(side.gateway, side.subnet)),
     }
 }
 
@@ -297,29 +342,77 @@ fn veth(endpoint: &Endpoint, network: &Network, alias: String) -> VethPlan {
         netns_identity: endpoint.netns_identity,
         interface: endpoint.interface.clone(),
         mac: endpoint.mac,
-        address: with_prefix_of(endpoint.address, network.ipv4.subnet),
-        gateway: (!network.is_closed()).then_some(network.ipv4.gateway),
+        ipv4: interface(endpoint.ipv4, network.ipv4, network),
+        ipv6: interface(endpoint.ipv6, network.ipv6, network),
     }
 }
 
-fn with_prefix_of(address: Ipv4Addr, subnet: Ipv4Net) -> Ipv4Net {
-    Ipv4Net::new_assert(address, subnet.prefix_len())
+fn interface<F: Family>(
+    address: Option<F::Address>,
+    side: Option<Subnet<F>>,
+    network: &Network,
+) -> Option<InterfacePlan<F>> {
+    let (address, side) = (address?, side?);
+    Some(InterfacePlan {
+        address: F::with_prefix_of(address, side.subnet),
+        gateway: (!network.is_closed()).then_some(side.gateway),
+    })
 }
 
 fn network_program(network: &Network, bridge: &BridgePlan, ifindex: u32) -> NetworkProgram {
     NetworkProgram {
         bridge_ifindex: ifindex,
         bridge_mac: bridge.mac,
-        subnet: network.ipv4.subnet,
-        gateway: network.ipv4.gateway,
+        ipv4: network.ipv4.map(subnet_program),
+        ipv6: network.ipv6.map(subnet_program),
         gateway_mode: network.gateway_mode,
         internal: network.internal,
         icc: network.icc,
         masquerade: network.masquerade,
-        snat_ip: network.snat_ip,
-        policy: network.policy.clone(),
+        endpoint_flows: network.endpoint_flows,
+        policy: network.policy.iter().flat_map(PolicyRule::rules).collect(),
         policy_generation: network.policy_generation,
     }
+}
+
+fn subnet_program<F: Family>(side: Subnet<F>) -> SubnetProgram<F> {
+    SubnetProgram { subnet: side.subnet, gateway: side.gateway, snat_ip: side.snat_ip }
+}
+
+/// The host's sysctls, for the families that some network has.
+fn sysctls(
+    model: &Model,
+    facts: &HostFacts,
+    uplinks: &BTreeMap<u32, Uplink>,
+    nat_ports: &NatPorts,
+) -> BTreeMap<String, SysctlPlan> {
+    let on = || SysctlPlan::Is("1".into());
+    let uplinks = || uplinks.keys().filter_map(|ifindex| facts.links.get(ifindex));
+    let mut sysctls = BTreeMap::new();
+    if model.networks.values().any(|network| network.ipv4.is_some()) {
+        sysctls.extend(uplinks().map(|link| (forwarding_sysctl(&link.name), on())));
+    }
+    if model.networks.values().any(|network| network.ipv6.is_some()) {
+        if facts.can_force_forwarding {
+            sysctls.extend(uplinks().map(|link| (force_forwarding_sysctl(&link.name), on())));
+        } else {
+            sysctls.insert(IPV6_ROUTER_SYSCTL.into(), on());
+            // A router takes no advertisements (1) unless it is told to all the same (2); without
+            // them the host's own addresses and routes would run out.
+            let foreign = facts.links.values().filter(|link| !link.loopback && !link.is_ours());
+            sysctls.extend(foreign.map(|link| {
+                let path = format!("{IPV6_CONF}{}/accept_ra", link.name);
+                (path, SysctlPlan::Replaces("1".into(), "2".into()))
+            }));
+        }
+    }
+    // A host without networks is left as it is.
+    if !model.networks.is_empty() {
+        // Of both families, whatever the path says.
+        let (first, last) = nat_ports.reserved;
+        sysctls.insert(RESERVED_PORTS_SYSCTL.into(), SysctlPlan::Covers(first, last));
+    }
+    sysctls
 }
 
 fn uplinks(model: &Model, facts: &HostFacts, setting: &Setting) -> BTreeMap<u32, Uplink> {
@@ -339,18 +432,40 @@ fn uplinks(model: &Model, facts: &HostFacts, setting: &Setting) -> BTreeMap<u32,
             }
         })
         .map(|(&ifindex, link)| {
-            let forwarded_before = facts.is_router
-                || setting
-                    .originals
-                    .get(&forwarding_sysctl(&link.name))
-                    .map_or(link.forwarding, |original| original != "0");
-            let addresses = || link.addresses.iter().map(Ipv4Net::addr);
-            // The world has no way back to a link-local address.
-            let masquerade =
-                addresses().find(|address| !address.is_link_local()).or(addresses().next());
-            (ifindex, Uplink { masquerade, ethernet: link.mac.is_some(), forwarded_before })
+            let before = |path: &str, now: bool| {
+                setting.originals.get(path).map_or(now, |original| original != "0")
+            };
+            let forwarded_before4 =
+                facts.is_router || before(&forwarding_sysctl(&link.name), link.forwarding);
+            let forwarded_before6 = before(IPV6_ROUTER_SYSCTL, facts.is_ipv6_router)
+                || before(&force_forwarding_sysctl(&link.name), link.forces_forwarding);
+            let uplink = Uplink {
+                masquerade4: masquerade4(link),
+                masquerade6: masquerade6(link),
+                ethernet: link.mac.is_some(),
+                forwarded_before4,
+                forwarded_before6,
+            };
+            (ifindex, uplink)
         })
         .collect()
+}
+
+fn masquerade4(link: &Link) -> Option<Ipv4Addr> {
+    let addresses = || link.addresses.iter().filter_map(|address| V4::of(address.net.addr()));
+    // The world has no way back to a link-local address.
+    addresses().find(|address| !address.is_link_local()).or(addresses().next())
+}
+
+fn masquerade6(link: &Link) -> Option<Ipv6Addr> {
+    let addresses = || {
+        let steady = link.addresses.iter().filter(|address| address.is_steady);
+        steady
+            .filter_map(|address| V6::of(address.net.addr()))
+            .filter(|address| !address.is_unicast_link_local() && !address.is_loopback())
+    };
+    // Nor to a unique local one, unless it is next door.
+    addresses().find(|address| !address.is_unique_local()).or(addresses().next())
 }
 
 fn orphans(

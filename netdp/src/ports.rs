@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fmt, fs, io,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
 };
@@ -15,8 +15,8 @@ use nix::{
     errno::Errno,
     sys::resource::{Resource, getrlimit, setrlimit},
     sys::socket::{
-        AddressFamily, SockFlag, SockType, SockaddrIn, bind, setsockopt, socket,
-        sockopt::{IpFreebind, RcvBuf},
+        AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, setsockopt, socket,
+        sockopt::{IpFreebind, Ipv6V6Only, RcvBuf},
     },
 };
 use thiserror::Error;
@@ -104,7 +104,8 @@ impl Reservations {
     /// Names the first port that could not be had, and who has it.
     pub fn prepare(&self, wanted: &BTreeSet<PublishedKey>) -> Result<Prepared, PortError> {
         let missing = wanted.iter().filter(|key| !self.held.contains_key(key));
-        missing.map(|&key| Ok((key, reserve(key)?))).collect::<Result<_, _>>().map(Prepared)
+        let taken = missing.filter_map(|&key| Some(reserve(key).transpose()?.map(|s| (key, s))));
+        taken.collect::<Result<_, _>>().map(Prepared)
     }
 
     /// Holds exactly `wanted` from now on, as far as it was prepared or held before.
@@ -120,9 +121,10 @@ impl Reservations {
         for &key in wanted {
             let Entry::Vacant(free) = self.held.entry(key) else { continue };
             match reserve(key) {
-                Ok(socket) => {
+                Ok(Some(socket)) => {
                     free.insert(socket);
                 }
+                Ok(None) => {}
                 Err(error) => failures.push(error),
             }
         }
@@ -131,36 +133,42 @@ impl Reservations {
 }
 
 /// Binds a port without SO_REUSEADDR and without ever listening: the kernel refuses every other
-/// bind with EADDRINUSE, and a connection that gets here finds a closed port.
-fn reserve(key: PublishedKey) -> Result<OwnedFd, PortError> {
-    bound_socket(key).map_err(|errno| match errno {
-        Errno::EADDRINUSE => PortError::InUse { key, holder: holder(key) },
-        errno => PortError::Refused { key, error: errno.into() },
-    })
+/// bind with EADDRINUSE, and a connection that gets here finds a closed port. `None` where the
+/// kernel has no SCTP: then nobody else can bind an SCTP port either.
+fn reserve(key: PublishedKey) -> Result<Option<OwnedFd>, PortError> {
+    match bound_socket(key) {
+        Ok(socket) => Ok(Some(socket)),
+        Err(Errno::EPROTONOSUPPORT) if key.protocol == Protocol::Sctp => Ok(None),
+        Err(Errno::EADDRINUSE) => Err(PortError::InUse { key, holder: holder(key) }),
+        Err(errno) => Err(PortError::Refused { key, error: errno.into() }),
+    }
 }
 
 fn bound_socket(key: PublishedKey) -> nix::Result<OwnedFd> {
-    let kind = match key.protocol {
-        Protocol::Tcp => SockType::Stream,
-        Protocol::Udp => SockType::Datagram,
+    let (kind, protocol) = match key.protocol {
+        Protocol::Tcp => (SockType::Stream, SockProtocol::Tcp),
+        Protocol::Udp => (SockType::Datagram, SockProtocol::Udp),
+        Protocol::Sctp => (SockType::Stream, SockProtocol::Sctp),
     };
-    let socket = socket(AddressFamily::Inet, kind, SockFlag::SOCK_CLOEXEC, None)?;
-    // The address may come later than the agent: DHCP, a floating address.
+    let family = if key.address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC, protocol)?;
+    if key.address.is_ipv6() {
+        // IPv4 is another key's business.
+        setsockopt(&socket, Ipv6V6Only, &true)?;
+    }
+    // The address may come later than the agent: DHCP, a floating address. The option is IPv4's by
+    // name and works for both.
     setsockopt(&socket, IpFreebind, &true)?;
     // UDP has no closed state: what no program of ours handles must at least not pile up. The
     // kernel rounds up to its minimum of one small packet.
     setsockopt(&socket, RcvBuf, &0)?;
-    let address = SocketAddrV4::new(key.address, key.port);
-    bind(socket.as_raw_fd(), &SockaddrIn::from(address))?;
+    let address = SocketAddr::new(key.address, key.port);
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
     Ok(socket)
 }
 
 fn endpoint(key: &PublishedKey) -> String {
-    let protocol = match key.protocol {
-        Protocol::Tcp => "tcp",
-        Protocol::Udp => "udp",
-    };
-    format!("{protocol} {}:{}", key.address, key.port)
+    format!("{} {}", key.protocol, SocketAddr::new(key.address, key.port))
 }
 
 fn advice(error: &io::Error) -> &'static str {
@@ -173,15 +181,16 @@ fn advice(error: &io::Error) -> &'static str {
 
 /// Who has a port that we could not bind.
 fn holder(key: PublishedKey) -> Holder {
-    let tables = match key.protocol {
-        Protocol::Tcp => ["tcp", "tcp6"],
-        Protocol::Udp => ["udp", "udp6"],
+    let (tables, parse): (&[_], fn(&str) -> Option<SocketEntry>) = match key.protocol {
+        Protocol::Tcp => (&["tcp", "tcp6"], SocketEntry::parse),
+        Protocol::Udp => (&["udp", "udp6"], SocketEntry::parse),
+        Protocol::Sctp => (&["sctp/eps"], SocketEntry::parse_sctp),
     };
     let sockets: Vec<SocketEntry> = tables
         .iter()
         // Of the thread, not of the process: a thread may be in another network namespace.
         .filter_map(|table| fs::read_to_string(Path::new("/proc/thread-self/net").join(table)).ok())
-        .flat_map(|table| table.lines().filter_map(SocketEntry::parse).collect::<Vec<_>>())
+        .flat_map(|table| table.lines().filter_map(parse).collect::<Vec<_>>())
         .filter(|socket| socket.conflicts_with(key))
         .collect();
     let owned = sockets.iter().filter(|socket| socket.inode != 0);
@@ -191,11 +200,11 @@ fn holder(key: PublishedKey) -> Holder {
     if sockets.iter().any(|socket| socket.time_wait) { Holder::TimeWait } else { Holder::Unknown }
 }
 
-/// A line of `/proc/net/{tcp,udp}{,6}`.
+/// A line of `/proc/net/{tcp,udp}{,6}` or `/proc/net/sctp/eps`.
 #[derive(Debug, PartialEq, Eq)]
 struct SocketEntry {
-    /// `None` for an IPv6 address that no IPv4 packet can reach.
-    address: Option<Ipv4Addr>,
+    /// SCTP sockets may have several.
+    addresses: Vec<IpAddr>,
     port: u16,
     time_wait: bool,
     /// 0 where no file belongs to it any more.
@@ -211,31 +220,53 @@ impl SocketEntry {
         let state = fields.nth(1)?;
         let inode = fields.nth(5)?.parse().ok()?;
         Some(Self {
-            address: parse_address(address),
+            addresses: vec![parse_address(address)?],
             port: u16::from_str_radix(port, 16).ok()?,
             time_wait: state == TIME_WAIT,
             inode,
         })
     }
 
+    /// Format: net/sctp/proc.c, `sctp_eps_seq_show`.
+    fn parse_sctp(line: &str) -> Option<Self> {
+        let mut fields = line.split_whitespace();
+        let port = fields.nth(5)?.parse().ok()?;
+        let inode = fields.nth(1)?.parse().ok()?;
+        let address = |text: &str| text.parse::<IpAddr>().ok();
+        let addresses = fields.filter_map(address).map(|address| address.to_canonical()).collect();
+        Some(Self { addresses, port, time_wait: false, inode })
+    }
+
     fn conflicts_with(&self, key: PublishedKey) -> bool {
         self.port == key.port
-            && self.address.is_some_and(|address| {
-                address == key.address || address.is_unspecified() || key.address.is_unspecified()
+            && self.addresses.iter().any(|address| {
+                // An IPv6 wildcard takes IPv4 as well, unless the program said otherwise.
+                *address == Ipv6Addr::UNSPECIFIED
+                    || *address == key.address
+                    || address.is_ipv4() == key.address.is_ipv4()
+                        && (address.is_unspecified() || key.address.is_unspecified())
             })
     }
 }
 
-/// An address in hexadecimal, printed as 32-bit words in the machine's byte order. An IPv6 wildcard
-/// takes IPv4 as well, unless the program said otherwise; so does a mapped address.
-fn parse_address(hex: &str) -> Option<Ipv4Addr> {
-    const MAPPED: &str = "0000000000000000FFFF0000";
-    let word = match hex.len() {
-        8 => hex,
-        _ if hex.bytes().all(|digit| digit == b'0') => return Some(Ipv4Addr::UNSPECIFIED),
-        _ => hex.strip_prefix(MAPPED)?,
+/// An address in hexadecimal, printed as 32-bit words in the machine's byte order; a mapped IPv4
+/// address comes back as what it stands for.
+fn parse_address(hex: &str) -> Option<IpAddr> {
+    let word = |index: usize| {
+        let word = hex.get(8 * index..8 * (index + 1))?;
+        u32::from_str_radix(word, 16).ok().map(u32::to_ne_bytes)
     };
-    u32::from_str_radix(word, 16).ok().map(|word| Ipv4Addr::from(word.to_ne_bytes()))
+    match hex.len() {
+        8 => Some(Ipv4Addr::from(word(0)?).into()),
+        32 => {
+            let mut octets = [0; 16];
+            for (index, chunk) in octets.chunks_exact_mut(4).enumerate() {
+                chunk.copy_from_slice(&word(index)?);
+            }
+            Some(Ipv6Addr::from(octets).to_canonical())
+        }
+        _ => None,
+    }
 }
 
 /// The process that has a socket of this inode open.
@@ -263,7 +294,7 @@ mod tests {
     use super::*;
 
     fn loopback(protocol: Protocol, port: u16) -> PublishedKey {
-        PublishedKey { address: Ipv4Addr::LOCALHOST, port, protocol }
+        PublishedKey { address: Ipv4Addr::LOCALHOST.into(), port, protocol }
     }
 
     /// A port that was free a moment ago.
@@ -328,7 +359,7 @@ mod tests {
                     0        0 12345 1 0000000000000000 100 0 0 10 0";
         let socket = SocketEntry::parse(line).unwrap();
         let expected = SocketEntry {
-            address: Some(Ipv4Addr::LOCALHOST),
+            addresses: vec![Ipv4Addr::LOCALHOST.into()],
             port: 8080,
             time_wait: false,
             inode: 12345,
@@ -338,10 +369,96 @@ mod tests {
     }
 
     #[test]
-    fn an_ipv6_wildcard_takes_ipv4_too() {
-        assert_eq!(parse_address(&"0".repeat(32)), Some(Ipv4Addr::UNSPECIFIED));
-        let mapped = "0000000000000000FFFF00000100007F";
-        assert_eq!(parse_address(mapped), Some(Ipv4Addr::LOCALHOST));
-        assert_eq!(parse_address("000080FE00000000FF005450B6ADE7FE"), None);
+    fn a_line_of_the_sctp_table_is_read() {
+        let line = " 00000000a1b2c3d4 00000000e5f60718 2   10  29   7000      0 4711 10.0.0.2 \
+                    0000:0000:0000:0000:0000:0000:0000:0001 ";
+        let socket = SocketEntry::parse_sctp(line).unwrap();
+        let expected = SocketEntry {
+            addresses: vec!["10.0.0.2".parse().unwrap(), Ipv6Addr::LOCALHOST.into()],
+            port: 7000,
+            time_wait: false,
+            inode: 4711,
+        };
+        assert_eq!(socket, expected);
+        let key = |address: &str| PublishedKey {
+            address: address.parse().unwrap(),
+            port: 7000,
+            protocol: Protocol::Sctp,
+        };
+        assert!(socket.conflicts_with(key("0.0.0.0")) && socket.conflicts_with(key("::1")));
+        assert!(!socket.conflicts_with(key("10.0.0.3")) && !socket.conflicts_with(key("fd00::2")));
+        let title = " ENDPT     SOCK   STY SST HBKT LPORT   UID INODE LADDRS";
+        assert_eq!(SocketEntry::parse_sctp(title), None);
+    }
+
+    #[test]
+    fn sctp_ports_are_held_where_the_kernel_has_sctp() {
+        let wanted = [loopback(Protocol::Sctp, free_port())].into();
+        let mut reservations = Reservations::default();
+        let prepared = reservations.prepare(&wanted).unwrap();
+        reservations.commit(prepared, &wanted);
+        let kernel_has_sctp = fs::read_to_string("/proc/net/protocols").unwrap().contains("SCTP");
+        assert_eq!(reservations.held.len(), usize::from(kernel_has_sctp));
+        // Whoever comes second is refused, if anybody can come.
+        let second = Reservations::default().prepare(&wanted);
+        assert_eq!(second.is_err(), kernel_has_sctp);
+    }
+
+    #[test]
+    fn addresses_of_the_socket_tables_are_read() {
+        let check = |hex: &str, address: &str| {
+            assert_eq!(parse_address(hex), Some(address.parse().unwrap()), "{hex}");
+        };
+        check("0100007F", "127.0.0.1");
+        check(&"0".repeat(32), "::");
+        check("0000000000000000FFFF00000100007F", "127.0.0.1");
+        check("000080FE00000000FF005450B6ADE7FE", "fe80::5054:ff:fee7:adb6");
+        assert_eq!(parse_address("00"), None);
+    }
+
+    #[test]
+    fn an_ipv6_wildcard_takes_ipv4_too_and_no_other_address_does() {
+        let conflict = |socket: &str, key: &str| {
+            let socket = SocketEntry {
+                addresses: vec![socket.parse().unwrap()],
+                port: 80,
+                time_wait: false,
+                inode: 1,
+            };
+            let protocol = Protocol::Tcp;
+            socket.conflicts_with(PublishedKey {
+                address: key.parse().unwrap(),
+                port: 80,
+                protocol,
+            })
+        };
+        assert!(conflict("::", "10.0.0.2") && conflict("::", "fd00::2"));
+        assert!(conflict("0.0.0.0", "10.0.0.2") && !conflict("0.0.0.0", "fd00::2"));
+        assert!(conflict("fd00::2", "::") && !conflict("fd00::2", "0.0.0.0"));
+        assert!(conflict("fd00::2", "fd00::2") && !conflict("fd00::2", "fd00::3"));
+    }
+
+    #[test]
+    fn both_families_of_a_port_are_held_apart() {
+        let port = free_port();
+        let key = |address: IpAddr| PublishedKey { address, port, protocol: Protocol::Tcp };
+        let both = [key(Ipv4Addr::UNSPECIFIED.into()), key(Ipv6Addr::UNSPECIFIED.into())].into();
+        let mut reservations = Reservations::default();
+        let prepared = reservations.prepare(&both).unwrap();
+        reservations.commit(prepared, &both);
+        for address in ["127.0.0.1", "::1"] {
+            let address: IpAddr = address.parse().unwrap();
+            let error = TcpListener::bind((address, port)).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address}");
+        }
+
+        let server = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
+        let port = server.local_addr().unwrap().port();
+        let key = |address: IpAddr| PublishedKey { address, port, protocol: Protocol::Tcp };
+        let both = [key(Ipv4Addr::UNSPECIFIED.into()), key(Ipv6Addr::UNSPECIFIED.into())].into();
+        let error = reservations.prepare(&both).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("tcp [::]:{port} is in use by ")), "{error}");
+        assert!(error.contains(&format!("(pid {})", std::process::id())), "{error}");
+        assert!(becomes_free(port));
     }
 }

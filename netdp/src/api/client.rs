@@ -75,7 +75,19 @@ impl Client {
 
     /// Whether an agent answers.
     pub async fn is_answered(&self) -> bool {
-        UnixStream::connect(&self.socket).await.is_ok()
+        self.connect().await.is_ok()
+    }
+
+    /// Connects, to see whether an agent answers.
+    ///
+    /// # Errors
+    /// Why it does not, and what to do about it.
+    pub async fn reach(&self) -> Result<()> {
+        self.connect().await.map(drop)
+    }
+
+    async fn connect(&self) -> Result<UnixStream> {
+        UnixStream::connect(&self.socket).await.map_err(|error| self.explain(error))
     }
 
     async fn answer<T: DeserializeOwned>(
@@ -84,8 +96,7 @@ impl Client {
         path: &str,
         body: Bytes,
     ) -> Result<T> {
-        let stream =
-            UnixStream::connect(&self.socket).await.map_err(|error| self.explain(error))?;
+        let stream = self.connect().await?;
         let (status, bytes) = exchange(stream, method, path, body)
             .await
             .with_context(|| format!("talk to the agent on {}", self.socket.display()))?;
@@ -147,6 +158,13 @@ mod tests {
     fn names_can_not_leave_their_segment() {
         assert_eq!(path(&["networks", "a"]), "/v1/networks/a");
         assert_eq!(path(&["networks", "../x y?z"]), "/v1/networks/%2E%2E%2Fx%20y%3Fz");
+    }
+
+    #[test]
+    fn who_may_not_ask_is_told_so() {
+        let client = Client::new(Path::new("/run/netdp/netdp.sock"));
+        let error = client.explain(io::ErrorKind::PermissionDenied.into()).to_string();
+        assert_eq!(error, "/run/netdp/netdp.sock is not for this user: run as root");
     }
 
     #[tokio::test]

@@ -3,7 +3,8 @@
 //! Owns who may connect and what becomes of a request that is no good. Decides nothing else.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::Read,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process,
@@ -229,7 +230,7 @@ async fn create_network(
     State(api): State<Api>,
     Body(request): Body<wire::CreateNetwork>,
 ) -> Result<(StatusCode, Json<wire::Network>), Failure> {
-    let spec = request.into_spec()?;
+    let spec = request.into_spec(global_id()?)?;
     let network = api
         .controller
         .change(move |model, facts| {
@@ -241,6 +242,18 @@ async fn create_network(
     let wire::Settings { name, bridge, subnets, .. } = &network.settings;
     info!("created network {name}: {} on {bridge}", subnets.join(", "));
     Ok((StatusCode::CREATED, Json(network)))
+}
+
+/// What RFC 4193, section 3.2, wants of a global ID: that nobody can guess it and no two hosts are
+/// likely to have the same one.
+fn global_id() -> Result<[u8; 5]> {
+    const SOURCE: &str = "/dev/urandom";
+
+    let mut id = [0; 5];
+    File::open(SOURCE)
+        .and_then(|mut file| file.read_exact(&mut id))
+        .with_context(|| format!("read {SOURCE}"))?;
+    Ok(id)
 }
 
 async fn remove_network(
@@ -415,9 +428,11 @@ async fn status(State(api): State<Api>) -> Answer<wire::Status> {
         endpoints: model.endpoints.len(),
         published: model.endpoints.values().map(|endpoint| endpoint.published.len()).sum(),
         flows,
+        flow_tables: snapshot.flow_tables.iter().map(wire::FlowTable::from).collect(),
         uplinks: wire::Uplink::of(&snapshot.program, &snapshot.facts),
         counters: counters.iter().map(|count| wire::Counter::of(model, count)).collect(),
         troubles: snapshot.troubles,
+        alarms: snapshot.alarms,
     }))
 }
 

@@ -5,17 +5,19 @@
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr},
+    fmt::Display,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     str::FromStr,
 };
 
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{
-    dataplane::{Count, FlowRecord, Program},
+    dataplane::{self, Count, FlowRecord, Program, protocol_name},
     facts::HostFacts,
+    family::{Family, V4, V6},
     model::{self, ConnectSpec, Model, NetworkSpec, PublishSpec, Refusal, RefusalKind},
     netlink::namespace::Survey,
 };
@@ -69,9 +71,16 @@ pub struct CreateNetwork {
     /// The bridge's addresses.
     #[serde(default)]
     pub gateways: Vec<String>,
-    /// CIDR that addresses are chosen from.
+    /// Whether it has an IPv4 side; `null` = yes.
     #[serde(default)]
-    pub ip_range: Option<String>,
+    pub enable_ipv4: Option<bool>,
+    /// Whether it has an IPv6 side; `null` = if there is an IPv6 subnet.
+    #[serde(default)]
+    pub enable_ipv6: Option<bool>,
+    /// CIDRs that addresses are chosen from, one per family at most; a single one may go without
+    /// the list, as `ip_range`.
+    #[serde(default, alias = "ip_range", deserialize_with = "one_or_more")]
+    pub ip_ranges: Vec<String>,
     /// No way in or out.
     #[serde(default)]
     pub internal: bool,
@@ -87,48 +96,58 @@ pub struct CreateNetwork {
     /// "nat", "nat-unprotected", "routed", "isolated".
     #[serde(default)]
     pub gateway_mode: Option<String>,
-    /// Host address of published ports that name none.
-    #[serde(default)]
-    pub host_binding: Option<String>,
-    /// Source address towards the world.
-    #[serde(default)]
-    pub snat_ip: Option<String>,
-    /// Docker's bridge options.
+    /// Host addresses of published ports that name none, one per family at most; also
+    /// `host_binding`.
+    #[serde(default, alias = "host_binding", deserialize_with = "one_or_more")]
+    pub host_bindings: Vec<String>,
+    /// Source addresses towards the world, one per family at most; also `snat_ip`.
+    #[serde(default, alias = "snat_ip", deserialize_with = "one_or_more")]
+    pub snat_ips: Vec<String>,
+    /// Docker's bridge options, and `netdp.endpoint_flows`.
     #[serde(default)]
     pub options: BTreeMap<String, String>,
 }
 
+/// A text, a list of them, or `null`.
+fn one_or_more<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a string or a list of strings")]
+    enum Texts {
+        None(()),
+        One(String),
+        More(Vec<String>),
+    }
+    Ok(match Texts::deserialize(deserializer)? {
+        Texts::None(()) => Vec::new(),
+        Texts::One(text) => vec![text],
+        Texts::More(texts) => texts,
+    })
+}
+
 impl CreateNetwork {
-    /// In the model's terms.
+    /// In the model's terms, `global_id` being random.
     ///
     /// # Errors
     /// Refuses what does not read.
-    pub fn into_spec(self) -> Result<NetworkSpec, Refusal> {
+    pub fn into_spec(self, global_id: [u8; 5]) -> Result<NetworkSpec, Refusal> {
         let mut spec = NetworkSpec {
             name: self.name,
-            subnets: self
-                .subnets
-                .iter()
-                .map(|text| cidr("subnet", text))
-                .collect::<Result<_, _>>()?,
+            enable_ipv4: self.enable_ipv4,
+            enable_ipv6: self.enable_ipv6,
+            subnets: cidrs("subnet", &self.subnets)?,
             gateways: addresses("gateway", &self.gateways)?,
-            ip_range: self.ip_range.as_deref().map(|text| cidr("IP range", text)).transpose()?,
+            ip_ranges: cidrs("IP range", &self.ip_ranges)?,
             bridge: None,
             gateway_mode: self.gateway_mode.as_deref().map(str::parse).transpose()?,
             internal: self.internal,
             icc: self.icc,
             masquerade: self.masquerade,
             mtu: self.mtu,
-            host_binding: self
-                .host_binding
-                .as_deref()
-                .map(|text| address("host binding", text))
-                .transpose()?,
-            snat_ip: self
-                .snat_ip
-                .as_deref()
-                .map(|text| address("SNAT address", text))
-                .transpose()?,
+            // Comes as an option.
+            endpoint_flows: None,
+            host_bindings: addresses("host binding", &self.host_bindings)?,
+            snat_ips: addresses("SNAT address", &self.snat_ips)?,
+            global_id,
         };
         for (key, value) in &self.options {
             spec.apply_option(key, value)?;
@@ -246,7 +265,9 @@ pub struct Settings {
     pub subnets: Vec<String>,
     /// The bridge's addresses.
     pub gateways: Vec<String>,
-    /// CIDR that addresses are chosen from; `null` = the subnet.
+    /// CIDRs that addresses are chosen from, where they are not the subnets.
+    pub ip_ranges: Vec<String>,
+    /// The first of them.
     pub ip_range: Option<String>,
     /// No way in or out.
     pub internal: bool,
@@ -258,9 +279,15 @@ pub struct Settings {
     pub gateway_mode: String,
     /// In bytes.
     pub mtu: u32,
-    /// Host address of published ports that name none.
+    /// Most flows that one endpoint may have opened, in both families together; 0 = no limit.
+    pub endpoint_flows: u32,
+    /// Host addresses of published ports that name none.
+    pub host_bindings: Vec<String>,
+    /// The first of them.
     pub host_binding: String,
-    /// Source address towards the world; `null` = the uplink's own.
+    /// Source addresses towards the world, where they are not the uplink's own.
+    pub snat_ips: Vec<String>,
+    /// The first of them.
     pub snat_ip: Option<String>,
 }
 
@@ -310,9 +337,9 @@ pub struct Endpoint {
 /// A published port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Published {
-    /// "tcp", "udp".
+    /// "tcp", "udp", "sctp".
     pub protocol: String,
-    /// 0.0.0.0 = every local address.
+    /// 0.0.0.0 and :: = every local address of that family.
     pub host_ip: String,
     /// Host port.
     pub host_port: u16,
@@ -332,11 +359,12 @@ pub struct NumberedRule {
 /// A tracked connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flow {
-    /// "tcp", "udp", "icmp", or the number.
+    /// "tcp", "udp", "icmp", "icmpv6", "sctp", "gre", "esp", or the number.
     pub protocol: String,
     /// The network's name.
     pub network: String,
-    /// `address:port` as the first packet had it; ICMP: the echo identifier for a port.
+    /// `address:port`, `[address]:port` for IPv6, as the first packet had it. ICMP has the echo
+    /// identifier for a port, a protocol without ports 0.
     pub source: String,
     /// The same for the destination.
     pub destination: String,
@@ -344,7 +372,7 @@ pub struct Flow {
     pub translated_source: String,
     /// Destination after translation.
     pub translated_destination: String,
-    /// "established", "half-open" and so on.
+    /// "established", "half-open", "half-closed", "closing", "reset", "unreplied", "replied".
     pub state: String,
     /// Since the last packet.
     pub idle_seconds: u64,
@@ -369,12 +397,27 @@ pub struct Status {
     pub published: usize,
     /// How many tracked connections.
     pub flows: usize,
+    /// How full the flow tables were when flows were last collected, seconds ago.
+    pub flow_tables: Vec<FlowTable>,
     /// Interfaces to the outside.
     pub uplinks: Vec<Uplink>,
     /// What was counted since the maps were made, zero rows left out.
     pub counters: Vec<Counter>,
     /// What could not be repaired so far, one line each.
     pub troubles: Vec<String>,
+    /// What to know of and can't be repaired by the agent, one line each.
+    pub alarms: Vec<String>,
+}
+
+/// How full a family's flow table is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowTable {
+    /// "IPv4", "IPv6".
+    pub family: String,
+    /// Flows in it.
+    pub flows: u32,
+    /// Flows that it has room for.
+    pub capacity: u32,
 }
 
 /// An interface to the outside.
@@ -382,8 +425,10 @@ pub struct Status {
 pub struct Uplink {
     /// Interface name.
     pub name: String,
-    /// Source address for masquerade; `null` while it has none.
+    /// IPv4 source address for masquerade; `null` while it has none.
     pub address: Option<Ipv4Addr>,
+    /// The same for IPv6.
+    pub ipv6_address: Option<Ipv6Addr>,
 }
 
 /// Packets counted for one reason in one network.
@@ -412,23 +457,43 @@ pub struct Purged {
 
 impl From<&model::Network> for Settings {
     fn from(network: &model::Network) -> Self {
-        let ipv4 = &network.ipv4;
+        let (ipv4, ipv6) = (&network.ipv4, &network.ipv6);
+        let ip_ranges = texts(ipv4.and_then(own_range), ipv6.and_then(own_range));
+        let host_bindings: Vec<String> =
+            network.host_bindings().map(|address| address.to_string()).collect();
+        let snat_ips =
+            texts(ipv4.and_then(|side| side.snat_ip), ipv6.and_then(|side| side.snat_ip));
         Self {
             name: network.name.clone(),
             id: network.id.0,
             bridge: network.bridge.clone(),
-            subnets: vec![ipv4.subnet.to_string()],
-            gateways: vec![ipv4.gateway.to_string()],
-            ip_range: (ipv4.range != ipv4.subnet).then(|| ipv4.range.to_string()),
+            subnets: network.subnets().map(|net| net.to_string()).collect(),
+            gateways: texts(ipv4.map(|side| side.gateway), ipv6.map(|side| side.gateway)),
+            ip_range: ip_ranges.first().cloned(),
+            ip_ranges,
             internal: network.internal,
             icc: network.icc,
             masquerade: network.masquerade,
             gateway_mode: network.gateway_mode.to_string(),
             mtu: network.mtu,
-            host_binding: network.host_binding.to_string(),
-            snat_ip: network.snat_ip.map(|address| address.to_string()),
+            endpoint_flows: network.endpoint_flows,
+            host_binding: host_bindings.first().cloned().unwrap_or_default(),
+            host_bindings,
+            snat_ip: snat_ips.first().cloned(),
+            snat_ips,
         }
     }
+}
+
+/// The range that addresses are chosen from, if it is not the whole subnet.
+fn own_range<F: Family>(side: model::Subnet<F>) -> Option<F::Net> {
+    (side.range != side.subnet).then_some(side.range)
+}
+
+/// What there is of both families, IPv4 first.
+fn texts(ipv4: Option<impl Display>, ipv6: Option<impl Display>) -> Vec<String> {
+    let ipv4 = ipv4.map(|value| value.to_string());
+    ipv4.into_iter().chain(ipv6.map(|value| value.to_string())).collect()
 }
 
 impl Network {
@@ -455,14 +520,18 @@ impl NetworkDetail {
 impl Endpoint {
     /// An endpoint of `network`.
     pub fn of(network: &model::Network, endpoint: &model::Endpoint) -> Self {
-        let prefix = network.ipv4.subnet.prefix_len();
+        let ipv4 = endpoint.ipv4.zip(network.ipv4);
+        let ipv6 = endpoint.ipv6.zip(network.ipv6);
         Self {
             name: endpoint.name.clone(),
             network: network.name.clone(),
             netns: endpoint.netns.display().to_string(),
             interface: endpoint.interface.clone(),
             host_interface: endpoint.host_interface.clone(),
-            addresses: vec![format!("{}/{prefix}", endpoint.address)],
+            addresses: texts(
+                ipv4.map(|(address, side)| V4::with_prefix_of(address, side.subnet)),
+                ipv6.map(|(address, side)| V6::with_prefix_of(address, side.subnet)),
+            ),
             mac: endpoint.mac.to_string(),
             published: endpoint.published.iter().map(Published::from).collect(),
         }
@@ -482,7 +551,7 @@ impl From<&model::PublishedPort> for Published {
 
 impl NumberedRule {
     /// A policy, numbered.
-    pub fn of(policy: &[model::Rule]) -> Vec<Self> {
+    pub fn of(policy: &[model::PolicyRule]) -> Vec<Self> {
         (1..).zip(policy).map(|(number, rule)| Self { number, rule: rule.to_string() }).collect()
     }
 }
@@ -490,14 +559,9 @@ impl NumberedRule {
 impl Flow {
     /// A flow, its network named by the model.
     pub fn of(model: &Model, flow: &FlowRecord) -> Self {
-        let end = |(address, port): (Ipv4Addr, u16)| format!("{address}:{port}");
+        let end = |end: (IpAddr, u16)| SocketAddr::from(end).to_string();
         Self {
-            protocol: match flow.protocol {
-                1 => "icmp".to_owned(),
-                6 => "tcp".to_owned(),
-                17 => "udp".to_owned(),
-                number => number.to_string(),
-            },
+            protocol: protocol_name(flow.protocol).into_owned(),
             network: network_name(model, flow.network),
             source: end(flow.source),
             destination: end(flow.destination),
@@ -507,6 +571,12 @@ impl Flow {
             idle_seconds: flow.idle.as_secs(),
             expires_seconds: flow.expires.as_secs(),
         }
+    }
+}
+
+impl From<&dataplane::FlowTable> for FlowTable {
+    fn from(table: &dataplane::FlowTable) -> Self {
+        Self { family: table.family.to_owned(), flows: table.flows, capacity: table.capacity }
     }
 }
 
@@ -521,7 +591,8 @@ impl Uplink {
                     .links
                     .get(ifindex)
                     .map_or_else(|| format!("#{ifindex}"), |link| link.name.clone()),
-                address: uplink.masquerade,
+                address: uplink.masquerade4,
+                ipv6_address: uplink.masquerade6,
             })
             .collect();
         uplinks.sort_by(|a, b| a.name.cmp(&b.name));
@@ -568,15 +639,22 @@ pub fn ports(texts: &[String]) -> Result<Vec<PublishSpec>, Refusal> {
     texts.iter().map(|text| text.parse()).collect()
 }
 
-fn cidr(noun: &str, text: &str) -> Result<IpNet, Refusal> {
-    text.parse().map_err(|_| {
-        Refusal::invalid(format!("{noun} {text:?} is no CIDR: write one like 172.20.0.0/24"))
-    })
+fn cidrs(noun: &str, texts: &[String]) -> Result<Vec<IpNet>, Refusal> {
+    let cidr = |text: &String| {
+        text.parse().map_err(|_| {
+            Refusal::invalid(format!(
+                "{noun} {text:?} is no CIDR: write one like 172.20.0.0/24 or fd00:20::/64"
+            ))
+        })
+    };
+    texts.iter().map(cidr).collect()
 }
 
 fn address(noun: &str, text: &str) -> Result<IpAddr, Refusal> {
     IpAddr::from_str(text).map_err(|_| {
-        Refusal::invalid(format!("{noun} {text:?} is no IP address: write one like 172.20.0.1"))
+        Refusal::invalid(format!(
+            "{noun} {text:?} is no IP address: write one like 172.20.0.1 or fd00:20::1"
+        ))
     })
 }
 
@@ -594,7 +672,7 @@ mod tests {
     #[track_caller]
     fn refused(request: serde_json::Value) -> String {
         let request: CreateNetwork = serde_json::from_value(request).unwrap();
-        request.into_spec().unwrap_err().message
+        request.into_spec([0; 5]).unwrap_err().message
     }
 
     #[test]
@@ -604,27 +682,32 @@ mod tests {
             "subnets": ["172.20.0.0/24"],
             "gateways": ["172.20.0.254"],
             "snat_ip": "10.0.0.4",
-            "options": {"com.docker.network.bridge.enable_icc": "false"},
+            "options": {
+                "com.docker.network.bridge.enable_icc": "false",
+                "netdp.endpoint_flows": "1000",
+            },
         }))
         .unwrap();
         let expected = NetworkSpec {
             gateways: vec!["172.20.0.254".parse().unwrap()],
-            snat_ip: Some("10.0.0.4".parse().unwrap()),
+            snat_ips: vec!["10.0.0.4".parse().unwrap()],
             icc: Some(false),
+            endpoint_flows: Some(1000),
+            global_id: [1, 2, 3, 4, 5],
             ..fixture::network_spec("a", "172.20.0.0/24")
         };
-        assert_eq!(request.into_spec().unwrap(), expected);
+        assert_eq!(request.into_spec([1, 2, 3, 4, 5]).unwrap(), expected);
     }
 
     #[test]
     fn what_does_not_read_is_refused_by_name() {
         assert_eq!(
             refused(json!({"name": "a", "subnets": ["172.20.0.0/40"]})),
-            "subnet \"172.20.0.0/40\" is no CIDR: write one like 172.20.0.0/24"
+            "subnet \"172.20.0.0/40\" is no CIDR: write one like 172.20.0.0/24 or fd00:20::/64"
         );
         assert_eq!(
             refused(json!({"name": "a", "gateways": ["one"]})),
-            "gateway \"one\" is no IP address: write one like 172.20.0.1"
+            "gateway \"one\" is no IP address: write one like 172.20.0.1 or fd00:20::1"
         );
         assert_eq!(
             refused(json!({"name": "a", "icc": true,
@@ -638,6 +721,54 @@ mod tests {
     fn unknown_fields_are_refused() {
         let error = serde_json::from_value::<CreateNetwork>(json!({"name": "a", "subnet": "x"}));
         assert!(error.unwrap_err().to_string().contains("unknown field `subnet`"));
+    }
+
+    #[test]
+    fn one_value_goes_without_a_list() {
+        let request: CreateNetwork = serde_json::from_value(json!({
+            "name": "a",
+            "enable_ipv6": true,
+            "ip_range": "172.20.0.0/25",
+            "host_bindings": ["127.0.0.1", "::1"],
+            "snat_ip": null,
+        }))
+        .unwrap();
+        let expected = NetworkSpec {
+            name: "a".into(),
+            enable_ipv6: Some(true),
+            ip_ranges: vec!["172.20.0.0/25".parse().unwrap()],
+            host_bindings: vec!["127.0.0.1".parse().unwrap(), "::1".parse().unwrap()],
+            ..NetworkSpec::default()
+        };
+        assert_eq!(request.into_spec([0; 5]).unwrap(), expected);
+        let error = serde_json::from_value::<CreateNetwork>(json!({"name": "a", "snat_ip": 7}));
+        assert!(error.unwrap_err().to_string().contains("a string or a list of strings"));
+    }
+
+    #[test]
+    fn both_families_of_a_network_are_shown() {
+        let mut model = Model::default();
+        let mut spec = fixture::network_spec("a", "172.20.0.0/24");
+        spec.subnets.push("fd00:20::/64".parse().unwrap());
+        spec.ip_ranges = vec!["fd00:20::100/120".parse().unwrap()];
+        spec.snat_ips = vec!["fd00::2".parse().unwrap()];
+        model.create_network(spec, &fixture::host()).unwrap();
+        let mut spec = fixture::connect_spec("a", "A1");
+        spec.publish = ports(&["8080:80".to_owned()]).unwrap();
+        model.connect(spec, &fixture::host()).unwrap();
+
+        let network = model.network("a").unwrap();
+        let shown = serde_json::to_value(NetworkDetail::of(&model, network)).unwrap();
+        assert_eq!(shown["subnets"], json!(["172.20.0.0/24", "fd00:20::/64"]));
+        assert_eq!(shown["gateways"], json!(["172.20.0.1", "fd00:20::1"]));
+        assert_eq!(shown["ip_ranges"], json!(["fd00:20::100/120"]));
+        assert_eq!(shown["host_bindings"], json!(["0.0.0.0", "::"]));
+        assert_eq!(shown["snat_ip"], json!("fd00::2"));
+        let endpoint = &shown["endpoints"][0];
+        assert_eq!(endpoint["addresses"], json!(["172.20.0.2/24", "fd00:20::100/64"]));
+        let host_ips: Vec<_> =
+            endpoint["published"].as_array().unwrap().iter().map(|port| &port["host_ip"]).collect();
+        assert_eq!(host_ips, ["0.0.0.0", "::"]);
     }
 
     #[test]
@@ -666,13 +797,17 @@ mod tests {
             "subnets": ["172.20.0.0/24"],
             "gateways": ["172.20.0.1"],
             "ip_range": null,
+            "ip_ranges": [],
             "internal": false,
             "icc": true,
             "masquerade": true,
             "gateway_mode": "nat",
             "mtu": 1500,
+            "endpoint_flows": 0,
             "host_binding": "0.0.0.0",
+            "host_bindings": ["0.0.0.0"],
             "snat_ip": null,
+            "snat_ips": [],
             "endpoints": 1,
         });
         assert_eq!(serde_json::to_value(Network::of(&model, network)).unwrap(), expected);

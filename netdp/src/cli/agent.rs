@@ -43,7 +43,7 @@ use crate::{
     controller::{Controller, Snapshot},
     dataplane::{
         Dataplane,
-        ebpf::{Ebpf, EbpfOptions},
+        ebpf::{Ebpf, EbpfOptions, cgroup2_mount},
     },
     store::Store,
 };
@@ -77,8 +77,23 @@ pub(super) fn open_store(paths: &Paths) -> Result<Store> {
 }
 
 /// Opens the backend that this configuration means.
-pub(super) fn open_dataplane(bpffs: &Path, flows: u32) -> Result<Box<dyn Dataplane>> {
-    let options = EbpfOptions { bpffs: bpffs.to_owned(), flows };
+pub(super) fn open_dataplane(config: &Config) -> Result<Box<dyn Dataplane>> {
+    let cgroup = match &config.paths.cgroup {
+        Some(cgroup) => Some(cgroup.clone()),
+        None => cgroup2_mount()?,
+    };
+    if cgroup.is_none() {
+        warn!(
+            "programs of this host don't reach published ports: no cgroup2 hierarchy is mounted; \
+             mount one, or name one with --cgroup"
+        );
+    }
+    let options = EbpfOptions {
+        bpffs: config.paths.bpffs.clone(),
+        flows: config.flows,
+        timeouts: config.timeouts(),
+        cgroup,
+    };
     Ok(Box::new(Ebpf::open(options).context("open the ebpf dataplane")?))
 }
 
@@ -130,7 +145,7 @@ async fn serve(config: &Config, path: &Path) -> Result<()> {
     let store = open_store(&config.paths)?;
     make_directory(&config.paths.run_dir, 0o755)?;
     let socket = Socket::bind(path).await?;
-    let dataplane = open_dataplane(&config.paths.bpffs, config.flows)?;
+    let dataplane = open_dataplane(config)?;
     let name = dataplane.name();
     let controller = Controller::open(config, store, dataplane).await?;
     print(&format!("{}\n", ready(&controller.snapshot())))?;

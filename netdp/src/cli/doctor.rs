@@ -16,6 +16,9 @@ use crate::{
         wire,
     },
     config::Paths,
+    dataplane::ebpf::{Ebpf, cgroup2_mount},
+    netlink::sysctl,
+    plan::IPV6_CONF,
 };
 
 #[derive(Args, Debug)]
@@ -61,8 +64,9 @@ impl Doctor {
     }
 
     pub(super) async fn run(&self, client: &Client) -> Result<()> {
-        let mut checks = vec![rights()?, kernel()?, btf(), bpffs(&self.paths.bpffs)];
-        checks.extend(agent(client).await?);
+        let mut checks = vec![rights()?, kernel()?, ipv6()?, btf(), bpffs(&self.paths.bpffs)];
+        checks.push(cgroup(&self.paths)?);
+        checks.extend(agent(client, &self.paths).await?);
         if self.json {
             print_json(&checks)?;
         } else {
@@ -154,6 +158,28 @@ fn judge_kernel(release: &str) -> Check {
     ok("kernel", format!("Linux {release} has tcx"))
 }
 
+fn ipv6() -> Result<Check> {
+    let read =
+        |interface: &str, name: &str| sysctl::read(&format!("{IPV6_CONF}{interface}/{name}"));
+    let is_router = read("all", "forwarding")?;
+    let can_force = read("lo", "force_forwarding")?.is_some();
+    Ok(judge_ipv6(is_router.as_deref(), can_force))
+}
+
+/// `is_router` is the value of `net.ipv6.conf.all.forwarding`, where there is one.
+fn judge_ipv6(is_router: Option<&str>, can_force: bool) -> Check {
+    match is_router {
+        None => warn("ipv6", "switched off (ipv6.disable=1): networks can have IPv4 only"),
+        Some(_) if can_force => ok("ipv6", "forwarded by interface"),
+        Some("0") => warn(
+            "ipv6",
+            "the kernel is older than Linux 6.17: a network with IPv6 makes this host a router \
+             (net.ipv6.conf.all.forwarding)",
+        ),
+        Some(_) => ok("ipv6", "this host is a router"),
+    }
+}
+
 fn btf() -> Check {
     if Path::new("/sys/kernel/btf/vmlinux").exists() {
         ok("btf", "the kernel describes its types")
@@ -172,14 +198,42 @@ fn bpffs(path: &Path) -> Check {
     }
 }
 
+/// Whether programs of the host can be led to published ports.
+fn cgroup(paths: &Paths) -> Result<Check> {
+    let cgroup = match &paths.cgroup {
+        Some(cgroup) => Some(cgroup.clone()),
+        None => cgroup2_mount()?,
+    };
+    Ok(match cgroup {
+        Some(cgroup) => ok("cgroup2", format!("mounted at {}", cgroup.display())),
+        None => warn(
+            "cgroup2",
+            "not mounted: programs of this host don't reach published ports; \
+             mount -t cgroup2 none DIR, then start the agent with --cgroup DIR",
+        ),
+    })
+}
+
+/// The hooks of a running agent that has networks.
+fn socket_hooks(bpffs: &Path) -> Check {
+    if Ebpf::has_socket_hooks(bpffs) {
+        let limit = "all but those bound to a loopback address themselves";
+        ok("sockets", format!("programs of this host reach published ports ({limit})"))
+    } else {
+        let advice = "the agent's log says why";
+        warn("sockets", format!("programs of this host don't reach published ports: {advice}"))
+    }
+}
+
 /// What the agent says of itself, and of the kernel's state compared with its own.
-async fn agent(client: &Client) -> Result<Vec<Check>> {
-    if !client.is_answered().await {
-        return Ok(vec![warn("agent", "does not answer: start one with `netdp agent`")]);
+async fn agent(client: &Client, paths: &Paths) -> Result<Vec<Check>> {
+    if let Err(error) = client.reach().await {
+        return Ok(vec![warn("agent", format!("{error:#}"))]);
     }
     let status: wire::Status = client.get(&client::path(&["status"])).await?;
     let mut checks = vec![ok("agent", format!("netdp {} (pid {})", status.version, status.pid))];
     checks.extend(status.troubles.into_iter().map(|trouble| fail("trouble", trouble)));
+    checks.extend(status.alarms.into_iter().map(|alarm| warn("alarm", alarm)));
     let uplinks: Vec<String> = status.uplinks.iter().map(ToString::to_string).collect();
     checks.push(if status.networks == 0 {
         ok("uplinks", "not needed before there is a network")
@@ -188,6 +242,9 @@ async fn agent(client: &Client) -> Result<Vec<Check>> {
     } else {
         ok("uplinks", uplinks.join(", "))
     });
+    if status.networks > 0 {
+        checks.push(socket_hooks(&paths.bpffs));
+    }
     let drift: Vec<String> = client.get(&client::path(&["check"])).await?;
     if drift.is_empty() {
         checks.push(ok("drift", "the kernel agrees with what was asked for"));
@@ -206,6 +263,21 @@ mod tests {
         assert_eq!(missing_of(u64::MAX), [""; 0]);
         assert_eq!(missing_of(1 << 10 | 1 << 12 | 1 << 21), [""; 0], "SYS_ADMIN implies BPF");
         assert_eq!(missing_of(1 << 12), ["CAP_NET_BIND_SERVICE", "CAP_SYS_ADMIN", "CAP_BPF"]);
+    }
+
+    #[test]
+    fn ipv6_is_judged_by_how_it_is_forwarded() {
+        for (is_router, can_force, verdict, finding) in [
+            (None, false, Verdict::Warn, "switched off"),
+            (Some("0"), true, Verdict::Ok, "by interface"),
+            (Some("1"), true, Verdict::Ok, "by interface"),
+            (Some("0"), false, Verdict::Warn, "older than Linux 6.17"),
+            (Some("1"), false, Verdict::Ok, "is a router"),
+        ] {
+            let check = judge_ipv6(is_router, can_force);
+            assert_eq!(check.verdict, verdict, "{is_router:?} {can_force}");
+            assert!(check.finding.contains(finding), "{}", check.finding);
+        }
     }
 
     #[test]

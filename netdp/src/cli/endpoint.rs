@@ -23,7 +23,7 @@ pub(super) struct Connect {
     /// The endpoint's name; the namespace's where none is given
     #[arg(long)]
     name: Option<String>,
-    /// Its address; the next free one where none is given
+    /// Its address, one per family; the next free one where none is given
     #[arg(long = "ip", value_name = "IP")]
     addresses: Vec<String>,
     /// Its MAC address; made from the address where none is given
@@ -32,8 +32,8 @@ pub(super) struct Connect {
     /// Name of the interface inside the container; eth0 or the next free one where none is given
     #[arg(long, value_name = "IFACE")]
     interface: Option<String>,
-    /// Port to publish on the host
-    #[arg(long, short = 'p', value_name = "[[HOSTIP:]HOST[-END]:]PORT[-END][/tcp|udp]")]
+    /// Port to publish on the host; an IPv6 HOSTIP is written in brackets
+    #[arg(long, short = 'p', value_name = "[[HOSTIP:]HOST[-END]:]PORT[-END][/tcp|udp|sctp]")]
     publish: Vec<String>,
     /// Print the endpoint as JSON
     #[arg(long)]

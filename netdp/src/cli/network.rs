@@ -30,15 +30,22 @@ pub(super) enum Verb {
 pub(super) struct Create {
     /// Its name
     name: String,
-    /// Its subnet; chosen from Docker's default pools where none is given
+    /// Its subnet, one per family; chosen from Docker's default pools where none is given
     #[arg(long = "subnet", value_name = "CIDR")]
     subnets: Vec<String>,
-    /// The bridge's address; the subnet's first where none is given
+    /// The bridge's address, one per family; the subnet's first where none is given
     #[arg(long = "gateway", value_name = "IP")]
     gateways: Vec<String>,
-    /// Part of the subnet that addresses are chosen from
-    #[arg(long, value_name = "CIDR")]
-    ip_range: Option<String>,
+    /// Part of the subnet that addresses are chosen from, one per family
+    #[arg(long = "ip-range", value_name = "CIDR")]
+    ip_ranges: Vec<String>,
+    /// Whether it has IPv4 [default: true]
+    #[arg(long, value_name = "BOOL")]
+    ipv4: Option<bool>,
+    /// Whether it has IPv6; a unique local /64 is chosen where no IPv6 subnet is given
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true,
+          default_missing_value = "true")]
+    ipv6: Option<bool>,
     /// No way in or out
     #[arg(long)]
     internal: bool,
@@ -54,13 +61,13 @@ pub(super) struct Create {
     /// How packets from and to the outside are treated [default: nat]
     #[arg(long, value_name = "MODE", value_parser = ["nat", "nat-unprotected", "routed", "isolated"])]
     gateway_mode: Option<String>,
-    /// Host address of published ports that name none [default: 0.0.0.0]
-    #[arg(long, value_name = "IP")]
-    host_binding: Option<String>,
-    /// Source address towards the outside instead of the uplink's
-    #[arg(long, value_name = "IP")]
-    snat_ip: Option<String>,
-    /// One of Docker's bridge options
+    /// Host address of published ports that name none, one per family [default: 0.0.0.0 and ::]
+    #[arg(long = "host-binding", value_name = "IP")]
+    host_bindings: Vec<String>,
+    /// Source address towards the outside instead of the uplink's, one per family
+    #[arg(long = "snat-ip", value_name = "IP")]
+    snat_ips: Vec<String>,
+    /// One of Docker's bridge options, or netdp.endpoint_flows=N: most flows of one endpoint
     #[arg(long = "opt", short = 'o', value_name = "K=V", value_parser = parse_option)]
     options: Vec<(String, String)>,
     /// Print the network as JSON
@@ -121,14 +128,16 @@ impl Create {
             name: self.name,
             subnets: self.subnets,
             gateways: self.gateways,
-            ip_range: self.ip_range,
+            enable_ipv4: self.ipv4,
+            enable_ipv6: self.ipv6,
+            ip_ranges: self.ip_ranges,
             internal: self.internal,
             icc: self.icc,
             mtu: self.mtu,
             masquerade: self.masquerade,
             gateway_mode: self.gateway_mode,
-            host_binding: self.host_binding,
-            snat_ip: self.snat_ip,
+            host_bindings: self.host_bindings,
+            snat_ips: self.snat_ips,
             options,
         };
         let path = client::path(&["networks"]);
@@ -216,12 +225,17 @@ fn render(network: &wire::NetworkDetail) -> String {
         ("subnet", settings.subnets.join(", ")),
         ("gateway", settings.gateways.join(", ")),
     ];
-    facts.extend(settings.ip_range.clone().map(|range| ("ip range", range)));
+    let listed = |name, list: &[String]| (!list.is_empty()).then(|| (name, list.join(", ")));
+    facts.extend(listed("ip range", &settings.ip_ranges));
     facts
         .push(("bridge", format!("{}, mtu {}, id {}", settings.bridge, settings.mtu, settings.id)));
     facts.push(("mode", mode(settings)));
-    facts.push(("publishes on", settings.host_binding.clone()));
-    facts.extend(settings.snat_ip.clone().map(|address| ("leaves as", address)));
+    if settings.endpoint_flows > 0 {
+        let flows = settings.endpoint_flows;
+        facts.push(("flows", format!("at most {flows} opened by each endpoint")));
+    }
+    facts.extend(listed("publishes on", &settings.host_bindings));
+    facts.extend(listed("leaves as", &settings.snat_ips));
     let mut text = String::new();
     for (name, value) in facts {
         text.push_str(&format!("{name:14}{value}\n"));

@@ -1,5 +1,7 @@
 //! `netdp flows` and `netdp status`: what is going on.
 
+use std::net::SocketAddr;
+
 use anyhow::Result;
 use clap::Args;
 
@@ -37,37 +39,46 @@ impl Flows {
         if self.json {
             return print_json(&flows);
         }
-        let mut table = Table::new([
-            "PROTOCOL",
-            "NETWORK",
-            "SOURCE",
-            "DESTINATION",
-            "AS",
-            "TO",
-            "STATE",
-            "IDLE",
-            "EXPIRES",
+        print(&table(flows).to_string())
+    }
+}
+
+fn table(flows: Vec<wire::Flow>) -> Table {
+    let mut table = Table::new([
+        "PROTOCOL",
+        "NETWORK",
+        "SOURCE",
+        "DESTINATION",
+        "AS",
+        "TO",
+        "STATE",
+        "IDLE",
+        "EXPIRES",
+    ]);
+    for flow in flows {
+        // An end that stays as it was needs no second column.
+        let changed =
+            |before: &str, after: &str| if before == after { String::new() } else { end(after) };
+        table.row([
+            flow.protocol,
+            flow.network,
+            end(&flow.source),
+            end(&flow.destination),
+            changed(&flow.source, &flow.translated_source),
+            changed(&flow.destination, &flow.translated_destination),
+            flow.state,
+            format!("{}s", flow.idle_seconds),
+            format!("{}s", flow.expires_seconds),
         ]);
-        for flow in flows {
-            // An end that stays as it was needs no second column.
-            let changed = |before: &str, after: String| {
-                if before == after { String::new() } else { after }
-            };
-            let translated_source = changed(&flow.source, flow.translated_source);
-            let translated_destination = changed(&flow.destination, flow.translated_destination);
-            table.row([
-                flow.protocol,
-                flow.network,
-                flow.source,
-                flow.destination,
-                translated_source,
-                translated_destination,
-                flow.state,
-                format!("{}s", flow.idle_seconds),
-                format!("{}s", flow.expires_seconds),
-            ]);
-        }
-        print(&table.to_string())
+    }
+    table
+}
+
+/// An end of a flow; port 0 stands for none.
+fn end(text: &str) -> String {
+    match text.parse::<SocketAddr>() {
+        Ok(end) if end.port() == 0 => end.ip().to_string(),
+        _ => text.to_owned(),
     }
 }
 
@@ -89,11 +100,14 @@ impl Status {
             status.networks,
             status.endpoints,
             status.published,
-            status.flows,
+            flows_of(&status),
             if uplinks.is_empty() { "none".to_owned() } else { uplinks.join(", ") },
         );
         for trouble in &status.troubles {
             text.push_str(&format!("trouble    {trouble}\n"));
+        }
+        for alarm in &status.alarms {
+            text.push_str(&format!("alarm      {alarm}\n"));
         }
         if !status.counters.is_empty() {
             let mut table = Table::new(["NETWORK", "COUNTED", "PACKETS", "BYTES"]);
@@ -111,11 +125,79 @@ impl Status {
     }
 }
 
+/// How many flows there are, and how many there is room for.
+fn flows_of(status: &wire::Status) -> String {
+    let table =
+        |table: &wire::FlowTable| format!("{} {} of {}", table.family, table.flows, table.capacity);
+    let tables: Vec<String> = status.flow_tables.iter().map(table).collect();
+    if tables.is_empty() {
+        return status.flows.to_string();
+    }
+    format!("{} ({})", status.flows, tables.join(", "))
+}
+
 impl std::fmt::Display for wire::Uplink {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.address {
-            Some(address) => write!(f, "{} ({address})", self.name),
-            None => write!(f, "{} (no address)", self.name),
+        let ipv4 = self.address.map(|address| address.to_string());
+        let ipv6 = self.ipv6_address.map(|address| address.to_string());
+        match (ipv4, ipv6) {
+            (Some(ipv4), Some(ipv6)) => write!(f, "{} ({ipv4}, {ipv6})", self.name),
+            (Some(address), None) | (None, Some(address)) => {
+                write!(f, "{} ({address})", self.name)
+            }
+            (None, None) => write!(f, "{} (no address)", self.name),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{
+        dataplane::FlowRecord,
+        model::{Model, NetworkId},
+    };
+
+    #[test]
+    fn flows_of_both_families_and_without_ports_are_shown() {
+        let end = |address: &str, port| (address.parse().unwrap(), port);
+        let peer = |source: &str| end(if source.contains(':') { "fd00::3" } else { "10.0.0.3" }, 0);
+        let flow = |protocol, source: &str, source_port, translated: &str, state| FlowRecord {
+            protocol,
+            network: NetworkId(1),
+            source: end(source, source_port),
+            destination: peer(source),
+            translated_source: end(translated, source_port),
+            translated_destination: peer(source),
+            state,
+            idle: Duration::from_secs(1),
+            expires: Duration::from_secs(59),
+        };
+        let flows = [
+            flow(6, "172.20.0.2", 4000, "10.0.0.2", "half-closed"),
+            flow(132, "fd00:20::2", 4000, "fd00::2", "replied"),
+            flow(58, "fd00:20::2", 7, "fd00:20::2", "replied"),
+            flow(47, "172.20.0.2", 0, "10.0.0.2", "unreplied"),
+            flow(50, "fd00:20::2", 0, "fd00::2", "unreplied"),
+            flow(99, "172.20.0.2", 0, "172.20.0.2", "unreplied"),
+        ];
+        let model = Model::default();
+        let flows = flows.iter().map(|flow| wire::Flow::of(&model, flow)).collect();
+        let shown = table(flows).to_string();
+        let rows: Vec<Vec<&str>> =
+            shown.lines().skip(1).map(|line| line.split_whitespace().take(7).collect()).collect();
+        assert_eq!(
+            rows,
+            [
+                ["tcp", "#1", "172.20.0.2:4000", "10.0.0.3", "10.0.0.2:4000", "-", "half-closed"],
+                ["sctp", "#1", "[fd00:20::2]:4000", "fd00::3", "[fd00::2]:4000", "-", "replied"],
+                ["icmpv6", "#1", "[fd00:20::2]:7", "fd00::3", "-", "-", "replied"],
+                ["gre", "#1", "172.20.0.2", "10.0.0.3", "10.0.0.2", "-", "unreplied"],
+                ["esp", "#1", "fd00:20::2", "fd00::3", "fd00::2", "-", "unreplied"],
+                ["99", "#1", "172.20.0.2", "10.0.0.3", "-", "-", "unreplied"],
+            ]
+        );
     }
 }

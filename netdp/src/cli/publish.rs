@@ -1,6 +1,6 @@
 //! `netdp publish` and `netdp unpublish`: ports of the host that lead into containers.
 
-use std::fmt;
+use std::{fmt, net::IpAddr};
 
 use anyhow::Result;
 use clap::{Args, builder::NonEmptyStringValueParser};
@@ -35,11 +35,11 @@ struct What {
     /// Its network, where the name alone is not enough
     #[arg(long, value_name = "NETWORK")]
     network: Option<String>,
-    /// Port of the host and port of the container
+    /// Port of the host and port of the container; an IPv6 HOSTIP is written in brackets
     #[arg(
         long = "publish",
         short = 'p',
-        value_name = "[[HOSTIP:]HOST[-END]:]PORT[-END][/tcp|udp]",
+        value_name = "[[HOSTIP:]HOST[-END]:]PORT[-END][/tcp|udp|sctp]",
         required = true
     )]
     ports: Vec<String>,
@@ -64,11 +64,14 @@ impl Publish {
     }
 }
 
-/// Says what a port on a loopback address is good for: nothing, as long as the host can't dial
-/// published ports.
+/// Says what an SCTP port on a loopback address is good for: nothing, because the kernel asks no
+/// program about an SCTP socket that dials, and nobody else gets there.
 pub(super) fn note_loopback(ports: &[wire::Published]) {
-    for port in ports.iter().filter(|port| port.host_ip.starts_with("127.")) {
-        eprintln!("netdp: note: {port}: the host can't dial its own published ports yet");
+    let is_loopback = |port: &&wire::Published| {
+        port.host_ip.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+    };
+    for port in ports.iter().filter(is_loopback).filter(|port| port.protocol == "sctp") {
+        eprintln!("netdp: note: {port}: the host can't dial published SCTP ports");
     }
 }
 
@@ -85,6 +88,9 @@ impl Unpublish {
 impl fmt::Display for wire::Published {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { protocol, host_ip, host_port, container_port } = self;
+        if host_ip.contains(':') {
+            return write!(f, "[{host_ip}]:{host_port}->{container_port}/{protocol}");
+        }
         write!(f, "{host_ip}:{host_port}->{container_port}/{protocol}")
     }
 }

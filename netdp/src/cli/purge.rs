@@ -64,7 +64,7 @@ async fn purge_without_agent(paths: &Paths) -> Result<Option<wire::Purged>> {
     // Without this the controller would first put right what is about to go.
     store.save(&model, &Model::default())?;
     let config = default_config(paths)?;
-    let dataplane = agent::open_dataplane(&paths.bpffs, config.flows)?;
+    let dataplane = agent::open_dataplane(&config)?;
     let controller = Controller::open(&config, store, dataplane).await?;
     controller.purge().await?;
     Ok(Some(purged))

@@ -4,7 +4,7 @@
 //! Owns the order of things, which is what keeps a container shut off until its policy is in the
 //! backend. Knows nothing of who asked for the model.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
 use anyhow::{Context, Error, Result};
 use tracing::{debug, info, warn};
@@ -13,8 +13,8 @@ use super::State;
 use crate::{
     facts::HostFacts,
     model::{EndpointId, Model, NetworkId},
-    netlink::{namespace::Namespace, sysctl},
-    plan::{self, Plan, SysctlPlan, VethPlan, forwarding_interface, forwarding_sysctl, own},
+    netlink::namespace::Namespace,
+    plan::{self, Plan, VethPlan, own},
 };
 
 /// Something that a pass could not do.
@@ -120,15 +120,7 @@ impl State {
     /// Stops traffic of what has to go while it is still being watched: once the backend has let
     /// go of a link, nothing may pass it.
     async fn shut(&mut self, pass: &mut Pass<'_>, plan: &Plan, facts: &HostFacts) -> Result<()> {
-        let given_back: Vec<_> = self
-            .setting
-            .originals
-            .iter()
-            .filter(|(path, _)| !plan.sysctls.contains_key(*path))
-            .map(|(path, original)| (path.clone(), original.clone()))
-            .collect();
-        for (path, original) in given_back {
-            let result = self.give_back(path, original).await;
+        for result in self.give_back_sysctls(&plan.sysctls).await {
             pass.note(Subject::Host, result)?;
         }
         for (&ifindex, link) in facts.links.iter().filter(|(i, _)| plan.orphans.contains(i)) {
@@ -214,13 +206,14 @@ impl State {
             if let Some(entries) =
                 bridge.and_then(|bridge| neighbours.get_mut(&bridge.bridge_ifindex))
             {
-                entries.insert(program.address, program.mac);
+                let ipv4 = program.ipv4.map(IpAddr::V4);
+                let addresses = ipv4.into_iter().chain(program.ipv6.map(IpAddr::V6));
+                entries.extend(addresses.map(|address| (address, program.mac)));
             }
         }
         let result = self.netlink.ensure_neighbours(&neighbours).await;
         pass.note(Subject::Host, result)?;
-        for (path, wanted) in &plan.sysctls {
-            let result = self.ensure_sysctl(path, wanted).await;
+        for result in self.ensure_sysctls(&plan.sysctls).await {
             pass.note(Subject::Host, result)?;
         }
         Ok(())
@@ -240,67 +233,6 @@ impl State {
             );
             let result = self.netlink.delete_link(ifindex, link).await;
             pass.note(Subject::Host, result)?;
-        }
-        Ok(())
-    }
-
-    /// Remembers what a sysctl says, then makes it say what it has to.
-    async fn ensure_sysctl(&mut self, path: &str, wanted: &SysctlPlan) -> Result<()> {
-        let Some(present) = sysctl::read(path)? else { return Ok(()) };
-        let value = match wanted {
-            SysctlPlan::Is(value) => value.clone(),
-            SysctlPlan::Covers(first, last) => sysctl::with_ports(&present, *first, *last),
-        };
-        if present == value {
-            return Ok(());
-        }
-        self.remember(path, present).await?;
-        sysctl::write(path, &value)
-    }
-
-    async fn give_back(&mut self, path: String, original: String) -> Result<()> {
-        // Who made the host a router since then meant all its interfaces.
-        let is_overruled = self.facts.is_router && forwarding_interface(&path).is_some();
-        if !is_overruled {
-            sysctl::ensure(&path, &original)?;
-        }
-        self.forget(path).await
-    }
-
-    async fn remember(&mut self, path: &str, original: String) -> Result<()> {
-        if self.setting.originals.contains_key(path) {
-            return Ok(());
-        }
-        let record = (path.to_owned(), original.clone());
-        self.store
-            .call(move |store| store.remember_sysctl(&record.0, &record.1))
-            .await
-            .flatten()?;
-        self.setting.originals.insert(path.to_owned(), original);
-        Ok(())
-    }
-
-    async fn forget(&mut self, path: String) -> Result<()> {
-        self.setting.originals.remove(&path);
-        self.store.call(move |store| store.forget_sysctl(&path)).await.flatten()
-    }
-
-    /// A renamed uplink keeps its sysctls, so what we remember of it moves to its new name.
-    async fn follow_renames(&mut self, facts: &HostFacts) -> Result<()> {
-        let renamed: Vec<_> = self
-            .setting
-            .originals
-            .iter()
-            .filter_map(|(path, original)| {
-                let (ifindex, link) = self.facts.link(forwarding_interface(path)?)?;
-                let now = facts.links.get(&ifindex)?;
-                (now.name != link.name)
-                    .then(|| (path.clone(), forwarding_sysctl(&now.name), original.clone()))
-            })
-            .collect();
-        for (old, new, original) in renamed {
-            self.remember(&new, original).await?;
-            self.forget(old).await?;
         }
         Ok(())
     }

@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    net::{Ipv4Addr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     path::{Path, PathBuf},
     process::Command,
     sync::mpsc,
@@ -57,22 +57,29 @@ impl Namespace {
 
     /// A UDP server that answers one packet with the address it saw.
     fn serve(&self, port: u16) {
-        let server = self.run(move || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap());
+        let server = self.run(move || UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).unwrap());
         thread::spawn(move || {
             let mut buffer = [0; 64];
             let (_, client) = server.recv_from(&mut buffer).unwrap();
-            server.send_to(client.ip().to_string().as_bytes(), client).unwrap();
+            let seen = client.ip().to_canonical().to_string();
+            server.send_to(seen.as_bytes(), client).unwrap();
         });
     }
 
     /// What the server saw, `None` where nothing came back.
-    fn ask(&self, address: Ipv4Addr, port: u16) -> Option<String> {
+    fn ask(&self, address: impl Into<IpAddr>, port: u16) -> Option<String> {
+        let address = address.into();
         self.run(move || ask(address, port))
     }
 }
 
-fn ask(address: Ipv4Addr, port: u16) -> Option<String> {
-    let client = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+fn ask(address: impl Into<IpAddr>, port: u16) -> Option<String> {
+    let address = address.into();
+    let any: IpAddr = match address {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let client = UdpSocket::bind((any, 0)).unwrap();
     client.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
     let mut buffer = [0; 64];
     (0..10).find_map(|_| {
@@ -243,7 +250,8 @@ async fn publish_and_connect(
     spec: ConnectSpec,
 ) -> Result<Ipv4Addr, ChangeError> {
     let id = controller.change(|model, facts| model.connect(spec.clone(), facts)).await?;
-    Ok(controller.model().await.endpoints[&id].address)
+    let endpoint = &controller.model().await.endpoints[&id];
+    Ok(endpoint.ipv4.unwrap_or(Ipv4Addr::UNSPECIFIED))
 }
 
 /// Waits for what an event brings about.
@@ -280,7 +288,7 @@ fn networks_carry_traffic_and_purge_leaves_the_host_byte_for_byte_as_it_was() {
 
         let program = host.program();
         assert_eq!((program.networks.len(), program.endpoints.len()), (2, 3));
-        assert!(!program.uplinks.values().any(|uplink| uplink.forwarded_before));
+        assert!(!program.uplinks.values().any(|uplink| uplink.forwarded_before4));
         assert_eq!(program.uplinks.len(), 2);
         let reserved = fs::read_to_string(Path::new("/proc/sys").join(RESERVED_PORTS_SYSCTL));
         assert_eq!(reserved.unwrap().trim(), "7000,50000-60999");
@@ -303,6 +311,104 @@ fn networks_carry_traffic_and_purge_leaves_the_host_byte_for_byte_as_it_was() {
         assert_same(&before, &dump());
         assert_eq!(*controller.model().await, Model::default());
         assert_eq!(host.dataplane.purges(), 1);
+    });
+}
+
+/// Makes a network of both families.
+async fn create_dual(controller: &Controller, name: &str, ipv4: &str, ipv6: &str) {
+    let spec = NetworkSpec {
+        name: name.into(),
+        subnets: vec![ipv4.parse().unwrap(), ipv6.parse().unwrap()],
+        ..NetworkSpec::default()
+    };
+    controller.change(|model, facts| model.create_network(spec.clone(), facts)).await.unwrap();
+}
+
+#[test]
+fn ipv6_networks_carry_traffic_and_purge_leaves_no_trace_either() {
+    on_a_host(async |host| {
+        // Nothing of what a host has by default may be relied on.
+        for (name, value) in [("disable_ipv6", "1"), ("accept_ra", "2"), ("addr_gen_mode", "1")] {
+            fs::write(format!("/proc/sys/net/ipv6/conf/default/{name}"), value).unwrap();
+        }
+        ip("addr add 2001:db8::2/64 dev up0 nodad");
+        let before = dump();
+        let controller = host.start(&[]).await.unwrap();
+        let [a1, a2, s1] = [(); 3].map(|()| Namespace::new().unwrap());
+        create_dual(&controller, "a", "172.20.0.0/24", "fd00:20::/64").await;
+        let spec = NetworkSpec {
+            name: "s".into(),
+            enable_ipv4: Some(false),
+            subnets: vec!["fd00:21::/64".parse().unwrap()],
+            ..NetworkSpec::default()
+        };
+        controller.change(|model, facts| model.create_network(spec.clone(), facts)).await.unwrap();
+        connect(&controller, "a", "A1", &a1.path).await.unwrap();
+        connect(&controller, "a", "A2", &a2.path).await.unwrap();
+        connect(&controller, "s", "S1", &s1.path).await.unwrap();
+        assert_eq!(controller.check().await.unwrap(), []);
+
+        let a1_address: Ipv6Addr = "fd00:20::2".parse().unwrap();
+        a1.serve(7);
+        assert_eq!(a2.ask(a1_address, 7).as_deref(), Some("fd00:20::3"));
+        a1.serve(8);
+        assert_eq!(ask(a1_address, 8).as_deref(), Some("fd00:20::1"));
+        // The fake enforces nothing: forwarding between bridges is up to the sysctls alone.
+        a1.serve(9);
+        assert_eq!(s1.ask(a1_address, 9).as_deref(), Some("fd00:21::2"));
+
+        let inside = a1.run(|| ip("addr show eth0") + &ip("-6 route"));
+        assert!(inside.contains("inet6 fd00:20::2/64 scope global"), "{inside}");
+        assert!(inside.contains("inet6 fe80::42:acff:fe14:2/64 scope link"), "{inside}");
+        assert!(!inside.contains("tentative"), "{inside}");
+        assert!(inside.contains("default via fd00:20::1 dev eth0"), "{inside}");
+        let inside = s1.run(|| ip("addr show eth0") + &ip("route"));
+        assert!(!inside.contains("inet 1") && inside.contains("inet6 fd00:21::2/64"), "{inside}");
+        let neighbours = ip("-6 neigh show dev nd-1 nud permanent");
+        assert!(neighbours.contains("fd00:20::3 lladdr 02:42:ac:14:00:03"), "{neighbours}");
+        let program = host.program();
+        let up0: Ipv6Addr = "2001:db8::2".parse().unwrap();
+        let seen: Vec<_> = program.uplinks.values().filter_map(|up| up.masquerade6).collect();
+        assert_eq!(seen, [up0]);
+        assert!(!program.uplinks.values().any(|uplink| uplink.forwarded_before6));
+        assert!(program.local.contains(&IpAddr::V6(up0)));
+
+        controller.purge().await.unwrap();
+        assert_same(&before, &dump());
+    });
+}
+
+#[test]
+fn a_kernel_that_forwards_by_router_gets_its_switches_back() {
+    on_a_host(async |host| {
+        let read = |path: &str| fs::read_to_string(Path::new("/proc/sys").join(path)).unwrap();
+        // One interface that says something else than all of them.
+        fs::write("/proc/sys/net/ipv6/conf/out0/forwarding", "1").unwrap();
+        fs::write("/proc/sys/net/ipv6/conf/out0/accept_ra", "0").unwrap();
+        let before = dump();
+        let controller = host.start(&[]).await.unwrap();
+        let mut model = Model::default();
+        let spec =
+            NetworkSpec { name: "a".into(), enable_ipv6: Some(true), ..NetworkSpec::default() };
+        let facts = HostFacts { can_force_forwarding: false, ..controller.facts().await };
+        model.create_network(spec, &facts).unwrap();
+        let wanted = plan(&model, &facts, &Setting::default()).sysctls;
+
+        let mut state = controller.lock().await;
+        for _ in 0..2 {
+            // Twice: what is remembered must not be what we wrote.
+            let results = state.ensure_sysctls(&wanted).await;
+            results.into_iter().collect::<Result<Vec<()>>>().unwrap();
+            let results = state.give_back_sysctls(&wanted).await;
+            results.into_iter().collect::<Result<Vec<()>>>().unwrap();
+            assert_eq!(read("net/ipv6/conf/all/forwarding"), "1\n");
+            assert_eq!(read("net/ipv6/conf/up0/accept_ra"), "2\n", "the host's own routes stay");
+            assert_eq!(read("net/ipv6/conf/out0/accept_ra"), "0\n", "switched off it stays");
+        }
+        let results = state.give_back_sysctls(&BTreeMap::new()).await;
+        results.into_iter().collect::<Result<Vec<()>>>().unwrap();
+        assert_same(&before, &dump());
+        assert_eq!(state.setting.originals, BTreeMap::new());
     });
 }
 
@@ -503,18 +609,27 @@ fn meddling_and_vanished_namespaces_are_noticed_from_events() {
     on_a_host(async |host| {
         let controller = host.start(&[]).await.unwrap();
         let [a1, a2] = [(); 2].map(|()| Namespace::new().unwrap());
-        create(&controller, "a", "172.20.0.0/24").await;
+        create_dual(&controller, "a", "172.20.0.0/24", "fd00:20::/64").await;
         let a1_address = connect(&controller, "a", "A1", &a1.path).await.unwrap();
         connect(&controller, "a", "A2", &a2.path).await.unwrap();
 
         let is_repaired = async || controller.check().await.unwrap().is_empty();
-        for meddling in
-            ["link del nd-1", "addr flush dev nd-1", "link set nd-1 down", "link del ndv1"]
-        {
+        for meddling in [
+            "link del nd-1",
+            "addr flush dev nd-1",
+            "-6 addr flush dev nd-1",
+            "link set nd-1 down",
+            "link del ndv1",
+        ] {
             ip(meddling);
             eventually(meddling, is_repaired).await;
             a1.serve(7);
             assert_eq!(a2.ask(a1_address, 7).as_deref(), Some("172.20.0.3"), "{meddling}");
+            a1.serve(8);
+            let ipv6: Ipv6Addr = "fd00:20::2".parse().unwrap();
+            assert_eq!(a2.ask(ipv6, 8).as_deref(), Some("fd00:20::3"), "{meddling}");
+            a1.serve(9);
+            assert_eq!(ask(ipv6, 9).as_deref(), Some("fd00:20::1"), "{meddling}");
         }
 
         drop(a1);
@@ -532,6 +647,8 @@ fn uplinks_and_local_addresses_follow_the_host() {
         let controller = host.start(&["--uplink", "up0", "--uplink", "wan0"]).await.unwrap();
         create(&controller, "a", "172.20.0.0/24").await;
         assert_eq!(host.program().uplinks.len(), 1);
+        let alarms = controller.snapshot().alarms;
+        assert!(alarms.len() == 1 && alarms[0].starts_with("uplink wan0: "), "{alarms:?}");
 
         ip("addr add 10.0.0.7/24 dev up0");
         ip("link add wan0 type veth peer name far0");
@@ -539,11 +656,12 @@ fn uplinks_and_local_addresses_follow_the_host() {
         let address = Ipv4Addr::new(192, 0, 2, 1);
         eventually("the new uplink and addresses", async || {
             let program = host.program();
-            program.local.contains(&Ipv4Addr::new(10, 0, 0, 7))
-                && program.uplinks.values().any(|uplink| uplink.masquerade == Some(address))
+            program.local.contains(&IpAddr::from([10, 0, 0, 7]))
+                && program.uplinks.values().any(|uplink| uplink.masquerade4 == Some(address))
         })
         .await;
-        assert!(!host.program().uplinks.values().any(|uplink| uplink.forwarded_before));
+        eventually("no alarm", async || controller.snapshot().alarms.is_empty()).await;
+        assert!(!host.program().uplinks.values().any(|uplink| uplink.forwarded_before4));
         controller.purge().await.unwrap();
         for uplink in ["up0", "wan0"] {
             let forwarding =
@@ -560,9 +678,21 @@ fn a_renamed_uplink_gets_its_own_sysctl_back() {
         create(&controller, "a", "172.20.0.0/24").await;
         ip("link set up0 name up1");
         eventually("the new name", async || controller.facts().await.link("up1").is_some()).await;
-        assert!(!host.program().uplinks.values().any(|uplink| uplink.forwarded_before));
+        assert!(!host.program().uplinks.values().any(|uplink| uplink.forwarded_before4));
         controller.purge().await.unwrap();
         assert_eq!(fs::read_to_string("/proc/sys/net/ipv4/conf/up1/forwarding").unwrap(), "0\n");
+    });
+}
+
+#[test]
+fn a_full_flow_table_shows() {
+    on_a_host(async |host| {
+        let table = FlowTable { family: "IPv6", flows: 95, capacity: 100 };
+        host.dataplane.set_flow_tables(vec![table]);
+        let controller = host.start(&[]).await.unwrap();
+        eventually("the table", async || controller.snapshot().flow_tables == [table]).await;
+        let alarms = controller.snapshot().alarms;
+        assert!(alarms[0].starts_with("the IPv6 flow table is 95 % full"), "{alarms:?}");
     });
 }
 

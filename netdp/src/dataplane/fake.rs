@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, bail};
 
-use super::{Applied, Count, Dataplane, Drift, FlowRecord, Program};
+use super::{Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, Program};
 
 /// The backend; clones share what they remember, so a test keeps one and gives one away.
 #[derive(Clone, Debug, Default)]
@@ -16,6 +16,7 @@ struct Record {
     purges: usize,
     collections: usize,
     failures_ahead: usize,
+    flow_tables: Vec<FlowTable>,
 }
 
 impl Fake {
@@ -37,6 +38,11 @@ impl Fake {
     /// Makes the next `times` calls of `apply` fail.
     pub fn fail_next(&self, times: usize) {
         self.record().failures_ahead = times;
+    }
+
+    /// Has flow tables like these from now on.
+    pub fn set_flow_tables(&self, tables: Vec<FlowTable>) {
+        self.record().flow_tables = tables;
     }
 
     fn record(&self) -> MutexGuard<'_, Record> {
@@ -85,5 +91,9 @@ impl Dataplane for Fake {
     fn collect(&mut self) -> Result<usize> {
         self.record().collections += 1;
         Ok(0)
+    }
+
+    fn flow_tables(&self) -> Vec<FlowTable> {
+        self.record().flow_tables.clone()
     }
 }

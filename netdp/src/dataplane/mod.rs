@@ -4,16 +4,19 @@
 //! (counters, flows, drift). Knows nothing of how a backend does it.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::Duration,
 };
 
 use anyhow::Result;
-use ipnet::Ipv4Net;
 use netdp_common::counter::Reason;
 
-use crate::model::{EndpointId, GatewayMode, MacAddress, NetworkId, Protocol, PublishedPort, Rule};
+use crate::{
+    family::{Family, V4, V6},
+    model::{EndpointId, GatewayMode, MacAddress, NetworkId, Protocol, PublishedPort, Rule},
+};
 
 pub mod ebpf;
 pub mod fake;
@@ -31,8 +34,8 @@ pub struct Program {
     pub published: BTreeMap<PublishedKey, PublishedTarget>,
     /// Interfaces to the outside, by ifindex.
     pub uplinks: BTreeMap<u32, Uplink>,
-    /// The host's own addresses, loopback left out.
-    pub local: BTreeSet<Ipv4Addr>,
+    /// The host's own addresses; loopback and IPv6 link-local ones left out.
+    pub local: BTreeSet<IpAddr>,
 }
 
 /// Port ranges (inclusive) that source NAT works with.
@@ -57,10 +60,10 @@ pub struct NetworkProgram {
     pub bridge_ifindex: u32,
     /// MAC of the bridge: the source of what is switched into a container on its behalf.
     pub bridge_mac: MacAddress,
-    /// The network's subnet.
-    pub subnet: Ipv4Net,
-    /// The bridge's address.
-    pub gateway: Ipv4Addr,
+    /// The IPv4 side; without one the network carries no IPv4 and no ARP.
+    pub ipv4: Option<SubnetProgram<V4>>,
+    /// The IPv6 side; without one the network carries no IPv6.
+    pub ipv6: Option<SubnetProgram<V6>>,
     /// See [`GatewayMode`].
     pub gateway_mode: GatewayMode,
     /// No way in or out.
@@ -69,12 +72,23 @@ pub struct NetworkProgram {
     pub icc: bool,
     /// Source NAT on the way out.
     pub masquerade: bool,
-    /// Fixed source address for it.
-    pub snat_ip: Option<Ipv4Addr>,
+    /// Most flows that one endpoint may have opened, in both families together; 0 = no limit.
+    pub endpoint_flows: u32,
     /// The user's rules in order; first match decides, no match goes on.
     pub policy: Vec<Rule>,
     /// Changes whenever `policy` does.
     pub policy_generation: u32,
+}
+
+/// One family of a network as a backend sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SubnetProgram<F: Family> {
+    /// The network's subnet.
+    pub subnet: F::Net,
+    /// The bridge's address.
+    pub gateway: F::Address,
+    /// Fixed source address for masquerade.
+    pub snat_ip: Option<F::Address>,
 }
 
 /// An endpoint as a backend sees it.
@@ -84,8 +98,11 @@ pub struct EndpointProgram {
     pub network: NetworkId,
     /// ifindex of the host's end of its veth.
     pub ifindex: u32,
-    /// Its address.
-    pub address: Ipv4Addr,
+    /// Its IPv4 address; there iff the network has an IPv4 side.
+    pub ipv4: Option<Ipv4Addr>,
+    /// Its global IPv6 address; there iff the network has an IPv6 side. Its link-local address
+    /// follows from its MAC (RFC 4291, appendix A).
+    pub ipv6: Option<Ipv6Addr>,
     /// Its MAC.
     pub mac: MacAddress,
 }
@@ -93,8 +110,8 @@ pub struct EndpointProgram {
 /// What a client dials.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PublishedKey {
-    /// 0.0.0.0 = every local address.
-    pub address: Ipv4Addr,
+    /// 0.0.0.0 or :: = every local address of that family.
+    pub address: IpAddr,
     /// Host port.
     pub port: u16,
     /// Transport protocol.
@@ -106,8 +123,8 @@ pub struct PublishedKey {
 pub struct PublishedTarget {
     /// The endpoint; present in [`Program::endpoints`].
     pub endpoint: EndpointId,
-    /// The endpoint's address.
-    pub address: Ipv4Addr,
+    /// The endpoint's address, of the key's family.
+    pub address: IpAddr,
     /// Port in the container.
     pub port: u16,
 }
@@ -121,13 +138,17 @@ impl From<&PublishedPort> for PublishedKey {
 /// An interface to the outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Uplink {
-    /// Source address for masquerade; `None` while the interface has no address.
-    pub masquerade: Option<Ipv4Addr>,
+    /// Source address for masquerade; `None` while the interface has none.
+    pub masquerade4: Option<Ipv4Addr>,
+    /// The same for IPv6.
+    pub masquerade6: Option<Ipv6Addr>,
     /// Whether frames carry an Ethernet header (tun devices do not).
     pub ethernet: bool,
-    /// Whether the host forwarded packets from here before us. Where it did not, only packets to
-    /// and from our networks are forwarded, and the rest is dropped as it was before.
-    pub forwarded_before: bool,
+    /// Whether the host forwarded IPv4 packets from here before us. Where it did not, only packets
+    /// to and from our networks are forwarded, and the rest is dropped as it was before.
+    pub forwarded_before4: bool,
+    /// The same for IPv6.
+    pub forwarded_before6: bool,
 }
 
 /// A difference between a program and the kernel.
@@ -166,19 +187,44 @@ pub struct FlowRecord {
     /// Network that the connection belongs to: the dialled container's, else the dialler's.
     pub network: NetworkId,
     /// Source as the first packet had it. ICMP: the port is the echo identifier.
-    pub source: (Ipv4Addr, u16),
+    pub source: (IpAddr, u16),
     /// Destination as the first packet had it.
-    pub destination: (Ipv4Addr, u16),
+    pub destination: (IpAddr, u16),
     /// Source after translation.
-    pub translated_source: (Ipv4Addr, u16),
+    pub translated_source: (IpAddr, u16),
     /// Destination after translation.
-    pub translated_destination: (Ipv4Addr, u16),
-    /// "established", "half-open", "closing", "reset", "unreplied", "replied".
+    pub translated_destination: (IpAddr, u16),
+    /// "established", "half-open", "half-closed", "closing", "reset", "unreplied", "replied".
     pub state: &'static str,
     /// Time since the last packet, to the second.
     pub idle: Duration,
     /// Time until it is collected if nothing more comes.
     pub expires: Duration,
+}
+
+/// How full a family's flow table is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowTable {
+    /// "IPv4", "IPv6".
+    pub family: &'static str,
+    /// Flows in it.
+    pub flows: u32,
+    /// Flows that it has room for.
+    pub capacity: u32,
+}
+
+/// Name of an IP protocol, for people; its number where it is none that flows are made of often.
+pub fn protocol_name(number: u8) -> Cow<'static, str> {
+    match number {
+        1 => "icmp".into(),
+        6 => "tcp".into(),
+        17 => "udp".into(),
+        47 => "gre".into(),
+        50 => "esp".into(),
+        58 => "icmpv6".into(),
+        132 => "sctp".into(),
+        _ => number.to_string().into(),
+    }
 }
 
 /// A backend. `apply` is idempotent and level-triggered: called with the same program it changes
@@ -224,4 +270,7 @@ pub trait Dataplane: Send {
     /// # Errors
     /// Fails where the kernel can't be read.
     fn collect(&mut self) -> Result<usize>;
+
+    /// How full the flow tables are, as the last collection left them; none before the first.
+    fn flow_tables(&self) -> Vec<FlowTable>;
 }

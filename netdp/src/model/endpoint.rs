@@ -4,18 +4,19 @@
 //! namespace at all is for the caller to find out.
 
 use std::{
-    collections::BTreeSet,
-    net::{IpAddr, Ipv4Addr},
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     str::FromStr,
 };
 
 use super::{
-    Endpoint, EndpointId, MacAddress, Model, NetnsIdentity, Network, PublishSpec, Refusal,
-    network::{check_interface_name, check_name, ipv6_refused},
+    Endpoint, EndpointId, MacAddress, Model, NetnsIdentity, Network, PublishSpec, Refusal, Subnet,
+    network::{check_interface_name, check_name},
 };
 use crate::{
     facts::{HostFacts, Link},
+    family::Family,
     ipam,
 };
 
@@ -32,7 +33,7 @@ pub struct ConnectSpec {
     pub netns_interfaces: BTreeSet<String>,
     /// The endpoint's name.
     pub name: Option<String>,
-    /// Its addresses; one IPv4 address at most for now.
+    /// Its addresses, one per family at most.
     pub addresses: Vec<IpAddr>,
     /// Its MAC address.
     pub mac: Option<MacAddress>,
@@ -78,8 +79,16 @@ impl Model {
         }
 
         let interface = self.choose_interface(&spec)?;
-        let (address, next_address) = choose_address(network, &members, &spec.addresses)?;
-        let mac = choose_mac(network, &members, spec.mac, address)?;
+        let used4 = members.iter().filter_map(|e| Some((e.ipv4?, e.name.as_str()))).collect();
+        let used6 = members.iter().filter_map(|e| Some((e.ipv6?, e.name.as_str()))).collect();
+        let ipv4 = choose_address(&network.name, network.ipv4, &used4, &spec.addresses)?;
+        let ipv6 = choose_address(&network.name, network.ipv6, &used6, &spec.addresses)?;
+        let address4 = ipv4.as_ref().map(|choice| choice.address);
+        let address6 = ipv6.as_ref().map(|choice| choice.address);
+        let mac = match spec.mac {
+            Some(mac) => check_mac(network, &members, mac)?,
+            None => choose_mac(network, &members, address4, address6)?,
+        };
         let published = self.resolve_ports(network, &spec.publish, facts)?;
 
         let endpoint = Endpoint {
@@ -90,11 +99,18 @@ impl Model {
             netns_identity: spec.netns_identity,
             host_interface,
             interface,
-            address,
+            ipv4: address4,
+            ipv6: address6,
             mac,
             published,
         };
-        self.network_mut(&spec.network)?.next_address = next_address;
+        let network = self.network_mut(&spec.network)?;
+        if let (Some(side), Some(choice)) = (&mut network.ipv4, ipv4) {
+            side.next_address = choice.next_address;
+        }
+        if let (Some(side), Some(choice)) = (&mut network.ipv6, ipv6) {
+            side.next_address = choice.next_address;
+        }
         self.next.endpoint = id.0 + 1;
         self.endpoints.insert(id, endpoint);
         Ok(id)
@@ -179,61 +195,99 @@ fn default_name(netns: &Path, id: EndpointId) -> String {
     name.to_owned()
 }
 
-/// The endpoint's address, and where the next search starts.
-fn choose_address(
-    network: &Network,
-    members: &[&Endpoint],
-    wanted: &[IpAddr],
-) -> Result<(Ipv4Addr, Ipv4Addr), Refusal> {
-    let Network { name, ipv4, next_address, .. } = network;
-    let address = match *wanted {
-        [] => {
-            let used: BTreeSet<Ipv4Addr> = members.iter().map(|e| e.address).collect();
-            let address = ipam::choose_address(ipv4, *next_address, &used).ok_or_else(|| {
-                Refusal::conflict(format!(
-                    "no address is free in {} of network {name:?}: disconnect an endpoint",
-                    ipv4.range
-                ))
-            })?;
-            return Ok((address, Ipv4Addr::from(u32::from(address).wrapping_add(1))));
-        }
-        [IpAddr::V4(address)] => address,
-        [IpAddr::V6(_)] => return Err(ipv6_refused("addresses", "address")),
-        _ => return Err(Refusal::invalid("more than one address is not supported yet: give one")),
-    };
-    if !ipam::is_host_address(ipv4.subnet, address) {
-        return Err(Refusal::invalid(format!(
-            "{address} is no host address in {} of network {name:?}: give one that is",
-            ipv4.subnet
-        )));
-    }
-    if address == ipv4.gateway {
-        return Err(Refusal::conflict(format!(
-            "{address} is the gateway of network {name:?}: give another address"
-        )));
-    }
-    if let Some(other) = members.iter().find(|endpoint| endpoint.address == address) {
-        return Err(Refusal::conflict(format!(
-            "{address} belongs to endpoint {:?} of network {name:?}: give another address",
-            other.name
-        )));
-    }
-    Ok((address, *next_address))
+/// An address of an endpoint, and where the search for the next one's starts.
+struct Choice<F: Family> {
+    address: F::Address,
+    next_address: F::Address,
 }
 
+/// The endpoint's address in one family; `None` where the network does not have the family.
+fn choose_address<F: Family>(
+    network: &str,
+    side: Option<Subnet<F>>,
+    used: &BTreeMap<F::Address, &str>,
+    wanted: &[IpAddr],
+) -> Result<Option<Choice<F>>, Refusal> {
+    let mut wanted = wanted.iter().copied().filter_map(F::of);
+    let (first, second) = (wanted.next(), wanted.next());
+    if second.is_some() {
+        return Err(Refusal::invalid(format!(
+            "more than one {} address is not supported: give one per family",
+            F::NAME
+        )));
+    }
+    let Some(side) = side else {
+        return match first {
+            None => Ok(None),
+            Some(address) => Err(Refusal::invalid(format!(
+                "network {network:?} has no {}: leave address {address} out",
+                F::NAME
+            ))),
+        };
+    };
+    let Some(address) = first else {
+        let used: BTreeSet<F::Address> = used.keys().copied().collect();
+        let address = ipam::choose_address(&side, &used).ok_or_else(|| {
+            Refusal::conflict(format!(
+                "no address is free in {} of network {network:?}: disconnect an endpoint",
+                side.range
+            ))
+        })?;
+        return Ok(Some(Choice { address, next_address: F::next(address) }));
+    };
+    if !ipam::is_host_address::<F>(side.subnet, address) {
+        return Err(Refusal::invalid(format!(
+            "{address} is no host address in {} of network {network:?}: give one that is",
+            side.subnet
+        )));
+    }
+    if address == side.gateway {
+        return Err(Refusal::conflict(format!(
+            "{address} is the gateway of network {network:?}: give another address"
+        )));
+    }
+    if let Some(other) = used.get(&address) {
+        return Err(Refusal::conflict(format!(
+            "{address} belongs to endpoint {other:?} of network {network:?}: give another address"
+        )));
+    }
+    Ok(Some(Choice { address, next_address: side.next_address }))
+}
+
+/// A MAC address that follows from the addresses, and is nobody else's in the network.
 fn choose_mac(
     network: &Network,
     members: &[&Endpoint],
-    wanted: Option<MacAddress>,
-    address: Ipv4Addr,
+    ipv4: Option<Ipv4Addr>,
+    ipv6: Option<Ipv6Addr>,
 ) -> Result<MacAddress, Refusal> {
-    let mac = wanted.unwrap_or_else(|| MacAddress::from_address(address));
+    match (ipv4, ipv6) {
+        // Somebody may have given it to another endpoint by hand, and hears of it.
+        (Some(address), _) => check_mac(network, members, MacAddress::from_ipv4(address)),
+        (None, Some(address)) => (0..=u8::MAX)
+            .map(|attempt| MacAddress::from_ipv6(address, attempt))
+            .find(|&mac| check_mac(network, members, mac).is_ok())
+            .ok_or_else(|| {
+                Refusal::conflict(format!("no MAC address is left for {address}: give one"))
+            }),
+        (None, None) => Err(Refusal::invalid(format!(
+            "network {:?} has neither IPv4 nor IPv6: make it anew",
+            network.name
+        ))),
+    }
+}
+
+fn check_mac(
+    network: &Network,
+    members: &[&Endpoint],
+    mac: MacAddress,
+) -> Result<MacAddress, Refusal> {
     if mac.0[0] & 1 == 1 || mac.0 == [0; 6] {
         return Err(Refusal::invalid(format!(
             "MAC address {mac} is no station's: give one with an even first octet"
         )));
     }
-    if mac == MacAddress::from_address(network.ipv4.gateway) {
+    if mac == network.bridge_mac() {
         return Err(Refusal::conflict(format!(
             "MAC address {mac} is the gateway's of network {:?}: give another one",
             network.name
@@ -250,9 +304,17 @@ fn choose_mac(
 
 impl MacAddress {
     /// Docker's choice: locally administered, the IPv4 address in the last four octets.
-    pub fn from_address(address: Ipv4Addr) -> Self {
+    pub fn from_ipv4(address: Ipv4Addr) -> Self {
         let [a, b, c, d] = address.octets();
         Self([0x02, 0x42, a, b, c, d])
+    }
+
+    /// Locally administered, the end of the IPv6 address in the last four octets and a digest of
+    /// the rest before them. Addresses that share it get other ones at the next `attempt`.
+    pub fn from_ipv6(address: Ipv6Addr, attempt: u8) -> Self {
+        let [rest @ .., a, b, c, d] = address.octets();
+        let digest = rest.iter().fold(attempt, |digest, octet| digest ^ octet);
+        Self([0x02, digest, a, b, c, d])
     }
 }
 

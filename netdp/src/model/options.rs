@@ -1,14 +1,15 @@
-//! Docker's bridge option keys, laid over the options of a network that is to be made.
+//! Docker's bridge option keys and one of our own, laid over the options of a network that is to be made.
 //!
 //! Owns the keys and how their values read. Whether the options make sense together is
 //! `network`'s business.
 
-use std::{fmt, net::Ipv4Addr, str::FromStr};
+use std::{fmt, net::IpAddr, str::FromStr};
 
 use super::{GatewayMode, NetworkSpec, Refusal};
+use crate::family::{Family, V4, V6};
 
 impl NetworkSpec {
-    /// Takes one `KEY=VALUE` of Docker's bridge options.
+    /// Takes one `KEY=VALUE`: an option of Docker's bridge driver, or netdp's own.
     ///
     /// # Errors
     /// Refuses an unknown key, a value that does not read, and a value that contradicts what was
@@ -21,21 +22,40 @@ impl NetworkSpec {
             "com.docker.network.bridge.enable_ip_masquerade" => {
                 parsed.set(&mut self.masquerade, parsed.boolean()?)
             }
+            "com.docker.network.enable_ipv4" => {
+                parsed.set(&mut self.enable_ipv4, parsed.boolean()?)
+            }
+            "com.docker.network.enable_ipv6" => {
+                parsed.set(&mut self.enable_ipv6, parsed.boolean()?)
+            }
             "com.docker.network.bridge.host_binding_ipv4" => {
-                parsed.set(&mut self.host_binding, parsed.address()?.into())
+                parsed.add::<V4>(&mut self.host_bindings)
             }
-            "com.docker.network.host_ipv4" => {
-                parsed.set(&mut self.snat_ip, parsed.address()?.into())
+            "com.docker.network.bridge.host_binding_ipv6" => {
+                parsed.add::<V6>(&mut self.host_bindings)
             }
+            "com.docker.network.host_ipv4" => parsed.add::<V4>(&mut self.snat_ips),
+            "com.docker.network.host_ipv6" => parsed.add::<V6>(&mut self.snat_ips),
             "com.docker.network.driver.mtu" => parsed.set(&mut self.mtu, parsed.number()?),
-            "com.docker.network.bridge.gateway_mode_ipv4" => {
-                parsed.set(&mut self.gateway_mode, value.parse()?)
+            "netdp.endpoint_flows" => parsed.set(&mut self.endpoint_flows, parsed.number()?),
+            "com.docker.network.bridge.gateway_mode_ipv4"
+            | "com.docker.network.bridge.gateway_mode_ipv6" => {
+                let mode = value.parse()?;
+                if self.gateway_mode.is_some_and(|said| said != mode) {
+                    return Err(Refusal::invalid(format!(
+                        "option {key}={value} differs from the gateway mode given before: \
+                         both families of a network have the same one"
+                    )));
+                }
+                self.gateway_mode = Some(mode);
+                Ok(())
             }
             _ => Err(Refusal::invalid(format!(
                 "option {key:?} is not known: netdp takes \
                  com.docker.network.bridge.{{name,enable_icc,enable_ip_masquerade,\
-                 host_binding_ipv4,gateway_mode_ipv4}}, com.docker.network.driver.mtu and \
-                 com.docker.network.host_ipv4"
+                 host_binding_ipv4,host_binding_ipv6,gateway_mode_ipv4,gateway_mode_ipv6}}, \
+                 com.docker.network.{{enable_ipv4,enable_ipv6,host_ipv4,host_ipv6}}, \
+                 com.docker.network.driver.mtu and netdp.endpoint_flows"
             ))),
         }
     }
@@ -50,10 +70,7 @@ struct Value<'a> {
 impl Value<'_> {
     fn set<T: PartialEq>(&self, field: &mut Option<T>, value: T) -> Result<(), Refusal> {
         if field.as_ref().is_some_and(|said| *said != value) {
-            return Err(Refusal::invalid(format!(
-                "option {}={} contradicts what was said before: give it once",
-                self.key, self.text
-            )));
+            return Err(self.contradiction());
         }
         *field = Some(value);
         Ok(())
@@ -68,12 +85,29 @@ impl Value<'_> {
         }
     }
 
-    fn address(&self) -> Result<Ipv4Addr, Refusal> {
-        self.text.parse().map_err(|_| self.unreadable("an IPv4 address"))
+    /// Takes an address that is given once per family.
+    fn add<F: Family>(&self, addresses: &mut Vec<IpAddr>) -> Result<(), Refusal> {
+        let address: F::Address =
+            self.text.parse().map_err(|_| self.unreadable(&format!("an {} address", F::NAME)))?;
+        let mut said = addresses.iter().copied().filter_map(F::of);
+        if said.clone().any(|said| said != address) {
+            return Err(self.contradiction());
+        }
+        if said.next().is_none() {
+            addresses.push(address.into());
+        }
+        Ok(())
     }
 
     fn number(&self) -> Result<u32, Refusal> {
         self.text.parse().map_err(|_| self.unreadable("a number"))
+    }
+
+    fn contradiction(&self) -> Refusal {
+        Refusal::invalid(format!(
+            "option {}={} contradicts what was said before: give it once",
+            self.key, self.text
+        ))
     }
 
     fn unreadable(&self, wanted: &str) -> Refusal {
@@ -113,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dockers_options_land_in_their_fields() {
+    fn options_land_in_their_fields() {
         let mut spec = NetworkSpec::default();
         for (key, value) in [
             ("com.docker.network.bridge.name", "br-web"),
@@ -122,7 +156,14 @@ mod tests {
             ("com.docker.network.bridge.host_binding_ipv4", "127.0.0.1"),
             ("com.docker.network.driver.mtu", "1400"),
             ("com.docker.network.bridge.gateway_mode_ipv4", "nat-unprotected"),
+            ("com.docker.network.bridge.gateway_mode_ipv6", "nat-unprotected"),
             ("com.docker.network.host_ipv4", "10.0.0.9"),
+            ("com.docker.network.host_ipv6", "fd00::9"),
+            ("com.docker.network.host_ipv6", "fd00:0::9"),
+            ("com.docker.network.bridge.host_binding_ipv6", "::1"),
+            ("com.docker.network.enable_ipv4", "0"),
+            ("com.docker.network.enable_ipv6", "true"),
+            ("netdp.endpoint_flows", "1000"),
         ] {
             spec.apply_option(key, value).unwrap();
         }
@@ -132,10 +173,13 @@ mod tests {
                 bridge: Some("br-web".into()),
                 icc: Some(false),
                 masquerade: Some(true),
-                host_binding: Some(Ipv4Addr::LOCALHOST.into()),
+                enable_ipv4: Some(false),
+                enable_ipv6: Some(true),
+                host_bindings: ["127.0.0.1", "::1"].map(|text| text.parse().unwrap()).into(),
                 mtu: Some(1400),
                 gateway_mode: Some(GatewayMode::NatUnprotected),
-                snat_ip: Some(Ipv4Addr::new(10, 0, 0, 9).into()),
+                endpoint_flows: Some(1000),
+                snat_ips: ["10.0.0.9", "fd00::9"].map(|text| text.parse().unwrap()).into(),
                 ..NetworkSpec::default()
             }
         );
@@ -143,14 +187,24 @@ mod tests {
 
     #[test]
     fn unknown_unreadable_and_contradicting_options_are_refused() {
-        let mut spec = NetworkSpec { icc: Some(true), ..NetworkSpec::default() };
+        let mut spec = NetworkSpec {
+            icc: Some(true),
+            gateway_mode: Some(GatewayMode::Nat),
+            snat_ips: vec!["fd00::1".parse().unwrap()],
+            ..NetworkSpec::default()
+        };
         spec.apply_option("com.docker.network.bridge.enable_icc", "true").unwrap();
         for (key, value, reason) in [
             ("com.docker.network.bridge.enable_icc", "false", "contradicts"),
             ("com.docker.network.bridge.enable_icc", "yes", "give true or false"),
             ("com.docker.network.driver.mtu", "-1", "give a number"),
             ("com.docker.network.host_ipv4", "::1", "give an IPv4 address"),
+            ("com.docker.network.host_ipv6", "10.0.0.1", "give an IPv6 address"),
+            ("com.docker.network.host_ipv6", "fd00::2", "contradicts"),
+            ("com.docker.network.bridge.gateway_mode_ipv6", "routed", "have the same one"),
             ("com.docker.network.bridge.gateway_mode_ipv4", "open", "is no gateway mode"),
+            ("netdp.endpoint_flows", "many", "give a number"),
+            ("netdp.endpoint_flow", "1", "is not known"),
             ("com.docker.network.bridge.inhibit_ipv4", "true", "is not known"),
         ] {
             let refusal = spec.apply_option(key, value).unwrap_err();

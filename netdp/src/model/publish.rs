@@ -6,26 +6,24 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::Ipv4Addr,
+    net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     str::FromStr,
 };
 
-use super::{
-    Endpoint, EndpointId, GatewayMode, Model, Network, Protocol, PublishedPort, Refusal,
-    network::ipv6_refused,
-};
+use super::{Endpoint, EndpointId, GatewayMode, Model, Network, Protocol, PublishedPort, Refusal};
 use crate::facts::HostFacts;
 
 /// Host ports that are chosen from where the user names none: dynamic ports (RFC 6335) below
 /// those that are reserved for source NAT.
 const CHOSEN_PORTS: RangeInclusive<u16> = 49_153..=49_999;
 
-/// One `-p` argument: `[HOSTIP:][HOST[-END]:]PORT[-END][/tcp|udp]`.
+/// One `-p` argument: `[HOSTIP:][HOST[-END]:]PORT[-END][/tcp|udp|sctp]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PublishSpec {
     protocol: Protocol,
-    host_address: Option<Ipv4Addr>,
+    /// In brackets where it is an IPv6 one.
+    host_address: Option<IpAddr>,
     host_ports: HostPorts,
     container_ports: RangeInclusive<u16>,
 }
@@ -46,23 +44,34 @@ impl FromStr for PublishSpec {
 
     fn from_str(text: &str) -> Result<Self, Refusal> {
         let refused = |reason: &str| Refusal::invalid(format!("port {text:?}: {reason}"));
-        if text.contains('[') {
-            return Err(ipv6_refused("host addresses", "address"));
-        }
         let (ports, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
         let protocol = protocol.parse().map_err(|Refusal { message, .. }| refused(&message))?;
+        // The colons of an IPv6 address are not ours.
+        let (bracketed, ports) = match ports.strip_prefix('[') {
+            None => (None, ports),
+            Some(rest) => {
+                let (address, ports) = rest
+                    .split_once("]:")
+                    .ok_or_else(|| refused("an IPv6 address is written [ADDRESS]:HOST:PORT"))?;
+                (Some(address), ports)
+            }
+        };
         let parts: Vec<&str> = ports.split(':').collect();
-        let (address, host, container) = match parts[..] {
-            [container] => (None, "", container),
-            [host, container] => (None, host, container),
-            [address, host, container] => (Some(address), host, container),
-            _ => return Err(refused("write [HOSTIP:]HOST[-END]:PORT[-END][/tcp|udp]")),
+        let (address, host, container) = match (bracketed, &parts[..]) {
+            (None, [container]) => (None, "", *container),
+            (address, [host, container]) => (address, *host, *container),
+            (None, [address, host, container]) => (Some(*address), *host, *container),
+            _ => return Err(refused("write [HOSTIP:]HOST[-END]:PORT[-END][/tcp|udp|sctp]")),
         };
         let host_address = match address {
-            None | Some("") => None,
+            None => None,
+            Some("") if bracketed.is_none() => None,
             Some(address) => {
-                let unreadable = |_| refused(&format!("{address:?} is no IPv4 address"));
-                Some(address.parse().map_err(unreadable)?)
+                let family = if bracketed.is_some() { "IPv6" } else { "IPv4" };
+                let is_right = |parsed: &IpAddr| parsed.is_ipv6() == bracketed.is_some();
+                let parsed = address.parse().ok().filter(is_right);
+                let unreadable = || refused(&format!("{address:?} is no {family} address"));
+                Some(parsed.ok_or_else(unreadable)?)
             }
         };
         let container_ports = parse_range(container).map_err(|reason| refused(&reason))?;
@@ -105,6 +114,7 @@ impl fmt::Display for Protocol {
         f.write_str(match self {
             Self::Tcp => "tcp",
             Self::Udp => "udp",
+            Self::Sctp => "sctp",
         })
     }
 }
@@ -116,16 +126,16 @@ impl FromStr for Protocol {
         match text {
             "tcp" => Ok(Self::Tcp),
             "udp" => Ok(Self::Udp),
-            "sctp" => Err(Refusal::invalid("sctp is not supported yet: give tcp or udp")),
-            _ => Err(Refusal::invalid(format!("{text:?} is no protocol: give tcp or udp"))),
+            "sctp" => Ok(Self::Sctp),
+            _ => Err(Refusal::invalid(format!("{text:?} is no protocol: give tcp, udp or sctp"))),
         }
     }
 }
 
-/// The host side, as `ss` writes it: `tcp 0.0.0.0:8080`.
+/// The host side, as `ss` writes it: `tcp 0.0.0.0:8080`, `tcp [::]:8080`.
 impl fmt::Display for PublishedPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}:{}", self.protocol, self.host_address, self.host_port)
+        write!(f, "{} {}", self.protocol, SocketAddr::new(self.host_address, self.host_port))
     }
 }
 
@@ -144,6 +154,15 @@ impl PublishSpec {
             && self.protocol == port.protocol
             && self.container_ports.contains(&port.container_port)
             && self.host_address.is_none_or(|address| address == port.host_address)
+    }
+
+    /// Whether a container port may be published under its own number.
+    fn allows_same(&self, container_port: u16) -> bool {
+        match &self.host_ports {
+            HostPorts::Any => true,
+            HostPorts::OneOf(range) => range.contains(&container_port),
+            HostPorts::From(first) => first == self.container_ports.start(),
+        }
     }
 }
 
@@ -260,45 +279,81 @@ impl Model {
         let mut taken = TakenPorts::of(self);
         let mut resolved = Vec::new();
         for spec in specs {
-            let host_address = spec.host_address.unwrap_or(network.host_binding);
-            if !(host_address.is_unspecified()
-                || host_address.is_loopback()
-                || facts.is_local(host_address))
-            {
-                return Err(Refusal::invalid(format!(
-                    "{host_address} is no address of this host: give one that is, or 0.0.0.0"
-                )));
-            }
+            // A routed network is dialled at the containers' own addresses and ports.
+            let keeps_ports = !spec.protocol.has_changeable_ports()
+                && network.gateway_mode != GatewayMode::Routed;
+            let addresses = host_addresses(network, spec, facts)?;
             for (index, container_port) in (0..=u16::MAX).zip(spec.container_ports.clone()) {
-                let port = |host_port| PublishedPort {
-                    protocol: spec.protocol,
-                    host_address,
-                    host_port,
-                    container_port,
+                // One host port for both families: whoever is told of it need not ask which.
+                let on_all = |host_port| -> Vec<PublishedPort> {
+                    let port = |&host_address: &IpAddr| PublishedPort {
+                        protocol: spec.protocol,
+                        host_address,
+                        host_port,
+                        container_port,
+                    };
+                    addresses.iter().map(port).collect()
                 };
                 let choice = match &spec.host_ports {
-                    HostPorts::From(first) => {
-                        let port = port(first.saturating_add(index));
-                        if let Some(owner) = taken.owner(&port) {
-                            return Err(Refusal::conflict(format!(
-                                "{port} is published by {owner} already: give another host port"
-                            )));
+                    _ if keeps_ports => {
+                        if !spec.allows_same(container_port) {
+                            return Err(cannot_translate(spec.protocol, container_port));
                         }
-                        port
+                        taken.claim(on_all(container_port), "give another host address")?
                     }
-                    HostPorts::OneOf(range) => taken.choose(range, facts, port)?,
-                    HostPorts::Any => taken.choose(&CHOSEN_PORTS, facts, port)?,
+                    HostPorts::From(first) => {
+                        let ports = on_all(first.saturating_add(index));
+                        taken.claim(ports, "give another host port")?
+                    }
+                    HostPorts::OneOf(range) => taken.choose(range, facts, on_all)?,
+                    HostPorts::Any => taken.choose(&CHOSEN_PORTS, facts, on_all)?,
                 };
-                taken.add(&choice, "this request");
-                resolved.push(choice);
+                for port in choice {
+                    taken.add(&port, "this request");
+                    resolved.push(port);
+                }
             }
         }
         Ok(resolved)
     }
 }
 
+fn cannot_translate(protocol: Protocol, port: u16) -> Refusal {
+    Refusal::invalid(format!(
+        "container port {port}/{protocol} can only be published as host port {port}, because \
+         the checksum of {protocol} covers the ports: write {port}:{port}/{protocol}"
+    ))
+}
+
+/// The host addresses that an argument means for an endpoint of `network`.
+fn host_addresses(
+    network: &Network,
+    spec: &PublishSpec,
+    facts: &HostFacts,
+) -> Result<Vec<IpAddr>, Refusal> {
+    let Some(address) = spec.host_address else {
+        return Ok(network.host_bindings().collect());
+    };
+    let (family, wildcard, has_family) = match address {
+        IpAddr::V4(_) => ("IPv4", "0.0.0.0", network.ipv4.is_some()),
+        IpAddr::V6(_) => ("IPv6", "::", network.ipv6.is_some()),
+    };
+    if !has_family {
+        return Err(Refusal::invalid(format!(
+            "network {:?} has no {family}: {address} can't lead into it",
+            network.name
+        )));
+    }
+    if !(address.is_unspecified() || address.is_loopback() || facts.is_local(address)) {
+        return Err(Refusal::invalid(format!(
+            "{address} is no address of this host: give one that is, or {wildcard}"
+        )));
+    }
+    Ok(vec![address])
+}
+
 /// Who has which host port, on which addresses.
-struct TakenPorts<'a>(BTreeMap<(Protocol, u16), Vec<(Ipv4Addr, &'a str)>>);
+struct TakenPorts<'a>(BTreeMap<(Protocol, u16), Vec<(IpAddr, &'a str)>>);
 
 impl<'a> TakenPorts<'a> {
     fn of(model: &'a Model) -> Self {
@@ -315,28 +370,43 @@ impl<'a> TakenPorts<'a> {
         self.0.entry((port.protocol, port.host_port)).or_default().push((port.host_address, owner));
     }
 
-    /// Who has the port on this address; 0.0.0.0 means every address.
+    /// Who has the port on this address; 0.0.0.0 and :: mean every address of their family.
     fn owner(&self, port: &PublishedPort) -> Option<&'a str> {
         let owners = self.0.get(&(port.protocol, port.host_port))?;
-        let collides = |address: Ipv4Addr| {
+        let collides = |address: IpAddr| {
+            let is_wild = address.is_unspecified() || port.host_address.is_unspecified();
             address == port.host_address
-                || address.is_unspecified()
-                || port.host_address.is_unspecified()
+                || is_wild && address.is_ipv4() == port.host_address.is_ipv4()
         };
         owners.iter().find(|(address, _)| collides(*address)).map(|(_, owner)| *owner)
     }
 
+    /// The same ports, if nobody has one of them.
+    fn claim(
+        &self,
+        ports: Vec<PublishedPort>,
+        advice: &str,
+    ) -> Result<Vec<PublishedPort>, Refusal> {
+        match ports.iter().find_map(|port| Some((port, self.owner(port)?))) {
+            None => Ok(ports),
+            Some((port, owner)) => {
+                Err(Refusal::conflict(format!("{port} is published by {owner} already: {advice}")))
+            }
+        }
+    }
+
+    /// The first port of a range that is free on all addresses.
     fn choose(
         &self,
         range: &RangeInclusive<u16>,
         facts: &HostFacts,
-        port: impl Fn(u16) -> PublishedPort,
-    ) -> Result<PublishedPort, Refusal> {
+        on_all: impl Fn(u16) -> Vec<PublishedPort>,
+    ) -> Result<Vec<PublishedPort>, Refusal> {
         let is_free = |port: &PublishedPort| {
             self.owner(port).is_none()
                 && !facts.ports_in_use.contains(&(port.protocol, port.host_port))
         };
-        range.clone().map(port).find(is_free).ok_or_else(|| {
+        range.clone().map(on_all).find(|ports| ports.iter().all(is_free)).ok_or_else(|| {
             Refusal::conflict(format!(
                 "all host ports from {} to {} are published or in use: give another range",
                 range.start(),

@@ -3,7 +3,9 @@
 use std::{collections::BTreeSet, net::IpAddr};
 
 use super::*;
-use crate::facts::{HostFacts, Link, Route};
+use crate::facts::{HostFacts, Link, LinkAddress, Route};
+
+mod families;
 
 pub(crate) fn link(name: &str, addresses: &[&str]) -> Link {
     Link {
@@ -19,9 +21,14 @@ pub(crate) fn link(name: &str, addresses: &[&str]) -> Link {
         mtu: 1500,
         up: true,
         loopback: name == "lo",
-        addresses: addresses.iter().map(|net| net.parse().unwrap()).collect(),
+        addresses: addresses.iter().map(|net| steady(net)).collect(),
         forwarding: false,
+        forces_forwarding: false,
     }
+}
+
+pub(crate) fn steady(net: &str) -> LinkAddress {
+    LinkAddress { net: net.parse().unwrap(), is_steady: true }
 }
 
 /// A host with one uplink, a second address on it, and a VPN that took the default route's place.
@@ -31,9 +38,12 @@ pub(crate) fn host() -> HostFacts {
     let route = |net: &str, ifindex| Route { destination: net.parse().unwrap(), ifindex };
     HostFacts {
         is_router: false,
+        is_ipv6_router: false,
+        has_ipv6: true,
+        can_force_forwarding: true,
         links: BTreeMap::from([
             (1, link("lo", &["127.0.0.1/8"])),
-            (2, link("eth0", &["10.0.0.2/24", "10.0.0.4/24"])),
+            (2, link("eth0", &["10.0.0.2/24", "10.0.0.4/24", "fd00::2/64", "fe80::1/64"])),
             (3, vpn),
         ]),
         routes: vec![
@@ -41,6 +51,9 @@ pub(crate) fn host() -> HostFacts {
             route("0.0.0.0/1", 3),
             route("128.0.0.0/1", 3),
             route("192.168.0.0/16", 3),
+            route("fd00::/64", 2),
+            route("fd77::/32", 3),
+            route("2000::/3", 3),
         ],
         ephemeral_ports: (32_768, 60_999),
         ports_in_use: BTreeSet::new(),
@@ -62,7 +75,7 @@ pub(crate) fn model_with_network(name: &str) -> Model {
 }
 
 pub(crate) fn connect_spec(network: &str, netns: &str) -> ConnectSpec {
-    let inode = netns.bytes().fold(7u64, |hash, byte| hash * 31 + u64::from(byte));
+    let inode = netns.bytes().fold(7u64, |hash, byte| hash.wrapping_mul(31) + u64::from(byte));
     ConnectSpec {
         network: network.to_owned(),
         netns: PathBuf::from("/run/netns").join(netns),
@@ -129,17 +142,20 @@ fn a_network_gets_what_the_user_left_open() {
     let id = model.create_network(spec, &host()).unwrap();
     let network = &model.networks[&id];
     assert_eq!(network.bridge, "nd-1");
-    assert_eq!(network.ipv4.subnet.to_string(), "172.17.0.0/16");
-    assert_eq!(network.ipv4.gateway, Ipv4Addr::new(172, 17, 0, 1));
-    assert_eq!(network.ipv4.range, network.ipv4.subnet);
+    assert_eq!(network.ipv4.unwrap().subnet.to_string(), "172.17.0.0/16");
+    let side = network.ipv4.unwrap();
+    assert_eq!(side.gateway, Ipv4Addr::new(172, 17, 0, 1));
+    assert_eq!(side.range, side.subnet);
+    assert_eq!(side.host_binding, Some(Ipv4Addr::UNSPECIFIED));
+    assert_eq!((network.ipv6, model.unique_local), (None, None));
     assert!(network.icc && network.masquerade && !network.internal);
-    assert_eq!((network.mtu, network.host_binding), (1500, Ipv4Addr::UNSPECIFIED));
+    assert_eq!(network.mtu, 1500);
     assert_eq!(network.alias(), "netdp network web");
 
     let spec = NetworkSpec { name: "db".into(), internal: true, ..NetworkSpec::default() };
     let id = model.create_network(spec, &host()).unwrap();
     let network = &model.networks[&id];
-    assert_eq!(network.ipv4.subnet.to_string(), "172.18.0.0/16");
+    assert_eq!(network.ipv4.unwrap().subnet.to_string(), "172.18.0.0/16");
     assert_eq!(network.bridge, "nd-2");
     assert!(!network.masquerade);
 }
@@ -152,7 +168,7 @@ fn the_default_pools_avoid_the_hosts_own_networks() {
     let mut model = Model::default();
     let spec = NetworkSpec { name: "web".into(), ..NetworkSpec::default() };
     let id = model.create_network(spec, &facts).unwrap();
-    assert_eq!(model.networks[&id].ipv4.subnet.to_string(), "172.20.0.0/16");
+    assert_eq!(model.networks[&id].ipv4.unwrap().subnet.to_string(), "172.20.0.0/16");
 }
 
 #[test]
@@ -264,9 +280,40 @@ fn bad_subnets_are_refused() {
             "subnet 239.0.0.0/24 lies in 224.0.0.0/4, which hosts can't have: give another one",
         ),
         (
-            "fd00:20::/64",
+            "fd77:0:1::/64",
+            RefusalKind::Conflict,
+            "subnet fd77:0:1::/64 overlaps the host's route to fd77::/32 by tun0: \
+             give another one",
+        ),
+        (
+            "fd00::/48",
+            RefusalKind::Conflict,
+            "subnet fd00::/48 overlaps address fd00::2/64 of interface eth0: give another one",
+        ),
+        (
+            "fd00:22::1/64",
             RefusalKind::Invalid,
-            "IPv6 subnets are not supported yet: give an IPv4 CIDR",
+            "subnet fd00:22::1/64 has host bits set: did you mean fd00:22::/64?",
+        ),
+        (
+            "fd00:22::/127",
+            RefusalKind::Invalid,
+            "subnet fd00:22::/127 has an unusable size: give a prefix length from 48 to 126",
+        ),
+        (
+            "fe80:0:0:1::/64",
+            RefusalKind::Invalid,
+            "subnet fe80:0:0:1::/64 lies in fe80::/10, which hosts can't have: give another one",
+        ),
+        (
+            "ff05::/64",
+            RefusalKind::Invalid,
+            "subnet ff05::/64 lies in ff00::/8, which hosts can't have: give another one",
+        ),
+        (
+            "::/64",
+            RefusalKind::Invalid,
+            "subnet ::/64 lies in ::/8, which hosts can't have: give another one",
         ),
     ] {
         refuse_network(network_spec("c", subnet), kind, message);
@@ -276,7 +323,7 @@ fn bad_subnets_are_refused() {
     refuse_network(
         two,
         RefusalKind::Invalid,
-        "more than one subnet is not supported yet: give one",
+        "more than one IPv4 subnet is not supported: give one per family",
     );
 }
 
@@ -284,7 +331,7 @@ fn bad_subnets_are_refused() {
 fn bad_gateways_and_ranges_are_refused() {
     let with = |gateway: Option<&str>, range: Option<&str>| NetworkSpec {
         gateways: gateway.iter().map(|address| address.parse().unwrap()).collect(),
-        ip_range: range.map(|range| range.parse().unwrap()),
+        ip_ranges: range.iter().map(|range| range.parse().unwrap()).collect(),
         ..network_spec("c", "172.22.0.0/24")
     };
     for gateway in ["172.22.1.1", "172.22.0.0", "172.22.0.255"] {
@@ -310,8 +357,18 @@ fn bad_gateways_and_ranges_are_refused() {
             Some("172.22.0.9/32"),
             "IP range 172.22.0.9/32 has no address for a container: give a larger one",
         ),
-        (Some("fd00::1"), None, "IPv6 gateways are not supported yet: give an IPv4 address"),
-        (None, Some("fd00::/64"), "IPv6 IP ranges are not supported yet: give an IPv4 CIDR"),
+        (
+            Some("fd00::1"),
+            None,
+            "gateway fd00::1 is of no use in a network without IPv6: \
+             leave it out or enable IPv6",
+        ),
+        (
+            None,
+            Some("fd00::/64"),
+            "IP range fd00::/64 is of no use in a network without IPv6: \
+             leave it out or enable IPv6",
+        ),
     ] {
         refuse_network(with(gateway, range), RefusalKind::Invalid, message);
     }
@@ -319,30 +376,30 @@ fn bad_gateways_and_ranges_are_refused() {
     refuse_network(
         lonely,
         RefusalKind::Invalid,
-        "a gateway or an IP range needs a subnet: give one",
+        "an IPv4 gateway or IP range needs an IPv4 subnet: give one",
     );
 }
 
 #[test]
 fn bad_options_are_refused() {
     let spec = || network_spec("c", "172.22.0.0/24");
-    let address = |text: &str| Some(text.parse::<IpAddr>().unwrap());
+    let address = |text: &str| vec![text.parse::<IpAddr>().unwrap()];
     for (spec, message) in [
         (
             NetworkSpec { mtu: Some(67), ..spec() },
             "an MTU of 67 does not work: give one from 68 to 65535",
         ),
         (
-            NetworkSpec { host_binding: address("224.0.0.1"), ..spec() },
+            NetworkSpec { host_bindings: address("224.0.0.1"), ..spec() },
             "host binding 224.0.0.1 is no host's address: give one of this host or 0.0.0.0",
         ),
         (
-            NetworkSpec { snat_ip: address("127.0.0.1"), ..spec() },
+            NetworkSpec { snat_ips: address("127.0.0.1"), ..spec() },
             "SNAT address 127.0.0.1 can't be answered: \
              give one that the world routes to this host",
         ),
         (
-            NetworkSpec { snat_ip: address("10.0.0.4"), masquerade: Some(false), ..spec() },
+            NetworkSpec { snat_ips: address("10.0.0.4"), masquerade: Some(false), ..spec() },
             "a SNAT address needs masquerade: leave one out or switch the other on",
         ),
         (
@@ -395,7 +452,7 @@ fn an_endpoint_gets_what_the_user_left_open() {
     assert_eq!(endpoint.id, EndpointId(2));
     assert_eq!(endpoint.host_interface, "ndv2");
     assert_eq!(endpoint.interface, "eth0");
-    assert_eq!(endpoint.address, Ipv4Addr::new(172, 20, 0, 3));
+    assert_eq!(endpoint.ipv4, Some(Ipv4Addr::new(172, 20, 0, 3)));
     assert_eq!(endpoint.mac.to_string(), "02:42:ac:14:00:03");
     assert_eq!(model.alias(endpoint), "netdp endpoint a/A2");
 }
@@ -412,13 +469,13 @@ fn an_endpoint_gets_what_the_user_asked_for() {
     let id = model.connect(spec, &host()).unwrap();
     let endpoint = &model.endpoints[&id];
     assert_eq!(endpoint.name, "web");
-    assert_eq!(endpoint.address, Ipv4Addr::new(172, 20, 0, 77));
+    assert_eq!(endpoint.ipv4, Some(Ipv4Addr::new(172, 20, 0, 77)));
     assert_eq!(endpoint.mac.to_string(), "02:00:00:ab:cd:ef");
     assert_eq!(endpoint.interface, "net0");
     assert_eq!(endpoint.published[0].to_string(), "tcp 0.0.0.0:8080");
 
     let id = model.connect(connect_spec("a", "next"), &host()).unwrap();
-    assert_eq!(model.endpoints[&id].address, Ipv4Addr::new(172, 20, 0, 4), "goes on behind A2");
+    assert_eq!(model.endpoints[&id].ipv4, Some(Ipv4Addr::new(172, 20, 0, 4)), "goes on behind A2");
 }
 
 #[test]
@@ -447,7 +504,7 @@ fn a_freed_address_is_given_last_and_ids_never_again() {
     model.disconnect("a", "A1").unwrap();
     let id = model.connect(connect_spec("a", "A1"), &host()).unwrap();
     assert_eq!(id, EndpointId(4));
-    assert_eq!(model.endpoints[&id].address, Ipv4Addr::new(172, 20, 0, 4));
+    assert_eq!(model.endpoints[&id].ipv4, Some(Ipv4Addr::new(172, 20, 0, 4)));
     assert_eq!(model.release(id).unwrap().name, "A1");
     assert_eq!(model.release(id), None);
 }
@@ -501,12 +558,12 @@ fn bad_attachments_are_refused() {
     refuse_connect(
         |spec| spec.addresses = address("fd00::9"),
         Invalid,
-        "IPv6 addresses are not supported yet: give an IPv4 address",
+        "network \"a\" has no IPv6: leave address fd00::9 out",
     );
     refuse_connect(
         |spec| spec.addresses = ["172.20.0.8", "172.20.0.9"].map(|a| a.parse().unwrap()).into(),
         Invalid,
-        "more than one address is not supported yet: give one",
+        "more than one IPv4 address is not supported: give one per family",
     );
     refuse_connect(
         |spec| spec.mac = Some(MacAddress([1, 0, 0x5e, 0, 0, 1])),
@@ -585,7 +642,8 @@ fn ports_are_published_as_docker_does() {
 #[test]
 fn the_network_says_what_an_open_host_address_means() {
     let mut model = lab();
-    model.network_mut("a").unwrap().host_binding = Ipv4Addr::LOCALHOST;
+    let side = model.network_mut("a").unwrap().ipv4.as_mut().unwrap();
+    side.host_binding = Some(Ipv4Addr::LOCALHOST);
     let ports = publish(&mut model, "A1", &["8080:80", "0.0.0.0:8081:81"]).unwrap();
     assert_eq!(ports, ["tcp 127.0.0.1:8080->80", "tcp 0.0.0.0:8081->81"]);
 }
@@ -665,6 +723,54 @@ fn ports_that_collide_are_refused() {
         refuse(&mut model, |model| publish(model, name, specs), kind, message);
     }
     assert!(publish(&mut model, "A1", &["10.0.0.2:8080:80", "8080:80/udp"]).is_ok());
+}
+
+#[test]
+fn sctp_keeps_its_ports() {
+    for (spec, expected) in [
+        ("7000:7000/sctp", &["sctp 0.0.0.0:7000->7000"][..]),
+        ("7000/sctp", &["sctp 0.0.0.0:7000->7000"]),
+        ("7000-7001/sctp", &["sctp 0.0.0.0:7000->7000", "sctp 0.0.0.0:7001->7001"]),
+        ("7000-7010:7005/sctp", &["sctp 0.0.0.0:7005->7005"]),
+        ("10.0.0.4::7000/sctp", &["sctp 10.0.0.4:7000->7000"]),
+    ] {
+        assert_eq!(publish(&mut lab(), "A1", &[spec]).unwrap(), expected, "{spec}");
+    }
+    let mut model = lab();
+    publish(&mut model, "A2", &["7000:7000", "7000:7000/udp", "10.0.0.4:8000:8000/sctp"]).unwrap();
+    for (spec, port) in [
+        ("7001:7000/sctp", 7000),
+        ("7001-7010:7000/sctp", 7000),
+        ("7001-7002:7000-7001/sctp", 7000),
+    ] {
+        let message = format!(
+            "container port {port}/sctp can only be published as host port {port}, because the \
+             checksum of sctp covers the ports: write {port}:{port}/sctp"
+        );
+        refuse(&mut model, |m| publish(m, "A1", &[spec]), RefusalKind::Invalid, &message);
+    }
+    refuse(
+        &mut model,
+        |model| publish(model, "A1", &["8000/sctp"]),
+        RefusalKind::Conflict,
+        "sctp 0.0.0.0:8000 is published by A2 already: give another host address",
+    );
+    publish(&mut model, "A1", &["7000/sctp"]).unwrap();
+    model.unpublish("A1", None, &ports(&["7000/sctp"])).unwrap();
+    assert_eq!(model.endpoint("a", "A1").unwrap().published, []);
+}
+
+#[test]
+fn sctp_ports_of_a_routed_network_are_not_translated_anyway() {
+    let mut model = Model::default();
+    let spec = NetworkSpec {
+        gateway_mode: Some(GatewayMode::Routed),
+        ..network_spec("r", "172.20.0.0/24")
+    };
+    model.create_network(spec, &host()).unwrap();
+    model.connect(connect_spec("r", "R1"), &host()).unwrap();
+    let ports = publish(&mut model, "R1", &["7001:7000/sctp"]).unwrap();
+    assert_eq!(ports, ["sctp 0.0.0.0:7001->7000"]);
 }
 
 #[test]
@@ -749,11 +855,15 @@ fn what_is_no_port_argument_is_refused() {
             "port \"8000-8002:80-81\": 3 host ports can't lead to 2 container ports: \
              give ranges of equal length",
         ),
-        ("80:80/sctp", "port \"80:80/sctp\": sctp is not supported yet: give tcp or udp"),
-        ("80/icmp", "port \"80/icmp\": \"icmp\" is no protocol: give tcp or udp"),
+        ("80/SCTP", "port \"80/SCTP\": \"SCTP\" is no protocol: give tcp, udp or sctp"),
+        ("80/icmp", "port \"80/icmp\": \"icmp\" is no protocol: give tcp, udp or sctp"),
         ("host:80:80", "port \"host:80:80\": \"host\" is no IPv4 address"),
-        ("[::1]:80:80", "IPv6 host addresses are not supported yet: give an IPv4 address"),
-        ("1:2:3:4", "port \"1:2:3:4\": write [HOSTIP:]HOST[-END]:PORT[-END][/tcp|udp]"),
+        ("::1:80:80", "port \"::1:80:80\": write [HOSTIP:]HOST[-END]:PORT[-END][/tcp|udp|sctp]"),
+        ("[::1]80:80", "port \"[::1]80:80\": an IPv6 address is written [ADDRESS]:HOST:PORT"),
+        ("[::1]:80", "port \"[::1]:80\": write [HOSTIP:]HOST[-END]:PORT[-END][/tcp|udp|sctp]"),
+        ("[10.0.0.2]:80:80", "port \"[10.0.0.2]:80:80\": \"10.0.0.2\" is no IPv6 address"),
+        ("[]:80:80", "port \"[]:80:80\": \"\" is no IPv6 address"),
+        ("1:2:3:4", "port \"1:2:3:4\": write [HOSTIP:]HOST[-END]:PORT[-END][/tcp|udp|sctp]"),
     ] {
         let refusal = spec.parse::<PublishSpec>().unwrap_err();
         assert_eq!(refusal.message, message);

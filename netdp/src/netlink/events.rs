@@ -1,4 +1,4 @@
-//! Word from the kernel that links or IPv4 addresses changed.
+//! Word from the kernel that links or addresses changed.
 //!
 //! Owns the multicast socket. Says only *that* something changed: who listens reads the facts
 //! again, so a lost or doubled event does no harm.
@@ -16,7 +16,7 @@ use tokio::{task::AbortHandle, time::sleep};
 /// Changes come in bursts (a new veth is a dozen of them); what follows this soon is read at once.
 const BURST: Duration = Duration::from_millis(20);
 
-/// Subscription to changes of links and IPv4 addresses. Routes are not in it: nothing that is
+/// Subscription to changes of links and addresses of both families. Routes are not in it: nothing that is
 /// enforced depends on them, and a routing daemon can change thousands a second.
 pub struct Events {
     messages: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
@@ -29,7 +29,7 @@ impl Events {
     /// # Errors
     /// Fails where the kernel gives no socket.
     pub fn subscribe() -> Result<Self> {
-        let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr];
+        let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
         let (connection, _, messages) =
             new_multicast_connection(&groups).context("subscribe to netlink events")?;
         Ok(Self { messages, connection: tokio::spawn(connection).abort_handle() })

@@ -8,16 +8,18 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::ErrorKind,
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
     os::fd::AsRawFd,
 };
 
 use anyhow::{Context, Result, bail};
 use futures::TryStreamExt;
+use ipnet::IpNet;
 use rtnetlink::{
     LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth,
     packet_route::{
         AddressFamily,
+        address::{AddressAttribute, AddressFlags, AddressHeaderFlags},
         link::{InfoData, InfoVeth, LinkAttribute},
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     },
@@ -27,7 +29,7 @@ use super::{Netlink, kernel_error, namespace::Namespace, sysctl, unless};
 use crate::{
     facts::{HostFacts, Link},
     model::MacAddress,
-    plan::{BridgePlan, VethPlan, forwarding_sysctl, is_port_of},
+    plan::{BridgePlan, VethPlan, force_forwarding_sysctl, forwarding_sysctl, is_port_of},
 };
 
 /// Interface group ("nd" in the high half) of a link from its making to its alias, which are two
@@ -38,7 +40,7 @@ pub(super) const UNFINISHED_GROUP: u32 = 0x6e64_0000;
 const DEFAULT_GROUP: u32 = 0;
 
 /// Permanent neighbour entries to be on one bridge.
-pub(crate) type Neighbours = BTreeMap<Ipv4Addr, MacAddress>;
+pub(crate) type Neighbours = BTreeMap<IpAddr, MacAddress>;
 
 impl Netlink {
     /// Makes a bridge exist with its address, MAC, MTU and sysctls; a new one is left down.
@@ -59,13 +61,24 @@ impl Netlink {
                 .await
                 .with_context(|| format!("set MTU and MAC of bridge {}", plan.name))?;
         }
-        // Networks are IPv4-only: without this the bridge would answer on a link-local address.
-        sysctl::ensure(&format!("net/ipv6/conf/{}/disable_ipv6", plan.name), "1")?;
-        sysctl::ensure(&forwarding_sysctl(&plan.name), "1")?;
-        if link.is_none_or(|link| !link.addresses.contains(&plan.address)) {
-            self.add_address(ifindex, plan.address)
-                .await
-                .with_context(|| format!("give bridge {} its address", plan.name))?;
+        if plan.ipv4.is_some() {
+            sysctl::ensure(&forwarding_sysctl(&plan.name), "1")?;
+        }
+        if plan.ipv6.is_some() {
+            ensure_ipv6(&plan.name)?;
+            // A router to its containers, which is what it says of itself in neighbour discovery.
+            sysctl::ensure(&format!("net/ipv6/conf/{}/forwarding", plan.name), "1")?;
+            sysctl::ensure(&force_forwarding_sysctl(&plan.name), "1")?;
+        } else {
+            // Or the bridge would answer on a link-local address.
+            refuse_ipv6(&plan.name)?;
+        }
+        for net in plan.addresses() {
+            if link.is_none_or(|link| !link.has_address(net)) {
+                self.add_address(ifindex, net)
+                    .await
+                    .with_context(|| format!("give bridge {} its address", plan.name))?;
+            }
         }
         Ok(())
     }
@@ -86,7 +99,7 @@ impl Netlink {
             None => self.make_veth(plan, namespace).await?,
         };
         // The host's end is a port; nothing on the host talks through it directly.
-        sysctl::ensure(&format!("net/ipv6/conf/{}/disable_ipv6", plan.name), "1")?;
+        refuse_ipv6(&plan.name)?;
         Ok(ifindex)
     }
 
@@ -130,9 +143,13 @@ impl Netlink {
     /// Names the entry that the kernel refused.
     pub async fn ensure_neighbours(&self, wanted: &BTreeMap<u32, Neighbours>) -> Result<()> {
         let mut present = BTreeSet::new();
-        let dump = self.handle.neighbours().get().set_address_family(AddressFamily::Inet).execute();
-        let messages: Vec<NeighbourMessage> =
-            dump.try_collect().await.map_err(kernel_error).context("read the neighbours")?;
+        let mut messages: Vec<NeighbourMessage> = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let dump = self.handle.neighbours().get().set_address_family(family).execute();
+            let found: Vec<_> =
+                dump.try_collect().await.map_err(kernel_error).context("read the neighbours")?;
+            messages.extend(found);
+        }
         for message in messages {
             let ifindex = message.header.ifindex;
             let Some((address, mac)) = permanent(&message) else { continue };
@@ -150,7 +167,7 @@ impl Netlink {
                 if !present.contains(&(ifindex, address)) {
                     self.handle
                         .neighbours()
-                        .add(ifindex, IpAddr::V4(address))
+                        .add(ifindex, address)
                         .link_layer_address(&mac.0)
                         .replace()
                         .execute()
@@ -190,8 +207,14 @@ impl Netlink {
         self.handle.link().change(change.build()).execute().await.map_err(kernel_error)
     }
 
-    pub(super) async fn add_address(&self, ifindex: u32, net: ipnet::Ipv4Net) -> Result<()> {
-        let request = self.handle.address().add(ifindex, IpAddr::V4(net.addr()), net.prefix_len());
+    pub(super) async fn add_address(&self, ifindex: u32, net: IpNet) -> Result<()> {
+        let mut request = self.handle.address().add(ifindex, net.addr(), net.prefix_len());
+        if net.addr().is_ipv6() {
+            // We know that nobody else has it, and it has to work at once.
+            let message = request.message_mut();
+            message.header.flags |= AddressHeaderFlags::Nodad;
+            message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+        }
         unless(request.execute().await, &[ErrorKind::AlreadyExists])
             .with_context(|| format!("add address {net}"))
     }
@@ -268,7 +291,31 @@ fn unless_gone(result: Result<(), rtnetlink::Error>) -> Result<()> {
     }
 }
 
-fn permanent(message: &NeighbourMessage) -> Option<(Ipv4Addr, MacAddress)> {
+/// Switches IPv6 on at an interface: with addresses from us, a link-local one that follows from the
+/// MAC address (RFC 4291, appendix A) and counts at once, and nothing that somebody advertises.
+pub(super) fn ensure_ipv6(interface: &str) -> Result<()> {
+    const EUI64: &str = "0";
+
+    for (name, value) in [
+        ("accept_ra", "0"),
+        ("autoconf", "0"),
+        ("addr_gen_mode", EUI64),
+        ("accept_dad", "0"),
+        ("dad_transmits", "0"),
+        // Last: an address that is made now is made as the others say.
+        ("disable_ipv6", "0"),
+    ] {
+        sysctl::ensure(&format!("net/ipv6/conf/{interface}/{name}"), value)?;
+    }
+    Ok(())
+}
+
+/// Switches IPv6 off at an interface.
+pub(super) fn refuse_ipv6(interface: &str) -> Result<()> {
+    sysctl::ensure(&format!("net/ipv6/conf/{interface}/disable_ipv6"), "1")
+}
+
+fn permanent(message: &NeighbourMessage) -> Option<(IpAddr, MacAddress)> {
     if message.header.state != NeighbourState::Permanent {
         return None;
     }
@@ -277,7 +324,10 @@ fn permanent(message: &NeighbourMessage) -> Option<(Ipv4Addr, MacAddress)> {
     for attribute in &message.attributes {
         match attribute {
             NeighbourAttribute::Destination(NeighbourAddress::Inet(destination)) => {
-                address = Some(*destination);
+                address = Some(IpAddr::V4(*destination));
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(destination)) => {
+                address = Some(IpAddr::V6(*destination));
             }
             NeighbourAttribute::LinkLayerAddress(bytes) => {
                 mac = bytes.as_slice().try_into().ok().map(MacAddress);

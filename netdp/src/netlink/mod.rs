@@ -1,8 +1,8 @@
-//! Everything that speaks rtnetlink, and the files under `/proc/sys` that complete it.
+//! Everything that speaks netlink, and the files under `/proc/sys` that complete it.
 //!
 //! Owns the socket, reading facts ([`read`]), making links and what hangs on them agree with a
 //! plan ([`link`]), work inside a container's namespace ([`namespace`]), the event stream
-//! ([`events`]) and sysctls ([`sysctl`]). Decides nothing: what has to exist comes from the
+//! ([`events`]), ending sockets ([`sockets`]) and sysctls ([`sysctl`]). Decides nothing: what has to exist comes from the
 //! planner.
 
 use std::io;
@@ -14,6 +14,7 @@ pub mod events;
 mod link;
 pub mod namespace;
 mod read;
+pub mod sockets;
 pub mod sysctl;
 
 /// A routing socket of the network namespace that the opening thread was in; it stays with that

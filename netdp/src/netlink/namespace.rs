@@ -5,13 +5,14 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::{fd::AsFd, linux::fs::MetadataExt},
     path::{Path, PathBuf},
     thread,
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use ipnet::IpNet;
 use nix::{
     sched::{CloneFlags, setns},
     sys::statfs::{NSFS_MAGIC, fstatfs},
@@ -22,7 +23,10 @@ use rtnetlink::{
 };
 use tokio::{runtime::Handle, sync::oneshot};
 
-use super::{Netlink, kernel_error, sysctl};
+use super::{
+    Netlink, kernel_error,
+    link::{ensure_ipv6, refuse_ipv6},
+};
 use crate::{model::NetnsIdentity, plan::VethPlan};
 
 /// An open network namespace.
@@ -93,8 +97,8 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// Makes the container's end of a veth pair agree with the plan: MTU, address, no IPv6, up, and
-    /// the default route unless the container has one.
+    /// Makes the container's end of a veth pair agree with the plan: MTU, addresses, IPv6 only where
+    /// it is wanted, up, and default routes unless the container has them.
     ///
     /// # Errors
     /// Fails where the interface is not there, and names what the kernel refused.
@@ -150,9 +154,14 @@ impl Netlink {
                 .await
                 .with_context(|| format!("set the MTU of {}", link.name))?;
         }
-        sysctl::ensure(&format!("net/ipv6/conf/{}/disable_ipv6", link.name), "1")?;
-        if !link.addresses.contains(&plan.address) {
-            self.add_address(ifindex, plan.address).await?;
+        match plan.ipv6 {
+            Some(_) => ensure_ipv6(&link.name)?,
+            None => refuse_ipv6(&link.name)?,
+        }
+        let ipv4 = plan.ipv4.map(|side| IpNet::V4(side.address));
+        let ipv6 = plan.ipv6.map(|side| IpNet::V6(side.address));
+        for net in [ipv4, ipv6].into_iter().flatten().filter(|&net| !link.has_address(net)) {
+            self.add_address(ifindex, net).await?;
         }
         // Without a loopback that is up a container can't even reach its own address.
         let down = facts
@@ -164,14 +173,20 @@ impl Netlink {
                 .await
                 .with_context(|| format!("set up {}", link.name))?;
         }
-        match plan.gateway {
-            Some(gateway) => self.ensure_default_route(ifindex, gateway).await,
-            None => Ok(()),
+        let gateway4 = plan.ipv4.and_then(|side| side.gateway).map(IpAddr::V4);
+        let gateway6 = plan.ipv6.and_then(|side| side.gateway).map(IpAddr::V6);
+        for gateway in [gateway4, gateway6].into_iter().flatten() {
+            self.ensure_default_route(ifindex, gateway).await?;
         }
+        Ok(())
     }
 
-    async fn ensure_default_route(&self, ifindex: u32, gateway: Ipv4Addr) -> Result<()> {
-        let has_one = self.routes().await?.iter().any(|route| {
+    async fn ensure_default_route(&self, ifindex: u32, gateway: IpAddr) -> Result<()> {
+        let routes = match gateway {
+            IpAddr::V4(_) => self.routes::<Ipv4Addr>().await?,
+            IpAddr::V6(_) => self.routes::<Ipv6Addr>().await?,
+        };
+        let has_one = routes.iter().any(|route| {
             route.header.table == RouteHeader::RT_TABLE_MAIN
                 && route.header.kind == RouteType::Unicast
                 && route.header.destination_prefix_length == 0
@@ -179,10 +194,16 @@ impl Netlink {
         if has_one {
             return Ok(());
         }
-        let route = RouteMessageBuilder::<Ipv4Addr>::new()
-            .gateway(gateway)
-            .output_interface(ifindex)
-            .build();
+        let route = match gateway {
+            IpAddr::V4(gateway) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .gateway(gateway)
+                .output_interface(ifindex)
+                .build(),
+            IpAddr::V6(gateway) => RouteMessageBuilder::<Ipv6Addr>::new()
+                .gateway(gateway)
+                .output_interface(ifindex)
+                .build(),
+        };
         self.handle
             .route()
             .add(route)

@@ -2,17 +2,18 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::Path,
 };
 
 use anyhow::{Context, Result};
 use futures::TryStreamExt;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use rtnetlink::{
     RouteMessageBuilder,
     packet_route::{
         AddressFamily,
-        address::{AddressAttribute, AddressMessage},
+        address::{AddressAttribute, AddressFlags, AddressMessage},
         link::{
             AfSpecInet, AfSpecUnspec, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
             LinkMessage,
@@ -23,8 +24,9 @@ use rtnetlink::{
 
 use super::{Netlink, kernel_error, link::UNFINISHED_GROUP, sysctl};
 use crate::{
-    facts::{HostFacts, Link, Route},
+    facts::{HostFacts, Link, LinkAddress, Route},
     model::MacAddress,
+    plan::{IPV6_ROUTER_SYSCTL, force_forwarding_sysctl},
 };
 
 impl Netlink {
@@ -35,14 +37,40 @@ impl Netlink {
     /// Fails where the kernel refuses a dump.
     pub async fn read_facts(&self) -> Result<HostFacts> {
         let mut links = self.links().await?;
-        for message in self.addresses().await? {
-            let Some(link) = links.get_mut(&message.header.index) else { continue };
-            link.addresses.extend(address(&message));
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            for message in self.addresses(family).await? {
+                let Some(link) = links.get_mut(&message.header.index) else { continue };
+                link.addresses.extend(address(&message));
+            }
         }
-        let routes = self.routes().await?.iter().filter_map(route).collect();
-        let ephemeral_ports = sysctl::ephemeral_ports()?;
-        let is_router = sysctl::read("net/ipv4/ip_forward")?.as_deref() == Some("1");
-        Ok(HostFacts { links, routes, is_router, ephemeral_ports, ports_in_use: BTreeSet::new() })
+        // The loopback interface goes with its namespace.
+        let loopback = links.values().find(|link| link.loopback);
+        let can_force_forwarding = match loopback {
+            Some(link) => sysctl::read(&force_forwarding_sysctl(&link.name))?.is_some(),
+            None => false,
+        };
+        if can_force_forwarding {
+            // Packets of a port come in by its master.
+            for link in links.values_mut().filter(|link| link.master.is_none()) {
+                let forces = sysctl::read(&force_forwarding_sysctl(&link.name))?;
+                link.forces_forwarding = forces.is_some_and(|value| value != "0");
+            }
+        }
+        let mut routes = Vec::new();
+        for found in [self.routes::<Ipv4Addr>().await?, self.routes::<Ipv6Addr>().await?] {
+            routes.extend(found.iter().filter_map(route));
+        }
+        let is_on = |value: Option<String>| value.as_deref() == Some("1");
+        Ok(HostFacts {
+            links,
+            routes,
+            is_router: is_on(sysctl::read("net/ipv4/ip_forward")?),
+            is_ipv6_router: is_on(sysctl::read(IPV6_ROUTER_SYSCTL)?),
+            has_ipv6: Path::new("/proc/sys/net/ipv6").exists(),
+            can_force_forwarding,
+            ephemeral_ports: sysctl::ephemeral_ports()?,
+            ports_in_use: BTreeSet::new(),
+        })
     }
 
     /// Every link without its addresses.
@@ -58,17 +86,36 @@ impl Netlink {
             .context("read the links")
     }
 
-    async fn addresses(&self) -> Result<Vec<AddressMessage>> {
+    async fn addresses(&self, family: AddressFamily) -> Result<Vec<AddressMessage>> {
         let mut request = self.handle.address().get();
-        request.message_mut().header.family = AddressFamily::Inet;
+        request.message_mut().header.family = family;
         request.execute().try_collect().await.map_err(kernel_error).context("read the addresses")
     }
 
-    /// The IPv4 routes of all tables.
-    pub(super) async fn routes(&self) -> Result<Vec<RouteMessage>> {
-        let all = RouteMessageBuilder::<Ipv4Addr>::new().build();
-        let routes = self.handle.route().get(all).execute();
+    /// The routes of all tables of one family.
+    pub(super) async fn routes<A>(&self) -> Result<Vec<RouteMessage>>
+    where
+        RouteMessageBuilder<A>: AllRoutes,
+    {
+        let routes = self.handle.route().get(RouteMessageBuilder::<A>::all()).execute();
         routes.try_collect().await.map_err(kernel_error).context("read the routes")
+    }
+}
+
+/// A request for all routes of a family.
+pub(super) trait AllRoutes {
+    fn all() -> RouteMessage;
+}
+
+impl AllRoutes for RouteMessageBuilder<Ipv4Addr> {
+    fn all() -> RouteMessage {
+        Self::new().build()
+    }
+}
+
+impl AllRoutes for RouteMessageBuilder<Ipv6Addr> {
+    fn all() -> RouteMessage {
+        Self::new().build()
     }
 }
 
@@ -85,6 +132,7 @@ fn link(message: LinkMessage) -> (u32, Link) {
         loopback: header.flags.contains(LinkFlags::Loopback),
         addresses: Vec::new(),
         forwarding: false,
+        forces_forwarding: false,
     };
     let mut unfinished = false;
     for attribute in attributes {
@@ -123,14 +171,28 @@ fn forwards(families: &[AfSpecUnspec]) -> bool {
     })
 }
 
-fn address(message: &AddressMessage) -> Option<Ipv4Net> {
-    // On point-to-point links IFA_ADDRESS is the other end.
-    let local = |attribute: &AddressAttribute| match attribute {
-        AddressAttribute::Local(IpAddr::V4(address)) => Some(*address),
-        _ => None,
-    };
-    let address = message.attributes.iter().find_map(local)?;
-    Ipv4Net::new(address, message.header.prefix_len).ok()
+fn address(message: &AddressMessage) -> Option<LinkAddress> {
+    let mut address = None;
+    let mut local = None;
+    // The header has room for the first eight flags only.
+    let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Address(found) => address = Some(*found),
+            AddressAttribute::Local(found) => local = Some(*found),
+            AddressAttribute::Flags(found) => flags = *found,
+            _ => {}
+        }
+    }
+    // On point-to-point links IFA_ADDRESS is the other end. IPv6 has IFA_LOCAL only there.
+    let net = IpNet::new(local.or(address)?, message.header.prefix_len).ok()?;
+    if flags.contains(AddressFlags::Dadfailed) {
+        return None;
+    }
+    // For IPv6 this bit is IFA_F_TEMPORARY (include/uapi/linux/if_addr.h).
+    let passing = AddressFlags::Secondary | AddressFlags::Deprecated | AddressFlags::Tentative;
+    let is_steady = net.addr().is_ipv4() || !flags.intersects(passing);
+    Some(LinkAddress { net, is_steady })
 }
 
 /// A unicast route of the main table that is not the default.
@@ -145,7 +207,10 @@ fn route(message: &RouteMessage) -> Option<Route> {
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Destination(RouteAddress::Inet(address)) => {
-                destination = Some(*address);
+                destination = Some(IpAddr::V4(*address));
+            }
+            RouteAttribute::Destination(RouteAddress::Inet6(address)) => {
+                destination = Some(IpAddr::V6(*address));
             }
             RouteAttribute::Oif(index) => ifindex = Some(*index),
             // The destination is what matters; one of its interfaces stands for all.
@@ -155,6 +220,6 @@ fn route(message: &RouteMessage) -> Option<Route> {
             _ => {}
         }
     }
-    let destination = Ipv4Net::new(destination?, message.header.destination_prefix_length).ok()?;
+    let destination = IpNet::new(destination?, message.header.destination_prefix_length).ok()?;
     (destination.prefix_len() > 0).then_some(Route { destination, ifindex: ifindex? })
 }

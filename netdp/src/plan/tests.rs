@@ -7,35 +7,52 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     dataplane::PublishedTarget,
-    model::{GatewayMode, Protocol, PublishedPort, Subnet4},
+    facts::LinkAddress,
+    model::{GatewayMode, Protocol, PublishedPort, policy, tests::steady},
 };
 
 const A: NetworkId = NetworkId(1);
 const A1: EndpointId = EndpointId(1);
 
+fn side<F: Family>(subnet: F::Net) -> Option<Subnet<F>> {
+    Some(Subnet {
+        subnet,
+        gateway: F::next(F::first(subnet)),
+        range: subnet,
+        next_address: F::first(subnet),
+        host_binding: Some(F::UNSPECIFIED),
+        snat_ip: None,
+    })
+}
+
 fn network(id: u32) -> Network {
-    let subnet = format!("172.{}.0.0/24", 19 + id).parse().unwrap();
-    let gateway = Ipv4Addr::new(172, 19 + id as u8, 0, 1);
     Network {
         id: NetworkId(id),
         name: format!("n{id}"),
         bridge: format!("nd-{id}"),
-        ipv4: Subnet4 { subnet, gateway, range: subnet },
+        ipv4: side(format!("172.{}.0.0/24", 19 + id).parse().unwrap()),
+        ipv6: None,
         gateway_mode: GatewayMode::Nat,
         internal: false,
         icc: true,
         masquerade: true,
         mtu: 1500,
-        host_binding: Ipv4Addr::UNSPECIFIED,
-        snat_ip: None,
+        endpoint_flows: 1000,
         policy: Vec::new(),
         policy_generation: 0,
-        next_address: gateway,
     }
 }
 
+/// The same network with an IPv6 side.
+fn dual_network(id: u32) -> Network {
+    let ipv6 = side(format!("fd00:{}::/64", 19 + id).parse().unwrap());
+    Network { ipv6, ..network(id) }
+}
+
 fn endpoint(id: u32, network: &Network, published: Vec<PublishedPort>) -> Endpoint {
-    let [a, b, c, _] = network.ipv4.gateway.octets();
+    let host = |first: u128| first + 1 + u128::from(id);
+    let ipv4 = network.ipv4.map(|side| V4::address(host(V4::bits(V4::first(side.subnet)))));
+    let ipv6 = network.ipv6.map(|side| V6::address(host(V6::bits(V6::first(side.subnet)))));
     Endpoint {
         id: EndpointId(id),
         network: network.id,
@@ -44,18 +61,34 @@ fn endpoint(id: u32, network: &Network, published: Vec<PublishedPort>) -> Endpoi
         netns_identity: NetnsIdentity { device: 4, inode: u64::from(id) },
         host_interface: format!("ndv{id}"),
         interface: "eth0".into(),
-        address: Ipv4Addr::new(a, b, c, 1 + id as u8),
-        mac: MacAddress([2, 0x42, a, b, c, 1 + id as u8]),
+        ipv4,
+        ipv6,
+        mac: MacAddress([2, 0x42, 172, 20, 0, 1 + id as u8]),
         published,
     }
 }
 
 const WEB: PublishedPort = PublishedPort {
     protocol: Protocol::Tcp,
-    host_address: Ipv4Addr::UNSPECIFIED,
+    host_address: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
     host_port: 8080,
     container_port: 80,
 };
+
+fn in_ipv6(port: PublishedPort) -> PublishedPort {
+    PublishedPort { host_address: Ipv6Addr::UNSPECIFIED.into(), ..port }
+}
+
+/// [`model`] with both families.
+fn dual_model() -> Model {
+    let network = dual_network(1);
+    let endpoint = endpoint(1, &network, vec![WEB, in_ipv6(WEB)]);
+    Model {
+        networks: [(A, network)].into(),
+        endpoints: [(A1, endpoint)].into(),
+        ..Model::default()
+    }
+}
 
 fn model() -> Model {
     let network = network(1);
@@ -83,12 +116,13 @@ fn link(name: &str) -> Link {
         loopback: false,
         addresses: Vec::new(),
         forwarding: false,
+        forces_forwarding: false,
     }
 }
 
 /// lo, eth0 with two addresses, a tun device, and a bond with its port.
 fn host() -> HostFacts {
-    let addresses = |nets: &[&str]| nets.iter().map(|net| net.parse().unwrap()).collect();
+    let addresses = |nets: &[&str]| nets.iter().map(|net| steady(net)).collect();
     let lo =
         Link { loopback: true, mac: None, addresses: addresses(&["127.0.0.1/8"]), ..link("lo") };
     let eth0 = Link { addresses: addresses(&["10.0.0.2/24", "10.0.0.9/24"]), ..link("eth0") };
@@ -99,6 +133,9 @@ fn host() -> HostFacts {
         links: [(1, lo), (2, eth0), (3, tun0), (4, port), (5, bond)].into(),
         routes: Vec::new(),
         is_router: false,
+        is_ipv6_router: false,
+        has_ipv6: true,
+        can_force_forwarding: true,
         ephemeral_ports: (32_768, 60_999),
         ports_in_use: BTreeSet::new(),
     }
@@ -109,7 +146,7 @@ fn host_with_links() -> HostFacts {
     let mut facts = host();
     let bridge = Link {
         alias: Some("netdp network n1".into()),
-        addresses: vec!["172.20.0.1/24".parse().unwrap()],
+        addresses: vec![steady("172.20.0.1/24")],
         forwarding: true,
         ..link("nd-1")
     };
@@ -142,7 +179,8 @@ fn the_first_plan_makes_links_and_keeps_them_from_the_backend_until_they_exist()
         alias: "netdp network n1".into(),
         mac: MacAddress([0x02, 0x42, 172, 20, 0, 1]),
         mtu: 1500,
-        address: "172.20.0.1/24".parse().unwrap(),
+        ipv4: Some("172.20.0.1/24".parse().unwrap()),
+        ipv6: None,
     };
     let veth = VethPlan {
         name: "ndv1".into(),
@@ -153,8 +191,11 @@ fn the_first_plan_makes_links_and_keeps_them_from_the_backend_until_they_exist()
         netns_identity: NetnsIdentity { device: 4, inode: 1 },
         interface: "eth0".into(),
         mac: MacAddress([0x02, 0x42, 172, 20, 0, 2]),
-        address: "172.20.0.2/24".parse().unwrap(),
-        gateway: Some(Ipv4Addr::new(172, 20, 0, 1)),
+        ipv4: Some(InterfacePlan {
+            address: "172.20.0.2/24".parse().unwrap(),
+            gateway: Some(Ipv4Addr::new(172, 20, 0, 1)),
+        }),
+        ipv6: None,
     };
     assert_eq!(plan.bridges, [(A, bridge)].into());
     assert_eq!(plan.veths, [(A1, veth)].into());
@@ -167,11 +208,14 @@ fn the_first_plan_makes_links_and_keeps_them_from_the_backend_until_they_exist()
 #[test]
 fn the_program_names_what_exists() {
     let plan = plan(&model(), &host_with_links(), &Setting::default());
-    let target = PublishedTarget { endpoint: A1, address: Ipv4Addr::new(172, 20, 0, 2), port: 80 };
-    let uplink = |masquerade: Option<[u8; 4]>, ethernet, forwarded_before| Uplink {
-        masquerade: masquerade.map(Ipv4Addr::from),
+    let address = Ipv4Addr::new(172, 20, 0, 2);
+    let target = PublishedTarget { endpoint: A1, address: address.into(), port: 80 };
+    let uplink = |masquerade: Option<[u8; 4]>, ethernet, forwarded_before4| Uplink {
+        masquerade4: masquerade.map(Ipv4Addr::from),
+        masquerade6: None,
         ethernet,
-        forwarded_before,
+        forwarded_before4,
+        forwarded_before6: false,
     };
     let expected = Program {
         nat_ports: NatPorts::default(),
@@ -180,13 +224,17 @@ fn the_program_names_what_exists() {
             NetworkProgram {
                 bridge_ifindex: 10,
                 bridge_mac: MacAddress([0x02, 0x42, 172, 20, 0, 1]),
-                subnet: "172.20.0.0/24".parse().unwrap(),
-                gateway: Ipv4Addr::new(172, 20, 0, 1),
+                ipv4: Some(SubnetProgram {
+                    subnet: "172.20.0.0/24".parse().unwrap(),
+                    gateway: Ipv4Addr::new(172, 20, 0, 1),
+                    snat_ip: None,
+                }),
+                ipv6: None,
                 gateway_mode: GatewayMode::Nat,
                 internal: false,
                 icc: true,
                 masquerade: true,
-                snat_ip: None,
+                endpoint_flows: 1000,
                 policy: Vec::new(),
                 policy_generation: 0,
             },
@@ -197,7 +245,8 @@ fn the_program_names_what_exists() {
             EndpointProgram {
                 network: A,
                 ifindex: 11,
-                address: Ipv4Addr::new(172, 20, 0, 2),
+                ipv4: Some(address),
+                ipv6: None,
                 mac: MacAddress([0x02, 0x42, 172, 20, 0, 2]),
             },
         )]
@@ -239,9 +288,9 @@ fn an_uplink_that_we_switched_on_did_not_forward_before() {
     facts.links.get_mut(&2).unwrap().forwarding = true;
     let originals = [(forwarding_sysctl("eth0"), "0".to_owned())].into();
     let ours = plan(&model(), &facts, &Setting { originals, ..Setting::default() });
-    assert!(!ours.program.uplinks[&2].forwarded_before);
+    assert!(!ours.program.uplinks[&2].forwarded_before4);
     let foreign = plan(&model(), &facts, &Setting::default());
-    assert!(foreign.program.uplinks[&2].forwarded_before);
+    assert!(foreign.program.uplinks[&2].forwarded_before4);
 }
 
 #[test]
@@ -252,7 +301,10 @@ fn closed_networks_give_no_default_route() {
     ] {
         let mut model = model();
         model.networks.insert(A, closed);
-        assert_eq!(plan(&model, &host(), &Setting::default()).veths[&A1].gateway, None);
+        assert_eq!(
+            plan(&model, &host(), &Setting::default()).veths[&A1].ipv4.unwrap().gateway,
+            None
+        );
     }
 }
 
@@ -308,6 +360,165 @@ fn drift_says_what_is_missing_down_or_left_over() {
     );
 }
 
+#[test]
+fn both_families_of_a_network_are_planned() {
+    let mut model = dual_model();
+    model.networks.get_mut(&A).unwrap().policy = policy::parse("deny from any").unwrap();
+    let mut facts = host_with_links();
+    facts.links.get_mut(&2).unwrap().addresses.extend(["fd00::2/64", "fe80::2/64"].map(steady));
+    let plan = plan(&model, &facts, &Setting::default());
+
+    assert_eq!(plan.bridges[&A].ipv6, Some("fd00:20::1/64".parse().unwrap()));
+    let expected = InterfacePlan {
+        address: "fd00:20::2/64".parse().unwrap(),
+        gateway: Some("fd00:20::1".parse().unwrap()),
+    };
+    assert_eq!(plan.veths[&A1].ipv6, Some(expected));
+    let program = &plan.program;
+    let side = SubnetProgram {
+        subnet: "fd00:20::/64".parse().unwrap(),
+        gateway: "fd00:20::1".parse().unwrap(),
+        snat_ip: None,
+    };
+    assert_eq!(program.networks[&A].ipv6, Some(side));
+    let ranges: Vec<_> = program.networks[&A]
+        .policy
+        .iter()
+        .map(|rule| format!("{}-{}", rule.first, rule.last))
+        .collect();
+    let all_ipv6 = "::-ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff";
+    assert_eq!(ranges, ["0.0.0.0-255.255.255.255", all_ipv6], "any means both");
+    assert_eq!(program.endpoints[&A1].ipv6, Some("fd00:20::2".parse().unwrap()));
+    let target = program.published[&PublishedKey::from(&in_ipv6(WEB))];
+    assert_eq!(target.address, "fd00:20::2".parse::<IpAddr>().unwrap());
+    assert!(program.local.contains(&"fd00::2".parse().unwrap()));
+    assert!(!program.local.contains(&"fe80::2".parse().unwrap()), "link-local");
+    assert_eq!(plan.reservations.len(), 2);
+}
+
+#[test]
+fn the_world_sees_an_address_that_stays() {
+    let passing = |net: &str| LinkAddress { is_steady: false, ..steady(net) };
+    for (addresses, expected) in [
+        (vec![steady("fe80::1/64")], None),
+        (vec![passing("2001:db8::1/64")], None),
+        (vec![steady("fd00::1/64"), steady("fe80::1/64")], Some("fd00::1")),
+        (vec![steady("fd00::1/64"), steady("2001:db8::1/64")], Some("2001:db8::1")),
+        (vec![passing("2001:db8::1/64"), steady("2001:db8::2/64")], Some("2001:db8::2")),
+    ] {
+        let mut facts = host();
+        facts.links.get_mut(&2).unwrap().addresses.extend(addresses);
+        let uplink = plan(&dual_model(), &facts, &Setting::default()).program.uplinks[&2];
+        assert_eq!(uplink.masquerade6, expected.map(|address| address.parse().unwrap()));
+        assert_eq!(uplink.masquerade4, Some(Ipv4Addr::new(10, 0, 0, 2)));
+    }
+}
+
+#[test]
+fn ipv6_is_forwarded_by_interface_where_the_kernel_can() {
+    let plan = plan(&dual_model(), &host(), &Setting::default());
+    let paths: Vec<&str> =
+        plan.sysctls.keys().map(String::as_str).filter(|path| path.contains("ipv6")).collect();
+    assert_eq!(
+        paths,
+        [
+            "net/ipv6/conf/bond0/force_forwarding",
+            "net/ipv6/conf/eth0/force_forwarding",
+            "net/ipv6/conf/tun0/force_forwarding",
+        ]
+    );
+}
+
+#[test]
+fn an_older_kernel_becomes_a_router_and_goes_on_taking_advertisements() {
+    let facts = HostFacts { can_force_forwarding: false, ..host_with_links() };
+    let first = plan(&dual_model(), &facts, &Setting::default());
+    let ipv6: BTreeMap<_, _> =
+        first.sysctls.iter().filter(|(path, _)| path.contains("ipv6")).collect();
+    let accepts = || SysctlPlan::Replaces("1".into(), "2".into());
+    // Of all interfaces of the host, whether they are uplinks or not.
+    let expected = [
+        (IPV6_ROUTER_SYSCTL, SysctlPlan::Is("1".into())),
+        ("net/ipv6/conf/bond0/accept_ra", accepts()),
+        ("net/ipv6/conf/eth0/accept_ra", accepts()),
+        ("net/ipv6/conf/eth1/accept_ra", accepts()),
+        ("net/ipv6/conf/tun0/accept_ra", accepts()),
+    ]
+    .map(|(path, value)| (path.to_owned(), value));
+    assert_eq!(ipv6.into_iter().map(|(a, b)| (a.clone(), b.clone())).collect::<Vec<_>>(), expected);
+    assert!(
+        link_drift(&first, &facts).iter().any(|drift| drift.what.contains("the host does not"))
+    );
+
+    let facts = HostFacts { is_ipv6_router: true, ..facts };
+    let originals = [(IPV6_ROUTER_SYSCTL.to_owned(), "0".to_owned())].into();
+    let ours = plan(&dual_model(), &facts, &Setting { originals, ..Setting::default() });
+    assert!(!ours.program.uplinks[&2].forwarded_before6, "it was us");
+    let foreign = plan(&dual_model(), &facts, &Setting::default());
+    assert!(foreign.program.uplinks[&2].forwarded_before6);
+}
+
+#[test]
+fn sysctls_are_those_of_the_families_in_use() {
+    let families = |networks: Vec<Network>| {
+        let networks = networks.into_iter().map(|network| (network.id, network)).collect();
+        let model = Model { networks, ..Model::default() };
+        let sysctls = plan(&model, &host(), &Setting::default()).sysctls;
+        let has = |family: &str| sysctls.keys().any(|path| path.contains(family));
+        (has("ipv4/conf"), has("ipv6/conf"), sysctls.contains_key(RESERVED_PORTS_SYSCTL))
+    };
+    assert_eq!(families(vec![]), (false, false, false));
+    assert_eq!(families(vec![network(1)]), (true, false, true));
+    assert_eq!(families(vec![Network { ipv4: None, ..dual_network(1) }]), (false, true, true));
+    assert_eq!(families(vec![network(1), dual_network(2)]), (true, true, true));
+}
+
+#[test]
+fn closed_networks_give_no_default_route_in_either_family() {
+    let mut model = dual_model();
+    model.networks.get_mut(&A).unwrap().internal = true;
+    let plan = plan(&model, &host(), &Setting::default());
+    assert_eq!(plan.veths[&A1].ipv4.unwrap().gateway, None);
+    assert_eq!(plan.veths[&A1].ipv6.unwrap().gateway, None);
+}
+
+#[test]
+fn drift_of_the_ipv6_side_is_told() {
+    let setting = Setting { uplinks: ["tun0".to_owned()].into(), ..Setting::default() };
+    let mut facts = host_with_links();
+    let drift: Vec<_> = link_drift(&plan(&dual_model(), &facts, &setting), &facts)
+        .into_iter()
+        .map(|drift| drift.what)
+        .collect();
+    assert_eq!(
+        drift,
+        [
+            "bridge nd-1 lacks fd00:20::1/64",
+            "bridge nd-1 does not forward IPv6",
+            "uplink tun0 does not forward IPv6",
+        ]
+    );
+    let bridge = facts.links.get_mut(&10).unwrap();
+    bridge.addresses.push(steady("fd00:20::1/64"));
+    bridge.forces_forwarding = true;
+    facts.links.get_mut(&3).unwrap().forces_forwarding = true;
+    assert_eq!(link_drift(&plan(&dual_model(), &facts, &setting), &facts), []);
+}
+
+#[test]
+fn sysctls_of_interfaces_follow_them() {
+    for (path, interface, moved) in [
+        ("net/ipv4/conf/eth0/forwarding", Some("eth0"), Some("net/ipv4/conf/wan/forwarding")),
+        ("net/ipv6/conf/eth0.7/accept_ra", Some("eth0.7"), Some("net/ipv6/conf/wan/accept_ra")),
+        (IPV6_ROUTER_SYSCTL, None, None),
+        ("net/ipv6/conf/default/forwarding", None, None),
+        (RESERVED_PORTS_SYSCTL, None, None),
+    ] {
+        assert_eq!(sysctl_interface(path), interface, "{path}");
+        assert_eq!(sysctl_of_interface(path, "wan").as_deref(), moved, "{path}");
+    }
+}
+
 prop_compose! {
     /// Any subset of some networks and of their endpoints, and any subset of their links.
     fn world()(
@@ -315,14 +526,17 @@ prop_compose! {
         endpoints in prop::collection::btree_map(1u32..30, 1u32..6, 0..12),
         links in prop::collection::btree_set(1u32..36, 0..30),
         internal in any::<bool>(),
+        dual in any::<bool>(),
     ) -> (Model, HostFacts) {
         let mut model = Model::default();
         for id in networks {
-            model.networks.insert(NetworkId(id), Network { internal, ..network(id) });
+            let network = if dual { dual_network(id) } else { network(id) };
+            model.networks.insert(NetworkId(id), Network { internal, ..network });
         }
         for (id, member_of) in endpoints {
             let port = PublishedPort { host_port: 8000 + id as u16, ..WEB };
-            let endpoint = endpoint(id, &network(member_of), vec![port]);
+            let network = if dual { dual_network(member_of) } else { network(member_of) };
+            let endpoint = endpoint(id, &network, vec![port, in_ipv6(port)]);
             model.endpoints.insert(EndpointId(id), endpoint);
         }
         let mut facts = host();
@@ -357,10 +571,13 @@ proptest! {
         let plan = plan(&model, &facts, &Setting::default());
         let program = &plan.program;
         for endpoint in program.endpoints.values() {
-            prop_assert!(program.networks.contains_key(&endpoint.network));
+            let network = &program.networks[&endpoint.network];
+            prop_assert_eq!(network.ipv4.is_some(), endpoint.ipv4.is_some());
+            prop_assert_eq!(network.ipv6.is_some(), endpoint.ipv6.is_some());
         }
         for (key, target) in &program.published {
             prop_assert!(program.endpoints.contains_key(&target.endpoint));
+            prop_assert_eq!(key.address.is_ipv4(), target.address.is_ipv4());
             prop_assert!(plan.reservations.contains(key));
         }
         for (ifindex, link) in &facts.links {

@@ -14,15 +14,17 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition, TableError};
 use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Map, Value};
 
 use self::record::{EndpointRecord, NetworkRecord};
 use crate::model::{Endpoint, EndpointId, Model, Network, NetworkId, NextIds};
 
 mod record;
+mod upgrade;
 
 const FILE: &str = "netdp.redb";
-/// Version of tables and records; another one is refused.
-const SCHEMA: u32 = 1;
+/// Version of tables and records; schema 1 is upgraded when it is opened, another one is refused.
+const SCHEMA: u32 = 2;
 
 /// "schema", "next_network", "next_endpoint".
 const NUMBERS: TableDefinition<&str, u32> = TableDefinition::new("numbers");
@@ -30,6 +32,8 @@ const NUMBERS: TableDefinition<&str, u32> = TableDefinition::new("numbers");
 const NETWORKS: TableDefinition<u32, &[u8]> = TableDefinition::new("networks");
 /// Endpoint id → record.
 const ENDPOINTS: TableDefinition<u32, &[u8]> = TableDefinition::new("endpoints");
+/// "unique_local" → this host's prefix of unique local IPv6 addresses.
+const TEXTS: TableDefinition<&str, &str> = TableDefinition::new("texts");
 /// Path of a sysctl that we changed → its value before.
 const SYSCTLS: TableDefinition<&str, &str> = TableDefinition::new("sysctls");
 
@@ -51,8 +55,8 @@ impl Store {
     /// Opens the store in `state_dir`, which exists, and makes it where there is none.
     ///
     /// # Errors
-    /// Fails when another process has it open, when it is damaged, and when another version of
-    /// netdp made it; nothing is written then.
+    /// Fails when another process has it open, when it is damaged, and when a later version of
+    /// netdp made it; nothing is written then. What an earlier version made is upgraded.
     pub fn open(state_dir: &Path) -> Result<Self> {
         let lock = lock(state_dir)?;
         let path = state_dir.join(FILE);
@@ -67,8 +71,14 @@ impl Store {
 
     fn check_schema(&self) -> Result<()> {
         let schema = self.number("schema")?;
-        if schema == Some(SCHEMA) {
-            return Ok(());
+        match schema {
+            Some(SCHEMA) => return Ok(()),
+            Some(1) => {
+                return self
+                    .upgrade_schema_1()
+                    .with_context(|| format!("upgrade store {}", self.path.display()));
+            }
+            _ => {}
         }
         let found = schema.map_or("no version".to_owned(), |schema| format!("version {schema}"));
         bail!(
@@ -76,6 +86,28 @@ impl Store {
              use the netdp that wrote it, or move it away to start empty",
             self.path.display()
         )
+    }
+
+    /// In one transaction: whoever opens it next finds the old schema or the new one.
+    fn upgrade_schema_1(&self) -> Result<()> {
+        type Step = fn(&mut Map<String, Value>) -> Result<()>;
+
+        let tables: [(_, &str, Step); 2] = [
+            (NETWORKS, "network", upgrade::network_of_schema_1),
+            (ENDPOINTS, "endpoint", upgrade::endpoint_of_schema_1),
+        ];
+        let transaction = self.database.begin_write()?;
+        for (table, noun, upgrade) in tables {
+            let records = self.records::<Map<String, Value>>(table, noun)?;
+            let mut table = transaction.open_table(table)?;
+            for (id, mut record) in records {
+                upgrade(&mut record).with_context(|| format!("upgrade {noun} {id}"))?;
+                table.insert(id, encode(&record)?.as_slice())?;
+            }
+        }
+        transaction.open_table(NUMBERS)?.insert("schema", SCHEMA)?;
+        transaction.commit()?;
+        Ok(())
     }
 
     /// Reads the whole state.
@@ -96,8 +128,11 @@ impl Store {
         };
         let networks: BTreeMap<_, _> = networks
             .into_iter()
-            .map(|(id, record)| (NetworkId(id), record.into_network(NetworkId(id))))
-            .collect();
+            .map(|(id, record)| {
+                let network = record.into_network(NetworkId(id));
+                Ok((NetworkId(id), network.with_context(|| format!("decode network {id}"))?))
+            })
+            .collect::<Result<_>>()?;
         let endpoints: BTreeMap<_, _> = endpoints
             .into_iter()
             .map(|(id, record)| (EndpointId(id), record.into_endpoint(EndpointId(id))))
@@ -109,7 +144,11 @@ impl Store {
                 orphan.network.0
             );
         }
-        Ok(Model { networks, endpoints, next })
+        let unique_local = self
+            .text("unique_local")?
+            .map(|text| text.parse().with_context(|| format!("decode unique local {text:?}")))
+            .transpose()?;
+        Ok(Model { networks, endpoints, next, unique_local })
     }
 
     /// Writes what differs between `old`, which is stored, and `new`, in one transaction.
@@ -130,6 +169,11 @@ impl Store {
             let mut numbers = transaction.open_table(NUMBERS)?;
             numbers.insert("next_network", new.next.network)?;
             numbers.insert("next_endpoint", new.next.endpoint)?;
+
+            if let Some(prefix) = new.unique_local {
+                let mut texts = transaction.open_table(TEXTS)?;
+                texts.insert("unique_local", prefix.to_string().as_str())?;
+            }
 
             let mut networks = transaction.open_table(NETWORKS)?;
             for change in differences(&old.networks, &new.networks) {
@@ -216,6 +260,7 @@ impl Store {
             let transaction = self.database.begin_write()?;
             transaction.delete_table(NETWORKS)?;
             transaction.delete_table(ENDPOINTS)?;
+            transaction.delete_table(TEXTS)?;
             transaction.delete_table(SYSCTLS)?;
             transaction.delete_table(NUMBERS)?;
             transaction.open_table(NUMBERS)?.insert("schema", SCHEMA)?;
@@ -246,6 +291,13 @@ impl Store {
             return Ok(None);
         };
         Ok(numbers.get(key)?.map(|number| number.value()))
+    }
+
+    fn text(&self, key: &str) -> Result<Option<String>> {
+        let Some(texts) = found(self.database.begin_read()?.open_table(TEXTS))? else {
+            return Ok(None);
+        };
+        Ok(texts.get(key)?.map(|text| text.value().to_owned()))
     }
 
     fn records<T: DeserializeOwned>(
@@ -354,7 +406,11 @@ fn differences<'a, K: Copy + Ord, V: PartialEq>(
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
+    use std::{
+        os::unix::fs::PermissionsExt,
+        thread,
+        time::{Duration, Instant},
+    };
 
     use super::*;
     use crate::model::{GatewayMode, NetworkSpec, policy, tests as fixture};
@@ -363,18 +419,41 @@ mod tests {
     fn full_model() -> Model {
         let mut model = fixture::model_with_network("a");
         let spec = NetworkSpec {
-            snat_ip: Some("10.0.0.4".parse().unwrap()),
+            snat_ips: vec!["10.0.0.4".parse().unwrap(), "fd00::9".parse().unwrap()],
+            enable_ipv6: Some(true),
+            global_id: [1, 2, 3, 4, 5],
             gateway_mode: Some(GatewayMode::NatUnprotected),
             icc: Some(false),
+            endpoint_flows: Some(1000),
             ..fixture::network_spec("b", "172.21.0.0/24")
         };
         model.create_network(spec, &fixture::host()).unwrap();
-        let rules = policy::parse("allow from 192.0.2.1-192.0.2.3\ndeny from any").unwrap();
+        let rules = "allow from 192.0.2.1-192.0.2.3\nallow from fd00::/8\ndeny from any";
+        let rules = policy::parse(rules).unwrap();
         model.set_policy("a", rules).unwrap();
         let mut spec = fixture::connect_spec("a", "A1");
         spec.publish = vec!["8080:80".parse().unwrap(), "10.0.0.2:53:53/udp".parse().unwrap()];
         model.connect(spec, &fixture::host()).unwrap();
+        let mut spec = fixture::connect_spec("b", "B1");
+        spec.publish = vec!["8081:80".parse().unwrap(), "7000/sctp".parse().unwrap()];
+        model.connect(spec, &fixture::host()).unwrap();
         model
+    }
+
+    /// Opens what was closed a moment ago. Other tests start programs, and a child has a copy of our
+    /// lock until it is one.
+    fn reopen(dir: &Path) -> Result<Store> {
+        let deadline = Instant::now() + Duration::from_secs(4);
+        loop {
+            match Store::open(dir) {
+                Err(error)
+                    if error.to_string().contains("another agent") && Instant::now() < deadline =>
+                {
+                    thread::yield_now();
+                }
+                result => return result,
+            }
+        }
     }
 
     #[test]
@@ -386,10 +465,11 @@ mod tests {
         store.save(&Model::default(), &model).unwrap();
         drop(store);
 
-        let mut store = Store::open(dir.path()).unwrap();
+        let mut store = reopen(dir.path()).unwrap();
         assert_eq!(store.load().unwrap(), model);
         let mut smaller = model.clone();
         smaller.disconnect("a", "A1").unwrap();
+        smaller.disconnect("b", "B1").unwrap();
         smaller.remove_network("b").unwrap();
         store.save(&model, &smaller).unwrap();
         assert_eq!(store.load().unwrap(), smaller);
@@ -397,7 +477,7 @@ mod tests {
         store.clear().unwrap();
         assert_eq!(store.load().unwrap(), Model::default());
         drop(store);
-        assert_eq!(Store::open(dir.path()).unwrap().load().unwrap(), Model::default());
+        assert_eq!(reopen(dir.path()).unwrap().load().unwrap(), Model::default());
     }
 
     #[test]
@@ -470,8 +550,55 @@ mod tests {
         transaction.open_table(NUMBERS).unwrap().insert("schema", SCHEMA + 1).unwrap();
         transaction.commit().unwrap();
         drop(store);
-        let error = Store::open(dir.path()).unwrap_err().to_string();
-        assert!(error.contains("has version 2 where this netdp reads version 1"), "{error}");
+        let error = reopen(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("has version 3 where this netdp reads version 2"), "{error}");
+    }
+
+    #[test]
+    fn a_store_of_the_schema_before_opens_and_goes_on() {
+        let network = serde_json::json!({
+            "name": "a", "bridge": "nd-1", "subnet": "172.20.0.0/24", "gateway": "172.20.0.1",
+            "range": "172.20.0.0/25", "gateway_mode": "nat-unprotected", "internal": false,
+            "icc": true, "masquerade": true, "mtu": 1500, "host_binding": "127.0.0.1",
+            "snat_ip": "10.0.0.4", "policy_generation": 7, "next_address": "172.20.0.3",
+            "policy": [
+                {"allow": true, "first": "192.0.2.1", "last": "192.0.2.3"},
+                {"allow": false, "first": "0.0.0.0", "last": "255.255.255.255"},
+            ],
+        });
+        let endpoint = serde_json::json!({
+            "network": 1, "name": "A1", "netns": "/run/netns/A1", "netns_device": 4,
+            "netns_inode": 5, "host_interface": "ndv1", "interface": "eth0",
+            "address": "172.20.0.2", "mac": [2, 66, 172, 20, 0, 2],
+            "published": [{"protocol": "tcp", "host_address": "127.0.0.1", "host_port": 8080,
+                           "container_port": 80}],
+        });
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let transaction = store.database.begin_write().unwrap();
+        transaction.open_table(NUMBERS).unwrap().insert("schema", 1).unwrap();
+        for (table, record) in [(NETWORKS, network), (ENDPOINTS, endpoint)] {
+            let record = encode(&record).unwrap();
+            transaction.open_table(table).unwrap().insert(1, record.as_slice()).unwrap();
+        }
+        transaction.commit().unwrap();
+        drop(store);
+
+        let upgraded = reopen(dir.path()).unwrap().load().unwrap();
+        let network = upgraded.network("a").unwrap();
+        let side = network.ipv4.unwrap();
+        assert_eq!(side.range, "172.20.0.0/25".parse().unwrap());
+        assert_eq!(side.host_binding, Some("127.0.0.1".parse().unwrap()));
+        assert_eq!(side.snat_ip, Some("10.0.0.4".parse().unwrap()));
+        assert_eq!((network.ipv6, network.policy_generation), (None, 7));
+        assert_eq!(network.endpoint_flows, 0);
+        let rules: Vec<_> = network.policy.iter().map(ToString::to_string).collect();
+        assert_eq!(rules, ["allow from 192.0.2.1-192.0.2.3", "deny from any"]);
+        let endpoint = upgraded.endpoint("a", "A1").unwrap();
+        assert_eq!(endpoint.ipv4, Some("172.20.0.2".parse().unwrap()));
+        assert_eq!(endpoint.published[0].to_string(), "tcp 127.0.0.1:8080");
+        // And once more, as what it is now.
+        assert_eq!(reopen(dir.path()).unwrap().load().unwrap(), upgraded);
     }
 
     #[test]

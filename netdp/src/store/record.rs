@@ -2,33 +2,49 @@
 //!
 //! Owns the shapes on disk. A change that an older record does not read as needs a new schema.
 
-use std::{net::Ipv4Addr, path::PathBuf};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::PathBuf,
+};
 
-use ipnet::Ipv4Net;
+use anyhow::{Context, Result};
+use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
-use crate::model::{
-    Action, Endpoint, EndpointId, GatewayMode, MacAddress, NetnsIdentity, Network, NetworkId,
-    Protocol, PublishedPort, Rule, Subnet4,
+use crate::{
+    family::Family,
+    model::{
+        Action, Endpoint, EndpointId, GatewayMode, MacAddress, NetnsIdentity, Network, NetworkId,
+        PolicyRule, Protocol, PublishedPort, Source, Subnet,
+    },
 };
 
 #[derive(Serialize, Deserialize)]
 pub(super) struct NetworkRecord {
     name: String,
     bridge: String,
-    subnet: Ipv4Net,
-    gateway: Ipv4Addr,
-    range: Ipv4Net,
+    ipv4: Option<SubnetRecord<Ipv4Net, Ipv4Addr>>,
+    ipv6: Option<SubnetRecord<Ipv6Net, Ipv6Addr>>,
     gateway_mode: ModeRecord,
     internal: bool,
     icc: bool,
     masquerade: bool,
     mtu: u32,
-    host_binding: Ipv4Addr,
-    snat_ip: Option<Ipv4Addr>,
+    /// Older records have none.
+    #[serde(default)]
+    endpoint_flows: u32,
     policy: Vec<RuleRecord>,
     policy_generation: u32,
-    next_address: Ipv4Addr,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SubnetRecord<N, A> {
+    subnet: N,
+    gateway: A,
+    range: N,
+    next_address: A,
+    host_binding: Option<A>,
+    snat_ip: Option<A>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -43,8 +59,8 @@ enum ModeRecord {
 #[derive(Serialize, Deserialize)]
 struct RuleRecord {
     allow: bool,
-    first: Ipv4Addr,
-    last: Ipv4Addr,
+    /// First and last address; `null` = everybody.
+    range: Option<(IpAddr, IpAddr)>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -56,7 +72,8 @@ pub(super) struct EndpointRecord {
     netns_inode: u64,
     host_interface: String,
     interface: String,
-    address: Ipv4Addr,
+    ipv4: Option<Ipv4Addr>,
+    ipv6: Option<Ipv6Addr>,
     mac: [u8; 6],
     published: Vec<PublishedRecord>,
 }
@@ -64,7 +81,7 @@ pub(super) struct EndpointRecord {
 #[derive(Serialize, Deserialize)]
 struct PublishedRecord {
     protocol: ProtocolRecord,
-    host_address: Ipv4Addr,
+    host_address: IpAddr,
     host_port: u16,
     container_port: u16,
 }
@@ -74,6 +91,7 @@ struct PublishedRecord {
 enum ProtocolRecord {
     Tcp,
     Udp,
+    Sctp,
 }
 
 impl From<&Network> for NetworkRecord {
@@ -81,9 +99,8 @@ impl From<&Network> for NetworkRecord {
         Self {
             name: network.name.clone(),
             bridge: network.bridge.clone(),
-            subnet: network.ipv4.subnet,
-            gateway: network.ipv4.gateway,
-            range: network.ipv4.range,
+            ipv4: network.ipv4.map(SubnetRecord::from),
+            ipv6: network.ipv6.map(SubnetRecord::from),
             gateway_mode: match network.gateway_mode {
                 GatewayMode::Nat => ModeRecord::Nat,
                 GatewayMode::NatUnprotected => ModeRecord::NatUnprotected,
@@ -94,22 +111,21 @@ impl From<&Network> for NetworkRecord {
             icc: network.icc,
             masquerade: network.masquerade,
             mtu: network.mtu,
-            host_binding: network.host_binding,
-            snat_ip: network.snat_ip,
+            endpoint_flows: network.endpoint_flows,
             policy: network.policy.iter().map(RuleRecord::from).collect(),
             policy_generation: network.policy_generation,
-            next_address: network.next_address,
         }
     }
 }
 
 impl NetworkRecord {
-    pub(super) fn into_network(self, id: NetworkId) -> Network {
-        Network {
+    pub(super) fn into_network(self, id: NetworkId) -> Result<Network> {
+        Ok(Network {
             id,
             name: self.name,
             bridge: self.bridge,
-            ipv4: Subnet4 { subnet: self.subnet, gateway: self.gateway, range: self.range },
+            ipv4: self.ipv4.map(Subnet::from),
+            ipv6: self.ipv6.map(Subnet::from),
             gateway_mode: match self.gateway_mode {
                 ModeRecord::Nat => GatewayMode::Nat,
                 ModeRecord::NatUnprotected => GatewayMode::NatUnprotected,
@@ -120,25 +136,47 @@ impl NetworkRecord {
             icc: self.icc,
             masquerade: self.masquerade,
             mtu: self.mtu,
-            host_binding: self.host_binding,
-            snat_ip: self.snat_ip,
-            policy: self.policy.into_iter().map(Rule::from).collect(),
+            endpoint_flows: self.endpoint_flows,
+            policy: self.policy.into_iter().map(RuleRecord::into_rule).collect::<Result<_>>()?,
             policy_generation: self.policy_generation,
-            next_address: self.next_address,
-        }
+        })
     }
 }
 
-impl From<&Rule> for RuleRecord {
-    fn from(rule: &Rule) -> Self {
-        Self { allow: rule.action == Action::Allow, first: rule.first, last: rule.last }
+impl<F: Family> From<Subnet<F>> for SubnetRecord<F::Net, F::Address> {
+    fn from(side: Subnet<F>) -> Self {
+        let Subnet { subnet, gateway, range, next_address, host_binding, snat_ip } = side;
+        Self { subnet, gateway, range, next_address, host_binding, snat_ip }
     }
 }
 
-impl From<RuleRecord> for Rule {
-    fn from(record: RuleRecord) -> Self {
-        let action = if record.allow { Action::Allow } else { Action::Deny };
-        Self { action, first: record.first, last: record.last }
+impl<F: Family> From<SubnetRecord<F::Net, F::Address>> for Subnet<F> {
+    fn from(record: SubnetRecord<F::Net, F::Address>) -> Self {
+        let SubnetRecord { subnet, gateway, range, next_address, host_binding, snat_ip } = record;
+        Self { subnet, gateway, range, next_address, host_binding, snat_ip }
+    }
+}
+
+impl From<&PolicyRule> for RuleRecord {
+    fn from(rule: &PolicyRule) -> Self {
+        let range = match rule.source {
+            Source::Any => None,
+            Source::Ipv4(first, last) => Some((first.into(), last.into())),
+            Source::Ipv6(first, last) => Some((first.into(), last.into())),
+        };
+        Self { allow: rule.action == Action::Allow, range }
+    }
+}
+
+impl RuleRecord {
+    fn into_rule(self) -> Result<PolicyRule> {
+        let action = if self.allow { Action::Allow } else { Action::Deny };
+        let source = match self.range {
+            None => Source::Any,
+            Some((first, last)) => Source::range(first, last)
+                .with_context(|| format!("a rule from {first} to {last} mixes families"))?,
+        };
+        Ok(PolicyRule { action, source })
     }
 }
 
@@ -152,7 +190,8 @@ impl From<&Endpoint> for EndpointRecord {
             netns_inode: endpoint.netns_identity.inode,
             host_interface: endpoint.host_interface.clone(),
             interface: endpoint.interface.clone(),
-            address: endpoint.address,
+            ipv4: endpoint.ipv4,
+            ipv6: endpoint.ipv6,
             mac: endpoint.mac.0,
             published: endpoint.published.iter().map(PublishedRecord::from).collect(),
         }
@@ -169,7 +208,8 @@ impl EndpointRecord {
             netns_identity: NetnsIdentity { device: self.netns_device, inode: self.netns_inode },
             host_interface: self.host_interface,
             interface: self.interface,
-            address: self.address,
+            ipv4: self.ipv4,
+            ipv6: self.ipv6,
             mac: MacAddress(self.mac),
             published: self.published.into_iter().map(PublishedPort::from).collect(),
         }
@@ -182,6 +222,7 @@ impl From<&PublishedPort> for PublishedRecord {
             protocol: match port.protocol {
                 Protocol::Tcp => ProtocolRecord::Tcp,
                 Protocol::Udp => ProtocolRecord::Udp,
+                Protocol::Sctp => ProtocolRecord::Sctp,
             },
             host_address: port.host_address,
             host_port: port.host_port,
@@ -196,6 +237,7 @@ impl From<PublishedRecord> for PublishedPort {
             protocol: match record.protocol {
                 ProtocolRecord::Tcp => Protocol::Tcp,
                 ProtocolRecord::Udp => Protocol::Udp,
+                ProtocolRecord::Sctp => Protocol::Sctp,
             },
             host_address: record.host_address,
             host_port: record.host_port,

@@ -1,11 +1,17 @@
 //! Differences between what the maps should hold and what they do, in words.
 
-use std::{collections::BTreeMap, fmt::Debug, net::Ipv4Addr};
+use std::{collections::BTreeMap, fmt::Debug, net::SocketAddr};
 
-use netdp_common::flow::IPPROTO_UDP;
+use netdp_common::policy::PREFIX_BASE;
 
-use super::image::Image;
-use crate::dataplane::Drift;
+use super::{
+    family::{Wired, show},
+    image::{Image, Side},
+};
+use crate::{
+    dataplane::{Drift, protocol_name},
+    family::{V4, V6},
+};
 
 /// Everything that is missing, extra or different in `found`.
 pub(super) fn between(wanted: &Image, found: &Image) -> Vec<Drift> {
@@ -19,24 +25,8 @@ pub(super) fn between(wanted: &Image, found: &Image) -> Vec<Drift> {
         &found.interfaces,
         |ifindex| format!("with ifindex {ifindex}"),
     );
-    compare.tables("endpoint", &wanted.endpoints, &found.endpoints, |&address| {
-        Ipv4Addr::from(address).to_string()
-    });
-    compare.tables("published port", &wanted.published, &found.published, |key| {
-        let address = Ipv4Addr::from(key.address);
-        let protocol = if key.proto == IPPROTO_UDP { "udp" } else { "tcp" };
-        format!("{protocol} {address}:{}", key.port.get())
-    });
-    compare.tables("subnet", &wanted.subnets, &found.subnets, |&(length, address)| {
-        format!("{}/{length}", Ipv4Addr::from(address))
-    });
-    compare.tables("local address", &wanted.local, &found.local, |&address| {
-        Ipv4Addr::from(address).to_string()
-    });
-    compare.tables("policy entry", &wanted.policies, &found.policies, |&(length, key)| {
-        let address = Ipv4Addr::from(key.address);
-        format!("{address}/{} of network {}", length.saturating_sub(64), key.network)
-    });
+    compare.sides::<V4>(&wanted.ipv4, &found.ipv4);
+    compare.sides::<V6>(&wanted.ipv6, &found.ipv6);
     let hooks = |image: &Image| image.hooks.iter().map(|&hook| (hook, ())).collect();
     compare.tables("program", &hooks(wanted), &hooks(found), |(hook, ifindex)| {
         format!("{} on ifindex {ifindex}", hook.program())
@@ -49,6 +39,26 @@ struct Comparison<'a> {
 }
 
 impl Comparison<'_> {
+    fn sides<F: Wired>(&mut self, wanted: &Side<F::Wire>, found: &Side<F::Wire>) {
+        self.tables("endpoint", &wanted.endpoints, &found.endpoints, |&address| {
+            show::<F>(address).to_string()
+        });
+        self.tables("published port", &wanted.published, &found.published, |key| {
+            let protocol = protocol_name(key.proto);
+            format!("{protocol} {}", SocketAddr::new(show::<F>(key.address), key.port.get()))
+        });
+        self.tables("subnet", &wanted.subnets, &found.subnets, |&(length, address)| {
+            format!("{}/{length}", show::<F>(address))
+        });
+        self.tables("local address", &wanted.local, &found.local, |&address| {
+            show::<F>(address).to_string()
+        });
+        self.tables("policy entry", &wanted.policies, &found.policies, |&(length, key)| {
+            let address = show::<F>(key.address);
+            format!("{address}/{} of network {}", length.saturating_sub(PREFIX_BASE), key.network)
+        });
+    }
+
     fn tables<K: Ord, V: PartialEq + Debug>(
         &mut self,
         noun: &str,

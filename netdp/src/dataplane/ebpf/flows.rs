@@ -1,135 +1,283 @@
-//! The flow table, seen from the agent: reading, collecting, purging.
+//! A family's flow table, seen from the agent: reading, collecting, purging.
+//!
+//! The agent reads the table in batches and names what may have to go; a program in the kernel looks
+//! again and removes both halves, so no packet that comes meanwhile loses its flow.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
-use aya::maps::{Map, MapError};
+use aya::{
+    TestRun, TestRunOptions,
+    maps::{Map, MapData, MapError},
+    programs::SchedClassifier,
+};
+use bytemuck::Zeroable;
 use netdp_common::{
-    addr::{Be16, Be32},
-    flow::{Flow4, FlowKey4, State, flag},
+    addr::{Address, Be16},
+    aging::{KEYS_AT, KEYS_MAX, order},
+    config::Timeouts,
+    flow::{Flow, FlowKey, State, flag},
 };
 use nix::time::{ClockId, clock_gettime};
 
 use super::{
-    image::Image,
-    sys::Wire,
-    tables::{Hash, absent_is_fine},
+    family::{Wired, show},
+    image::Footing,
+    sys::{Wire, lookup_batch},
+    tables::Hash,
 };
 use crate::{dataplane::FlowRecord, model::NetworkId};
 
-/// A reply half without its original is left alone for this long: it may be new, and the original
-/// half on its way.
-const ORPHAN_SECONDS: u32 = 30;
+/// Entries read in one system call at first.
+const BATCH: usize = 4096;
 
-/// FLOW4.
-pub(super) struct Flows {
-    map: Hash<FlowKey4, Flow4>,
+/// FLOW4 or FLOW6.
+pub(super) struct Flows<F: Wired> {
+    map: Hash<FlowKey<F::Wire>, Flow<F::Wire>>,
+    /// The same, for what aya does not do.
+    fd: OwnedFd,
+    /// Size in flows.
+    capacity: u32,
 }
 
-impl Flows {
+/// A half and where it is found.
+type Half<A> = (FlowKey<A>, Flow<A>);
+
+/// What one reading of a table has shown.
+#[derive(Debug, Default)]
+pub(super) struct Survey {
+    /// Flows in the table.
+    pub(super) flows: u32,
+    /// Flows by the generation of the endpoint that opened them.
+    pub(super) by_endpoint: HashMap<u32, u64>,
+}
+
+impl<F: Wired> Flows<F> {
+    /// The flow table over the object's map.
+    ///
+    /// # Errors
+    /// The map's type or sizes are not those of a flow table.
     pub(super) fn new(map: Map) -> Result<Self> {
-        Ok(Self { map: Hash::try_from(map).context("open map FLOW4")? })
+        let context = || format!("open map {}", F::MAPS.flow);
+        let data = map_data(&map).with_context(context)?;
+        let fd = data.fd().as_fd().try_clone_to_owned().with_context(context)?;
+        let capacity = data.info().with_context(context)?.max_entries() / 2;
+        Ok(Self { map: Hash::try_from(map).with_context(context)?, fd, capacity })
     }
 
-    fn get(&self, key: FlowKey4) -> Result<Option<Flow4>> {
+    /// Size in flows.
+    pub(super) fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    fn get(&self, key: FlowKey<F::Wire>) -> Result<Option<Flow<F::Wire>>> {
         match self.map.get(&Wire(key), 0) {
             Ok(half) => Ok(Some(half.0)),
             Err(MapError::KeyNotFound) => Ok(None),
-            Err(error) => Err(error).context("read map FLOW4"),
+            Err(error) => Err(error).with_context(|| format!("read map {}", F::MAPS.flow)),
         }
     }
 
-    fn halves(&self) -> impl Iterator<Item = Result<(FlowKey4, Flow4)>> {
-        self.map
-            .iter()
-            .map(|entry| entry.map(|(key, half)| (key.0, half.0)).context("read map FLOW4"))
-    }
-
-    /// Removes both halves of each; they may be gone already.
-    fn remove(&mut self, flows: &[(FlowKey4, Flow4)]) -> Result<()> {
-        for (key, half) in flows {
-            for key in [half.peer_key(key.proto), *key] {
-                absent_is_fine(self.map.remove(&Wire(key))).context("delete from map FLOW4")?;
+    /// Shows every half to `visit`, a batch at a time. One that moves within the table meanwhile
+    /// may be missed, or shown twice.
+    fn for_each(&self, mut visit: impl FnMut(&[Half<F::Wire>]) -> Result<()>) -> Result<()> {
+        let mut keys = vec![FlowKey::zeroed(); BATCH];
+        let mut values = vec![Flow::zeroed(); BATCH];
+        let mut batch = Vec::with_capacity(BATCH);
+        let mut place = None;
+        loop {
+            match lookup_batch(self.fd.as_fd(), place, &mut keys, &mut values) {
+                Ok((count, next)) => {
+                    batch.clear();
+                    batch.extend(keys.iter().copied().zip(values.iter().copied()).take(count));
+                    visit(&batch)?;
+                    place = next;
+                    if place.is_none() {
+                        return Ok(());
+                    }
+                }
+                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
+                    keys.resize(keys.len() * 2, FlowKey::zeroed());
+                    values.resize(values.len() * 2, Flow::zeroed());
+                }
+                Err(error) => {
+                    return Err(error).with_context(|| format!("read map {}", F::MAPS.flow));
+                }
             }
         }
-        Ok(())
     }
 
     /// Every flow.
-    pub(super) fn records(&self) -> Result<Vec<FlowRecord>> {
+    ///
+    /// # Errors
+    /// The table can't be read.
+    pub(super) fn records(&self, timeouts: &Timeouts) -> Result<Vec<FlowRecord>> {
         let now = now()?;
         let mut records = Vec::new();
-        for entry in self.halves() {
-            let (key, half) = entry?;
-            if half.flags & flag::ORIGINAL == 0 {
-                continue;
+        self.for_each(|batch| {
+            for (key, half) in batch {
+                if half.flags & flag::ORIGINAL == 0 {
+                    continue;
+                }
+                let reply = self.get(half.peer_key(key.proto))?;
+                let (state, idle) = judge(key, half, reply.as_ref(), now);
+                let expires = state.timeout(key.proto, timeouts).saturating_sub(idle);
+                let at = |address: F::Wire, port: Be16| (show::<F>(address), port.get());
+                records.push(FlowRecord {
+                    protocol: key.proto,
+                    network: NetworkId(half.network),
+                    source: at(key.tuple.src, key.tuple.sport),
+                    destination: at(key.tuple.dst, key.tuple.dport),
+                    translated_source: at(half.to.src, half.to.sport),
+                    translated_destination: at(half.to.dst, half.to.dport),
+                    state: state.name(),
+                    idle: Duration::from_secs(idle.into()),
+                    expires: Duration::from_secs(expires.into()),
+                });
             }
-            let reply = self.get(half.peer_key(key.proto))?;
-            let (state, idle) = judge(&key, &half, reply.as_ref(), now);
-            let expires = state.timeout(key.proto).saturating_sub(idle);
-            let at = |address: Be32, port: Be16| (Ipv4Addr::from(address), port.get());
-            records.push(FlowRecord {
-                protocol: key.proto,
-                network: NetworkId(half.network),
-                source: at(key.tuple.src, key.tuple.sport),
-                destination: at(key.tuple.dst, key.tuple.dport),
-                translated_source: at(half.to.src, half.to.sport),
-                translated_destination: at(half.to.dst, half.to.dport),
-                state: state.name(),
-                idle: Duration::from_secs(idle.into()),
-                expires: Duration::from_secs(expires.into()),
-            });
-        }
+            Ok(())
+        })?;
         Ok(records)
     }
 
     /// Removes what has been idle for longer than its timeout, and what is only half there.
-    pub(super) fn collect(&mut self) -> Result<usize> {
+    /// Returns how many, and what is left.
+    ///
+    /// # Errors
+    /// The table can't be read, or the program not be run.
+    pub(super) fn collect(
+        &self,
+        collector: &SchedClassifier,
+        timeouts: &Timeouts,
+    ) -> Result<(usize, Survey)> {
         let now = now()?;
-        let mut expired = Vec::new();
-        for entry in self.halves() {
-            let (key, half) = entry?;
-            if half.flags & flag::ORIGINAL != 0 {
-                let reply = self.get(half.peer_key(key.proto))?;
-                let (state, idle) = judge(&key, &half, reply.as_ref(), now);
-                // Without its reply, which was there first, it is no flow: the next packet
-                // opens a whole one.
-                if reply.is_none() || idle > state.timeout(key.proto) {
-                    expired.push((key, half));
+        let mut survey = Survey::default();
+        let mut removed = 0;
+        let mut replies = 0;
+        self.for_each(|batch| {
+            let mut suspects = Vec::new();
+            for (key, half) in batch {
+                let idle = now.saturating_sub(half.last_seen);
+                let is_original = half.flags & flag::ORIGINAL != 0;
+                if is_original {
+                    survey.flows += 1;
+                    *survey.by_endpoint.entry(half.generation).or_default() += 1;
+                } else {
+                    replies += 1;
                 }
-            } else if now.saturating_sub(half.last_seen) > ORPHAN_SECONDS
-                && self.get(half.peer_key(key.proto))?.is_none()
-            {
-                expired.push((key, half));
+                // The collector asks the other half, too. A reply half is looked at only when even
+                // the longest-lived flow would be over: its original half tells sooner, as long
+                // as there is one.
+                let limit =
+                    if is_original { shortest(key, timeouts) } else { longest(key, timeouts) };
+                if idle > limit {
+                    suspects.push(*key);
+                }
             }
+            removed += run(collector, order::EXPIRE, &suspects)?;
+            Ok(())
+        })?;
+        // Some flow may have lost a half: the collector knows which, if it is asked about all.
+        if survey.flows != replies {
+            self.for_each(|batch| {
+                let all: Vec<_> = batch.iter().map(|(key, _)| *key).collect();
+                removed += run(collector, order::EXPIRE, &all)?;
+                Ok(())
+            })?;
         }
-        self.remove(&expired)?;
-        Ok(expired.len())
+        Ok((removed, survey))
     }
 
-    /// Removes what rests on something that `image` no longer has.
-    pub(super) fn purge_stale(&mut self, image: &Image) -> Result<usize> {
-        let mut stale = Vec::new();
-        for entry in self.halves() {
-            let (key, half) = entry?;
-            if image.is_stale(&key, &half) {
-                stale.push((key, half));
-            }
-        }
-        self.remove(&stale)?;
-        Ok(stale.len())
+    /// Removes what rests on something that is gone. Returns how many.
+    ///
+    /// # Errors
+    /// The table can't be read, or the program not be run.
+    pub(super) fn purge_stale(
+        &self,
+        collector: &SchedClassifier,
+        footing: &Footing<'_, F::Wire>,
+    ) -> Result<usize> {
+        let mut removed = 0;
+        self.for_each(|batch| {
+            let stale: Vec<_> = batch
+                .iter()
+                .filter(|(key, half)| footing.is_lost(key, half))
+                .map(|(key, _)| *key)
+                .collect();
+            removed += run(collector, order::REMOVE, &stale)?;
+            Ok(())
+        })?;
+        Ok(removed)
     }
 }
 
+/// The map as aya has it before it is typed.
+fn map_data(map: &Map) -> Result<&MapData> {
+    match map {
+        Map::HashMap(data) => Ok(data),
+        _ => anyhow::bail!("it is no hash map"),
+    }
+}
+
+/// Has the collector carry out an order. Returns how many flows it removed.
+fn run<A: Address>(collector: &SchedClassifier, order: u32, keys: &[FlowKey<A>]) -> Result<usize> {
+    /// Bytes of `__sk_buff` up to and with its first control word, and where that lies.
+    const CONTEXT: usize = 192;
+    const CONTROL_WORD: usize = 48;
+    let mut context = [0; CONTEXT];
+    context[CONTROL_WORD..CONTROL_WORD + 4].copy_from_slice(&order.to_ne_bytes());
+    let mut removed = 0;
+    for chunk in keys.chunks(KEYS_MAX) {
+        let mut frame = vec![0; KEYS_AT];
+        frame.extend_from_slice(bytemuck::cast_slice(chunk));
+        let outcome = collector
+            .test_run(TestRunOptions {
+                data_in: Some(&frame),
+                ctx_in: Some(&context),
+                ..TestRunOptions::new()
+            })
+            .context("run the collector")?;
+        removed += outcome.return_value as usize;
+    }
+    Ok(removed)
+}
+
+/// The shortest time that a flow of this protocol may be idle, whatever its state.
+fn shortest<A: Address>(key: &FlowKey<A>, timeouts: &Timeouts) -> u32 {
+    limits(key, timeouts).min().unwrap_or_default()
+}
+
+/// The longest.
+fn longest<A: Address>(key: &FlowKey<A>, timeouts: &Timeouts) -> u32 {
+    limits(key, timeouts).max().unwrap_or_default()
+}
+
+fn limits<A: Address>(key: &FlowKey<A>, timeouts: &Timeouts) -> impl Iterator<Item = u32> {
+    let states = [State::Unreplied, State::Replied, State::HalfOpen, State::Established];
+    states.map(|state| state.timeout(key.proto, timeouts)).into_iter()
+}
+
 /// State of a flow and the seconds since its last packet in either direction.
-fn judge(key: &FlowKey4, half: &Flow4, reply: Option<&Flow4>, now: u32) -> (State, u32) {
+fn judge<A: Address>(
+    key: &FlowKey<A>,
+    half: &Flow<A>,
+    reply: Option<&Flow<A>>,
+    now: u32,
+) -> (State, u32) {
     let reply_seen = reply.map_or(0, |reply| reply.seen);
     let last_seen = half.last_seen.max(reply.map_or(0, |reply| reply.last_seen));
     (State::new(key.proto, half.seen, reply_seen), now.saturating_sub(last_seen))
 }
 
-/// The programs' clock: seconds of CLOCK_BOOTTIME.
-fn now() -> Result<u32> {
-    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).context("read the boot clock")?;
+/// The programs' clock: seconds of CLOCK_MONOTONIC, which stands still while the host sleeps.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn now() -> Result<u32> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("read the clock")?;
     u32::try_from(now.tv_sec()).context("uptime in 32 bits of seconds")
 }

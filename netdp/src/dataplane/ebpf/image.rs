@@ -2,23 +2,28 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
 };
 
 use netdp_common::{
-    addr::{Be16, Be32},
+    addr::{Address, Be16, Be32, Be128},
     config::Config,
-    endpoint::Endpoint4,
-    flow::{Flow4, FlowKey4, IPPROTO_ICMP, ZONE_WORLD, flag as flow_flag},
+    endpoint::Endpoint,
+    flow::{Flow, FlowKey, IPPROTO_ICMP, IPPROTO_ICMPV6, ZONE_WORLD, flag as flow_flag},
     interface::{Interface, flag as interface_flag, role},
-    network::{Network, flag},
-    policy::{PREFIX_BASE, PolicyKey4, PolicyVerdict},
-    publish::{Published4, PublishedKey4},
+    network::{Network, Subnet, flag},
+    policy::{PREFIX_BASE, PolicyKey, PolicyVerdict},
+    publish::{Published, PublishedKey},
+    socket::{SocketAddress, SocketPeer},
 };
 
-use super::policy;
+use super::{
+    family::{Wired, parts},
+    policy,
+};
 use crate::{
     dataplane::{NetworkProgram, Program},
+    family::{V4, V6},
     model::{Action, GatewayMode},
 };
 
@@ -67,26 +72,36 @@ pub(super) struct Image {
     pub(super) networks: BTreeMap<u32, Network>,
     /// INTERFACE.
     pub(super) interfaces: BTreeMap<u32, Interface>,
-    /// ENDPOINT4.
-    pub(super) endpoints: BTreeMap<Be32, Endpoint4>,
-    /// PUBLISHED4.
-    pub(super) published: BTreeMap<PublishedKey4, Published4>,
-    /// SUBNET4.
-    pub(super) subnets: BTreeMap<Prefix<Be32>, u32>,
-    /// LOCAL4.
-    pub(super) local: BTreeMap<Be32, u32>,
-    /// POLICY4.
-    pub(super) policies: BTreeMap<Prefix<PolicyKey4>, PolicyVerdict>,
     /// Programs by ifindex.
     pub(super) hooks: BTreeSet<(Hook, u32)>,
+    /// Maps of IPv4.
+    pub(super) ipv4: Side<Be32>,
+    /// Maps of IPv6.
+    pub(super) ipv6: Side<Be128>,
+}
+
+/// The maps of one family.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Side<A: Address> {
+    /// ENDPOINT4, ENDPOINT6.
+    pub(super) endpoints: BTreeMap<A, Endpoint>,
+    /// PUBLISHED4, PUBLISHED6.
+    pub(super) published: BTreeMap<PublishedKey<A>, Published<A>>,
+    /// SUBNET4, SUBNET6.
+    pub(super) subnets: BTreeMap<Prefix<A>, u32>,
+    /// LOCAL4, LOCAL6.
+    pub(super) local: BTreeMap<A, u32>,
+    /// POLICY4, POLICY6.
+    pub(super) policies: BTreeMap<Prefix<PolicyKey<A>>, PolicyVerdict>,
 }
 
 impl Image {
-    /// What `program` looks like in the maps.
-    pub(super) fn render(program: &Program) -> Self {
+    /// What `program` looks like in the maps, on the host whose network namespace has this cookie.
+    pub(super) fn render(program: &Program, netns_cookie: u64) -> Self {
         let mut image = Self::default();
         let ports = program.nat_ports;
         let config = Config {
+            netns_cookie,
             nat_first: ports.reserved.0,
             nat_last: ports.reserved.1,
             ephemeral_first: ports.ephemeral.0,
@@ -97,63 +112,52 @@ impl Image {
             image.render_network(id.0, network);
         }
         for (id, endpoint) in &program.endpoints {
-            image.endpoints.insert(
-                endpoint.address.into(),
-                Endpoint4 {
-                    ifindex: endpoint.ifindex,
-                    network: endpoint.network.0,
-                    generation: id.0,
-                    mac: endpoint.mac.0,
-                    pad: [0; 2],
-                },
-            );
             let interface = Interface {
                 role: role::ENDPOINT,
                 flags: interface_flag::ETHERNET,
                 mac: endpoint.mac.0,
                 network: endpoint.network.0,
-                address: endpoint.address.into(),
                 generation: id.0,
+                ipv4: endpoint.ipv4.unwrap_or(Ipv4Addr::UNSPECIFIED).into(),
+                ipv6: endpoint.ipv6.unwrap_or(Ipv6Addr::UNSPECIFIED).into(),
             };
             image.interfaces.insert(endpoint.ifindex, interface);
             image.hooks.insert((Hook::FromContainer, endpoint.ifindex));
         }
         for (&ifindex, uplink) in &program.uplinks {
-            let mut flags = 0;
-            if uplink.ethernet {
-                flags |= interface_flag::ETHERNET;
-            }
-            if uplink.forwarded_before {
-                flags |= interface_flag::FORWARDED_BEFORE;
-            }
+            let flag = |condition: bool, flag: u8| if condition { flag } else { 0 };
             let interface = Interface {
                 role: role::UPLINK,
-                flags,
-                address: uplink.masquerade.unwrap_or(Ipv4Addr::UNSPECIFIED).into(),
+                flags: flag(uplink.ethernet, interface_flag::ETHERNET)
+                    | flag(uplink.forwarded_before4, interface_flag::FORWARDED_IPV4)
+                    | flag(uplink.forwarded_before6, interface_flag::FORWARDED_IPV6),
+                ipv4: uplink.masquerade4.unwrap_or(Ipv4Addr::UNSPECIFIED).into(),
+                ipv6: uplink.masquerade6.unwrap_or(Ipv6Addr::UNSPECIFIED).into(),
                 ..Interface::default()
             };
             image.interfaces.insert(ifindex, interface);
             image.hooks.insert((Hook::FromUplink, ifindex));
             image.hooks.insert((Hook::ToUplink, ifindex));
         }
-        image.local = program.local.iter().map(|&address| (address.into(), 1)).collect();
-        image.render_published(program);
+        image.ipv4 = side::<V4>(program);
+        image.ipv6 = side::<V6>(program);
         image
     }
 
     fn render_network(&mut self, id: u32, network: &NetworkProgram) {
+        let gateway4 = network.ipv4.map_or(Ipv4Addr::UNSPECIFIED, |side| side.gateway);
+        let gateway6 = network.ipv6.map_or(Ipv6Addr::UNSPECIFIED, |side| side.gateway);
         self.networks.insert(
             id,
             Network {
                 flags: network_flags(network),
                 policy_generation: network.policy_generation,
-                subnet: network.subnet.network().into(),
-                mask: network.subnet.netmask().into(),
-                gateway: network.gateway.into(),
-                snat: network.snat_ip.unwrap_or(Ipv4Addr::UNSPECIFIED).into(),
+                endpoint_flows: network.endpoint_flows,
                 bridge: network.bridge_ifindex,
                 mac: network.bridge_mac.0,
                 pad: [0; 2],
+                ipv4: subnet::<V4>(network),
+                ipv6: subnet::<V6>(network),
             },
         );
         let interface = Interface {
@@ -161,75 +165,78 @@ impl Image {
             flags: interface_flag::ETHERNET,
             mac: network.bridge_mac.0,
             network: id,
-            address: network.gateway.into(),
             generation: 0,
+            ipv4: gateway4.into(),
+            ipv6: gateway6.into(),
         };
         self.interfaces.insert(network.bridge_ifindex, interface);
         self.hooks.insert((Hook::IntoNetwork, network.bridge_ifindex));
-        let prefix = (u32::from(network.subnet.prefix_len()), network.subnet.network().into());
-        self.subnets.insert(prefix, id);
-        for entry in policy::compile(&network.policy) {
-            let key = PolicyKey4 {
-                network: id,
-                generation: network.policy_generation,
-                address: entry.address.into(),
-            };
-            let verdict = PolicyVerdict {
-                allow: u32::from(entry.action == Action::Allow),
-                rule: u32::try_from(entry.rule).unwrap_or(u32::MAX),
-            };
-            self.policies.insert((PREFIX_BASE + u32::from(entry.length), key), verdict);
-        }
-    }
-
-    fn render_published(&mut self, program: &Program) {
-        for (key, target) in &program.published {
-            let Some(endpoint) = program.endpoints.get(&target.endpoint) else { continue };
-            let Some(network) = program.networks.get(&endpoint.network) else { continue };
-            let routed = network.gateway_mode == GatewayMode::Routed;
-            // A routed network is dialled at the container's own address.
-            let (address, port) =
-                if routed { (target.address, target.port) } else { (key.address, key.port) };
-            self.published.insert(
-                PublishedKey4 {
-                    address: address.into(),
-                    port: Be16::new(port),
-                    proto: key.protocol.number(),
-                    pad: 0,
-                },
-                Published4 {
-                    address: target.address.into(),
-                    port: Be16::new(target.port),
-                    pad: 0,
-                    network: endpoint.network.0,
-                },
-            );
-        }
     }
 
     /// Whether something that flows may depend on is in `self` and not, or not the same, in
     /// `next`.
     pub(super) fn loses(&self, next: &Self) -> bool {
-        fn lost<K: Ord, V: PartialEq>(old: &BTreeMap<K, V>, new: &BTreeMap<K, V>) -> bool {
-            old.iter().any(|(key, value)| new.get(key) != Some(value))
-        }
         let ids = |image: &Self| -> Vec<u32> { image.networks.keys().copied().collect() };
-        lost(&self.published, &next.published)
-            || lost(&self.endpoints, &next.endpoints)
-            || lost(&self.local, &next.local)
+        self.ipv4.loses(&next.ipv4)
+            || self.ipv6.loses(&next.ipv6)
             || ids(self) != ids(next)
             || self.networks.iter().any(|(id, network)| {
                 next.networks.get(id).is_some_and(|next| next.flags != network.flags)
             })
     }
 
+    /// Whether what a socket of the host dialled leads to this peer.
+    pub(super) fn leads_to(&self, dialled: &SocketAddress, peer: &SocketPeer) -> bool {
+        let (dialled_port, proto, peer) = (dialled.port, peer.proto, &peer.peer);
+        match (dialled.ipv4(), peer.ipv4()) {
+            (Some(dialled), Some(address)) => {
+                self.ipv4.target(dialled, dialled_port, proto) == Some((address, peer.port))
+            }
+            (None, None) => {
+                let target = self.ipv6.target(dialled.address, dialled_port, proto);
+                target == Some((peer.address, peer.port))
+            }
+            _ => false,
+        }
+    }
+}
+
+impl<A: Address> Side<A> {
+    /// Where a published port leads.
+    fn target(&self, address: A, port: Be16, proto: u8) -> Option<(A, Be16)> {
+        let at = |address| self.published.get(&PublishedKey { address, port, proto, pad: 0 });
+        let target = at(address).or_else(|| at(A::default()))?;
+        Some((target.address, target.port))
+    }
+
+    /// The containers' addresses that `next` does not have, or has of other containers.
+    pub(super) fn gone<'a>(&'a self, next: &'a Self) -> impl Iterator<Item = A> + 'a {
+        let stays = |address: &A, generation| {
+            next.endpoints.get(address).is_some_and(|next| next.generation == generation)
+        };
+        self.endpoints
+            .iter()
+            .filter(move |(address, endpoint)| !stays(address, endpoint.generation))
+            .map(|(&address, _)| address)
+    }
+}
+
+/// The networks by id, and a family's maps: what flows rest on.
+pub(super) struct Footing<'a, A: Address> {
+    pub(super) networks: &'a BTreeMap<u32, Network>,
+    pub(super) side: &'a Side<A>,
+    /// A family's part of a network.
+    pub(super) subnet: fn(&Network) -> &Subnet<A>,
+}
+
+impl<A: Address> Footing<'_, A> {
     /// Whether a half of a flow rests on something that is gone: a container, a published port,
     /// an address of the host.
-    pub(super) fn is_stale(&self, key: &FlowKey4, half: &Flow4) -> bool {
+    pub(super) fn is_lost(&self, key: &FlowKey<A>, half: &Flow<A>) -> bool {
         let Some(network) = self.networks.get(&half.network) else { return true };
         // A half that arrives from a container is that container's.
         if key.zone != ZONE_WORLD {
-            let own = self.endpoints.get(&key.tuple.src);
+            let own = self.side.endpoints.get(&key.tuple.src);
             if own.is_none_or(|own| own.generation != half.generation) {
                 // A container that dials itself is seen as the gateway: its answer has the
                 // container's own address, so this holds there, too.
@@ -241,25 +248,118 @@ impl Image {
         }
         let (from, to) = (&key.tuple, &half.to);
         let at = |address| {
-            let key = PublishedKey4 { address, port: from.dport, proto: key.proto, pad: 0 };
-            self.published.get(&key)
+            let key = PublishedKey { address, port: from.dport, proto: key.proto, pad: 0 };
+            self.side.published.get(&key)
         };
         if from.dst != to.dst || from.dport != to.dport {
-            let leads_there = |target: Option<&Published4>| {
+            let leads_there = |target: Option<&Published<A>>| {
                 target.is_some_and(|target| (target.address, target.port) == (to.dst, to.dport))
             };
-            return !leads_there(at(from.dst).or_else(|| at(Be32::default())));
+            return !leads_there(at(from.dst).or_else(|| at(A::default())));
         }
         if from.src != to.src {
             // Masquerade towards an address that the host has lost (netfilter ends these, too).
-            return !self.local.contains_key(&to.src) && network.snat != to.src;
+            let snat = (self.subnet)(network).snat;
+            return !self.side.local.contains_key(&to.src) && snat != to.src;
         }
         if half.flags & flow_flag::INBOUND != 0 && !network.has(flag::UNPROTECTED) {
             // Straight to a container of a routed network, as far as that is still open.
-            let is_ping = key.proto == IPPROTO_ICMP;
+            let is_ping = matches!(key.proto, IPPROTO_ICMP | IPPROTO_ICMPV6);
             return !(network.has(flag::ROUTED) && (is_ping || at(from.dst).is_some()));
         }
         false
+    }
+}
+
+impl<A: Address> Side<A> {
+    fn loses(&self, next: &Self) -> bool {
+        fn lost<K: Ord, V: PartialEq>(old: &BTreeMap<K, V>, new: &BTreeMap<K, V>) -> bool {
+            old.iter().any(|(key, value)| new.get(key) != Some(value))
+        }
+        lost(&self.published, &next.published)
+            || lost(&self.endpoints, &next.endpoints)
+            || lost(&self.local, &next.local)
+    }
+}
+
+/// A family's maps.
+fn side<F: Wired>(program: &Program) -> Side<F::Wire> {
+    let mut side = Side::default();
+    for (id, network) in &program.networks {
+        let Some(subnet) = F::subnet(network) else { continue };
+        let (address, _) = parts::<F>(subnet.subnet);
+        side.subnets.insert((F::prefix_len(subnet.subnet).into(), address), id.0);
+        for entry in policy::compile::<F>(&network.policy) {
+            let key = PolicyKey {
+                network: id.0,
+                generation: network.policy_generation,
+                address: F::Wire::from(entry.address),
+            };
+            let verdict = PolicyVerdict {
+                allow: u32::from(entry.action == Action::Allow),
+                rule: u32::try_from(entry.rule).unwrap_or(u32::MAX),
+            };
+            side.policies.insert((PREFIX_BASE + u32::from(entry.length), key), verdict);
+        }
+    }
+    for (id, endpoint) in &program.endpoints {
+        let Some(address) = F::endpoint(endpoint) else { continue };
+        side.endpoints.insert(
+            F::Wire::from(address),
+            Endpoint {
+                ifindex: endpoint.ifindex,
+                network: endpoint.network.0,
+                generation: id.0,
+                mac: endpoint.mac.0,
+                pad: [0; 2],
+            },
+        );
+    }
+    let local = program.local.iter().filter_map(|&address| F::of(address));
+    side.local = local.map(|address| (F::Wire::from(address), 1)).collect();
+    side.published = published::<F>(program);
+    side
+}
+
+/// Where published ports lead.
+fn published<F: Wired>(program: &Program) -> BTreeMap<PublishedKey<F::Wire>, Published<F::Wire>> {
+    let mut entries = BTreeMap::new();
+    for (key, target) in &program.published {
+        let Some(endpoint) = program.endpoints.get(&target.endpoint) else { continue };
+        let Some(network) = program.networks.get(&endpoint.network) else { continue };
+        let (Some(host), Some(container)) = (F::of(key.address), F::of(target.address)) else {
+            continue;
+        };
+        let routed = network.gateway_mode == GatewayMode::Routed;
+        // A routed network is dialled at the container's own address.
+        let (address, port) = if routed { (container, target.port) } else { (host, key.port) };
+        entries.insert(
+            PublishedKey {
+                address: F::Wire::from(address),
+                port: Be16::new(port),
+                proto: key.protocol.number(),
+                pad: 0,
+            },
+            Published {
+                address: F::Wire::from(container),
+                port: Be16::new(target.port),
+                pad: 0,
+                network: endpoint.network.0,
+            },
+        );
+    }
+    entries
+}
+
+/// A family's part of a network; zeros where there is none.
+fn subnet<F: Wired>(network: &NetworkProgram) -> Subnet<F::Wire> {
+    let Some(side) = F::subnet(network) else { return Subnet::default() };
+    let (address, mask) = parts::<F>(side.subnet);
+    Subnet {
+        address,
+        mask,
+        gateway: F::Wire::from(side.gateway),
+        snat: side.snat_ip.map(F::Wire::from).unwrap_or_default(),
     }
 }
 
@@ -275,5 +375,33 @@ fn network_flags(network: &NetworkProgram) -> u32 {
     set(open_to(GatewayMode::NatUnprotected), flag::UNPROTECTED);
     set(open_to(GatewayMode::Routed), flag::ROUTED);
     set(!network.policy.is_empty(), flag::POLICY);
+    set(network.ipv4.is_some(), flag::IPV4);
+    set(network.ipv6.is_some(), flag::IPV6);
     flags
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{MacAddress, NetworkId};
+
+    #[test]
+    fn the_limit_of_endpoints_reaches_the_programs() {
+        let network = NetworkProgram {
+            bridge_ifindex: 10,
+            bridge_mac: MacAddress([2, 0x42, 172, 20, 0, 1]),
+            ipv4: None,
+            ipv6: None,
+            gateway_mode: GatewayMode::Nat,
+            internal: false,
+            icc: true,
+            masquerade: true,
+            endpoint_flows: 1000,
+            policy: Vec::new(),
+            policy_generation: 1,
+        };
+        let program = Program { networks: [(NetworkId(1), network)].into(), ..Program::default() };
+        let image = Image::render(&program, 0);
+        assert_eq!(image.networks[&1].endpoint_flows, 1000);
+    }
 }

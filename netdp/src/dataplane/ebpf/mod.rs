@@ -4,51 +4,71 @@
 //! is there; `apply` writes the difference between what the maps hold and what they should.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result};
-use aya::maps::{MapData, PerCpuHashMap};
+use aya::maps::{Array, HashMap, MapData, PerCpuHashMap};
 use netdp_common::{
-    addr::Be32,
-    config::Config,
+    aging::Collection,
+    config::{Config, Timeouts},
     counter::{Counter, CounterKey, Reason},
-    endpoint::Endpoint4,
+    endpoint::Endpoint,
     interface::Interface,
     network::Network,
-    policy::{PolicyKey4, PolicyVerdict},
-    publish::{Published4, PublishedKey4},
+    policy::{PolicyKey, PolicyVerdict},
+    publish::{Published, PublishedKey},
 };
 use tracing::{debug, warn};
 
 use self::{
-    flows::Flows,
-    image::Image,
+    family::Wired,
+    flows::{Flows, Survey},
+    image::{Footing, Image, Side},
     object::Object,
+    origins::Origins,
     pins::Pins,
     sys::Wire,
-    tables::{Hash, Indexed, Lpm, Table},
+    tables::{Hash, Indexed, Lpm, Table, absent_is_fine},
 };
-use super::{Applied, Count, Dataplane, Drift, FlowRecord, Program};
-use crate::model::NetworkId;
+use super::{Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, Program};
+use crate::{
+    family::{Family, V4, V6},
+    model::NetworkId,
+};
 
+mod aging;
+mod cgroup;
 mod drift;
+mod family;
 mod flows;
 mod image;
 mod object;
+mod origins;
 mod pins;
 mod policy;
 mod sys;
 mod tables;
+
+pub use self::cgroup::cgroup2_mount;
+
+/// An account of an endpoint's flows may be off by this many, and an eighth, before it is settled.
+const USAGE_TOLERANCE: u64 = 16;
 
 /// How to open the backend.
 #[derive(Clone, Debug)]
 pub struct EbpfOptions {
     /// Where bpffs is, or will be mounted.
     pub bpffs: PathBuf,
-    /// Size of a new flow table, in flows.
+    /// Size of new flow tables, in flows: one of this size for each family.
     pub flows: u32,
+    /// How long idle flows are kept in a table that has room.
+    pub timeouts: Timeouts,
+    /// The cgroup2 hierarchy, for the socket hooks; without one the host itself does not reach
+    /// published ports.
+    pub cgroup: Option<PathBuf>,
 }
 
 /// The backend, open: programs loaded, pins adopted.
@@ -58,12 +78,20 @@ pub struct Ebpf {
     _lock: File,
     object: Object,
     tables: Tables,
-    flows: Flows,
+    flows4: Flows<V4>,
+    flows6: Flows<V6>,
+    origins: Origins,
     counters: PerCpuHashMap<MapData, Wire<CounterKey>, Wire<Counter>>,
+    collection: Array<MapData, Wire<Collection>>,
+    /// Flows that each endpoint has opened, by its generation.
+    usage: HashMap<MapData, u32, u64>,
     /// What the maps hold.
     current: Image,
+    timeouts: Timeouts,
     /// Whether the flows were checked against the maps since the backend was opened.
     flows_checked: bool,
+    /// As the last collection left them.
+    flow_tables: Vec<FlowTable>,
 }
 
 /// The maps whose contents follow from the program.
@@ -71,11 +99,20 @@ struct Tables {
     config: Table<Indexed<Config>>,
     networks: Table<Indexed<Network>>,
     interfaces: Table<Hash<u32, Interface>>,
-    endpoints: Table<Hash<Be32, Endpoint4>>,
-    published: Table<Hash<PublishedKey4, Published4>>,
-    subnets: Table<Lpm<Be32, u32>>,
-    local: Table<Hash<Be32, u32>>,
-    policies: Table<Lpm<PolicyKey4, PolicyVerdict>>,
+    ipv4: SideTables<V4>,
+    ipv6: SideTables<V6>,
+}
+
+/// PUBLISHED4 or PUBLISHED6.
+type PublishedTable<A> = Table<Hash<PublishedKey<A>, Published<A>>>;
+
+/// Those of one family.
+struct SideTables<F: Wired> {
+    endpoints: Table<Hash<F::Wire, Endpoint>>,
+    published: PublishedTable<F::Wire>,
+    subnets: Table<Lpm<F::Wire, u32>>,
+    local: Table<Hash<F::Wire, u32>>,
+    policies: Table<Lpm<PolicyKey<F::Wire>, PolicyVerdict>>,
 }
 
 impl Ebpf {
@@ -88,33 +125,42 @@ impl Ebpf {
         let pins = Pins::at(&options.bpffs);
         pins.prepare()?;
         let lock = pins.lock()?;
-        let mut object = Object::load(pins.clone(), options.flows)?;
+        let mut object = Object::load(pins.clone(), options.flows, options.cgroup.as_deref())?;
         let tables = Tables {
             config: Table::new("CONFIG", object.take_map("CONFIG")?)?,
             networks: Table::new("NETWORK", object.take_map("NETWORK")?)?,
             interfaces: Table::new("INTERFACE", object.take_map("INTERFACE")?)?,
-            endpoints: Table::new("ENDPOINT4", object.take_map("ENDPOINT4")?)?,
-            published: Table::new("PUBLISHED4", object.take_map("PUBLISHED4")?)?,
-            subnets: Table::new("SUBNET4", object.take_map("SUBNET4")?)?,
-            local: Table::new("LOCAL4", object.take_map("LOCAL4")?)?,
-            policies: Table::new("POLICY4", object.take_map("POLICY4")?)?,
+            ipv4: SideTables::open(&mut object)?,
+            ipv6: SideTables::open(&mut object)?,
         };
-        let flows = Flows::new(object.take_map("FLOW4")?)?;
+        let flows4 = Flows::new(object.take_map(V4::MAPS.flow)?)?;
+        let flows6 = Flows::new(object.take_map(V6::MAPS.flow)?)?;
+        let origins = Origins::new(object.take_map("SOCKET_ORIGIN")?)?;
         let counters =
             PerCpuHashMap::try_from(object.take_map("COUNTERS")?).context("open map COUNTERS")?;
+        let collection =
+            Array::try_from(object.take_map("COLLECTION")?).context("open map COLLECTION")?;
+        let usage = HashMap::try_from(object.take_map("USAGE")?).context("open map USAGE")?;
         let current = tables.read(&object)?;
         let mut backend = Self {
             pins,
             _lock: lock,
             object,
             tables,
-            flows,
+            flows4,
+            flows6,
+            origins,
             counters,
+            collection,
+            usage,
             current,
+            timeouts: options.timeouts,
             flows_checked: false,
+            flow_tables: Vec::new(),
         };
         // Drops that belong to no network.
         backend.ensure_counters(0)?;
+        backend.ensure_timeouts()?;
         Ok(backend)
     }
 
@@ -128,6 +174,12 @@ impl Ebpf {
         let there = pins.exist();
         pins.remove()?;
         Ok(there)
+    }
+
+    /// Whether programs of the host are led to published ports, by whichever agent works with this
+    /// bpffs.
+    pub fn has_socket_hooks(bpffs: &Path) -> bool {
+        cgroup::are_pinned(&Pins::at(bpffs))
     }
 
     /// Makes the counter rows of a network; the programs count only in rows that are there.
@@ -148,6 +200,80 @@ impl Ebpf {
         Ok(writes)
     }
 
+    /// Removes the flows of what is gone; returns how many.
+    fn purge_stale_flows(&mut self) -> Result<usize> {
+        let Image { networks, ipv4, ipv6, .. } = &self.current;
+        let footing4 = Footing { networks, side: ipv4, subnet: |network| &network.ipv4 };
+        let footing6 = Footing { networks, side: ipv6, subnet: |network| &network.ipv6 };
+        Ok(self.flows4.purge_stale(self.object.collector::<V4>()?, &footing4)?
+            + self.flows6.purge_stale(self.object.collector::<V6>()?, &footing6)?)
+    }
+
+    /// Collects from both tables; returns how many flows went.
+    fn collect_flows(&mut self) -> Result<usize> {
+        let timeouts = self.collection.get(&0, 0).context("read map COLLECTION")?.0.timeouts;
+        let (removed4, survey4) = self.flows4.collect(self.object.collector::<V4>()?, &timeouts)?;
+        let (removed6, survey6) = self.flows6.collect(self.object.collector::<V6>()?, &timeouts)?;
+        let left = |family, survey: &Survey, removed| FlowTable {
+            family,
+            flows: survey.flows.saturating_sub(u32::try_from(removed).unwrap_or(u32::MAX)),
+            capacity: self.flows4.capacity(),
+        };
+        self.flow_tables =
+            vec![left(V4::NAME, &survey4, removed4), left(V6::NAME, &survey6, removed6)];
+        // The fuller of the two decides for both.
+        let capacity = self.flows4.capacity();
+        let timeouts = aging::timeouts(&self.timeouts, survey4.flows.max(survey6.flows), capacity);
+        let collection = Collection { timeouts, at: flows::now()? };
+        self.collection.set(0, Wire(collection), 0).context("write map COLLECTION")?;
+        self.settle_usage(&[survey4, survey6])?;
+        Ok(removed4 + removed6)
+    }
+
+    /// The programs know how long to keep flows before the first collection.
+    fn ensure_timeouts(&mut self) -> Result<()> {
+        let there = self.collection.get(&0, 0).context("read map COLLECTION")?.0;
+        if there == Collection::default() {
+            let first = Collection { timeouts: self.timeouts, at: flows::now()? };
+            self.collection.set(0, Wire(first), 0).context("write map COLLECTION")?;
+        }
+        Ok(())
+    }
+
+    /// Puts right what a lost race has left in the accounts of endpoints.
+    fn settle_usage(&mut self, surveys: &[Survey]) -> Result<()> {
+        for entry in self.usage.iter().collect::<Result<Vec<_>, _>>().context("read map USAGE")? {
+            let (generation, account) = entry;
+            let flows: u64 =
+                surveys.iter().filter_map(|survey| survey.by_endpoint.get(&generation)).sum();
+            // Flows come and go while they are counted.
+            if account.abs_diff(flows) > USAGE_TOLERANCE + flows / 8 {
+                debug!(generation, account, flows, "settling the flows of an endpoint");
+                self.usage.insert(generation, flows, 0).context("write map USAGE")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens and closes the accounts of endpoints.
+    fn keep_accounts(&mut self, wanted: &Image) -> Result<()> {
+        let generations: BTreeSet<u32> = wanted
+            .interfaces
+            .values()
+            .map(|interface| interface.generation)
+            .filter(|&generation| generation != 0)
+            .collect();
+        let kept: BTreeSet<u32> =
+            self.usage.keys().collect::<Result<_, _>>().context("read map USAGE")?;
+        for generation in generations.difference(&kept) {
+            self.usage.insert(generation, 0, 0).context("write map USAGE")?;
+        }
+        for generation in kept.difference(&generations) {
+            absent_is_fine(self.usage.remove(generation)).context("delete from map USAGE")?;
+        }
+        Ok(())
+    }
+
     fn forget_counters(&mut self, network: u32) {
         for &reason in Reason::ALL {
             let key = Wire(CounterKey { network, reason: reason as u32 });
@@ -163,11 +289,11 @@ impl Ebpf {
         let (tables, current) = (&mut self.tables, &mut self.current);
         let mut writes = 0;
         writes += tables.config.write(&mut current.config, &wanted.config)?;
-        writes += tables.policies.write(&mut current.policies, &wanted.policies)?;
+        writes += tables.ipv4.write_policies(&mut current.ipv4, &wanted.ipv4)?;
+        writes += tables.ipv6.write_policies(&mut current.ipv6, &wanted.ipv6)?;
         writes += tables.networks.write(&mut current.networks, &wanted.networks)?;
-        writes += tables.subnets.write(&mut current.subnets, &wanted.subnets)?;
-        writes += tables.local.write(&mut current.local, &wanted.local)?;
-        writes += tables.endpoints.write(&mut current.endpoints, &wanted.endpoints)?;
+        writes += tables.ipv4.write_addresses(&mut current.ipv4, &wanted.ipv4)?;
+        writes += tables.ipv6.write_addresses(&mut current.ipv6, &wanted.ipv6)?;
         writes += tables.interfaces.write(&mut current.interfaces, &wanted.interfaces)?;
         for &(hook, ifindex) in &wanted.hooks {
             if !self.object.attached.contains(&(hook, ifindex)) {
@@ -175,7 +301,12 @@ impl Ebpf {
                 writes += 1;
             }
         }
-        writes += tables.published.write(&mut current.published, &wanted.published)?;
+        writes += tables.ipv4.write_published(&mut current.ipv4, &wanted.ipv4)?;
+        writes += tables.ipv6.write_published(&mut current.ipv6, &wanted.ipv6)?;
+        // A host without networks is left as it is.
+        if !wanted.networks.is_empty() {
+            writes += self.object.attach_sockets();
+        }
         Ok(writes)
     }
 
@@ -184,19 +315,23 @@ impl Ebpf {
     fn delete(&mut self, wanted: &Image) -> Result<usize> {
         let (tables, current) = (&mut self.tables, &mut self.current);
         let mut writes = 0;
-        writes += tables.published.delete(&mut current.published, &wanted.published)?;
+        writes += tables.ipv4.delete_published(&mut current.ipv4, &wanted.ipv4)?;
+        writes += tables.ipv6.delete_published(&mut current.ipv6, &wanted.ipv6)?;
         writes += tables.interfaces.delete(&mut current.interfaces, &wanted.interfaces)?;
-        writes += tables.endpoints.delete(&mut current.endpoints, &wanted.endpoints)?;
-        writes += tables.local.delete(&mut current.local, &wanted.local)?;
-        writes += tables.subnets.delete(&mut current.subnets, &wanted.subnets)?;
+        writes += tables.ipv4.delete_addresses(&mut current.ipv4, &wanted.ipv4)?;
+        writes += tables.ipv6.delete_addresses(&mut current.ipv6, &wanted.ipv6)?;
         writes += tables.networks.delete(&mut current.networks, &wanted.networks)?;
-        writes += tables.policies.delete(&mut current.policies, &wanted.policies)?;
+        writes += tables.ipv4.delete_policies(&mut current.ipv4, &wanted.ipv4)?;
+        writes += tables.ipv6.delete_policies(&mut current.ipv6, &wanted.ipv6)?;
         let gone: Vec<_> = self.object.attached.difference(&wanted.hooks).copied().collect();
         for (hook, ifindex) in gone {
             self.object.detach(hook, ifindex)?;
             writes += 1;
         }
         current.hooks.clone_from(&self.object.attached);
+        if wanted.networks.is_empty() {
+            writes += self.object.detach_sockets()?;
+        }
         Ok(writes)
     }
 }
@@ -208,13 +343,88 @@ impl Tables {
             config: self.config.entries()?,
             networks: self.networks.entries()?,
             interfaces: self.interfaces.entries()?,
+            hooks: object.attached.clone(),
+            ipv4: self.ipv4.read()?,
+            ipv6: self.ipv6.read()?,
+        })
+    }
+}
+
+impl<F: Wired> SideTables<F> {
+    fn open(object: &mut Object) -> Result<Self> {
+        let mut take = |name| Ok::<_, anyhow::Error>((name, object.take_map(name)?));
+        let (endpoint, published) = (take(F::MAPS.endpoint)?, take(F::MAPS.published)?);
+        let (subnet, local) = (take(F::MAPS.subnet)?, take(F::MAPS.local)?);
+        let policy = take(F::MAPS.policy)?;
+        Ok(Self {
+            endpoints: Table::new(endpoint.0, endpoint.1)?,
+            published: Table::new(published.0, published.1)?,
+            subnets: Table::new(subnet.0, subnet.1)?,
+            local: Table::new(local.0, local.1)?,
+            policies: Table::new(policy.0, policy.1)?,
+        })
+    }
+
+    fn read(&self) -> Result<Side<F::Wire>> {
+        Ok(Side {
             endpoints: self.endpoints.entries()?,
             published: self.published.entries()?,
             subnets: self.subnets.entries()?,
             local: self.local.entries()?,
             policies: self.policies.entries()?,
-            hooks: object.attached.clone(),
         })
+    }
+
+    fn write_policies(
+        &mut self,
+        current: &mut Side<F::Wire>,
+        wanted: &Side<F::Wire>,
+    ) -> Result<usize> {
+        self.policies.write(&mut current.policies, &wanted.policies)
+    }
+
+    fn write_addresses(
+        &mut self,
+        current: &mut Side<F::Wire>,
+        wanted: &Side<F::Wire>,
+    ) -> Result<usize> {
+        Ok(self.subnets.write(&mut current.subnets, &wanted.subnets)?
+            + self.local.write(&mut current.local, &wanted.local)?
+            + self.endpoints.write(&mut current.endpoints, &wanted.endpoints)?)
+    }
+
+    fn write_published(
+        &mut self,
+        current: &mut Side<F::Wire>,
+        wanted: &Side<F::Wire>,
+    ) -> Result<usize> {
+        self.published.write(&mut current.published, &wanted.published)
+    }
+
+    fn delete_published(
+        &mut self,
+        current: &mut Side<F::Wire>,
+        wanted: &Side<F::Wire>,
+    ) -> Result<usize> {
+        self.published.delete(&mut current.published, &wanted.published)
+    }
+
+    fn delete_addresses(
+        &mut self,
+        current: &mut Side<F::Wire>,
+        wanted: &Side<F::Wire>,
+    ) -> Result<usize> {
+        Ok(self.endpoints.delete(&mut current.endpoints, &wanted.endpoints)?
+            + self.local.delete(&mut current.local, &wanted.local)?
+            + self.subnets.delete(&mut current.subnets, &wanted.subnets)?)
+    }
+
+    fn delete_policies(
+        &mut self,
+        current: &mut Side<F::Wire>,
+        wanted: &Side<F::Wire>,
+    ) -> Result<usize> {
+        self.policies.delete(&mut current.policies, &wanted.policies)
     }
 }
 
@@ -224,7 +434,7 @@ impl Dataplane for Ebpf {
     }
 
     fn apply(&mut self, program: &Program) -> Result<Applied> {
-        let wanted = Image::render(program);
+        let wanted = Image::render(program, self.object.netns_cookie());
         let mut writes = 0;
         for &id in wanted.networks.keys() {
             if !self.current.networks.contains_key(&id) {
@@ -232,6 +442,7 @@ impl Dataplane for Ebpf {
             }
         }
         let stale_flows = !self.flows_checked || self.current.loses(&wanted);
+        self.origins.note_gone(&self.current, &wanted);
         let removed: Vec<u32> = self
             .current
             .networks
@@ -242,6 +453,7 @@ impl Dataplane for Ebpf {
         // Marked before the first write: an apply that fails half-way is followed by one that
         // looks at the flows again.
         self.flows_checked &= !stale_flows;
+        self.keep_accounts(&wanted)?;
         writes += self.write(&wanted)?;
         writes += self.delete(&wanted)?;
         for id in removed {
@@ -252,8 +464,12 @@ impl Dataplane for Ebpf {
             if let Err(error) = sys::wait_for_packets_in_flight() {
                 warn!(%error, "no membarrier: packets in flight may outlive a removal");
             }
-            let purged = self.flows.purge_stale(&self.current)?;
+            let purged = self.purge_stale_flows()?;
             debug!(purged, "flows of what is gone");
+            match self.origins.purge_stale(&self.current) {
+                Ok(ended) => debug!(ended, "sockets of the host, connected to what is gone"),
+                Err(error) => warn!("end sockets connected to what is gone: {error:#}"),
+            }
             self.flows_checked = true;
         }
         Ok(Applied { writes })
@@ -266,12 +482,16 @@ impl Dataplane for Ebpf {
         // What was found is what the next apply starts from, so it repairs.
         object.attached.clone_from(&found.hooks);
         self.current = found.clone();
-        let wanted = Image::render(program);
+        let wanted = Image::render(program, object.netns_cookie());
         // A guard that stays where nothing may pass is no drift.
         found
             .hooks
             .retain(|&(hook, ifindex)| wanted.hooks.contains(&(hook, ifindex)) || !hook.guards());
-        Ok(drift::between(&wanted, &found))
+        let mut drift = drift::between(&wanted, &found);
+        if !wanted.networks.is_empty() {
+            drift.extend(self.object.missing_sockets());
+        }
+        Ok(drift)
     }
 
     fn purge(&mut self) -> Result<()> {
@@ -295,10 +515,16 @@ impl Dataplane for Ebpf {
     }
 
     fn flows(&mut self) -> Result<Vec<FlowRecord>> {
-        self.flows.records()
+        let mut records = self.flows4.records(&self.timeouts)?;
+        records.extend(self.flows6.records(&self.timeouts)?);
+        Ok(records)
     }
 
     fn collect(&mut self) -> Result<usize> {
-        self.flows.collect()
+        self.collect_flows()
+    }
+
+    fn flow_tables(&self) -> Vec<FlowTable> {
+        self.flow_tables.clone()
     }
 }

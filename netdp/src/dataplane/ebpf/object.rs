@@ -19,12 +19,22 @@ use nix::{
 };
 use tracing::{debug, warn};
 
-use super::{image::Hook, pins::Pins};
+use super::{
+    cgroup::{self, SocketHooks},
+    family::Wired,
+    image::Hook,
+    pins::Pins,
+};
+use crate::{
+    dataplane::Drift,
+    family::{V4, V6},
+};
 
 /// The programs as this build made them.
 pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("NETDP_EBPF_OBJECT"));
 
-const FLOWS: &str = "FLOW4";
+/// Their sizes are the operator's to choose.
+const SIZED: [&str; 4] = [V4::MAPS.flow, V6::MAPS.flow, V4::MAPS.pending, V6::MAPS.pending];
 
 impl Hook {
     fn attach_type(self) -> TcAttachType {
@@ -41,17 +51,20 @@ pub(super) struct Object {
     pins: Pins,
     /// What is attached and pinned.
     pub(super) attached: BTreeSet<(Hook, u32)>,
+    /// `None` where the host can't have them.
+    sockets: Option<SocketHooks>,
 }
 
 impl Object {
     /// Loads all programs, adopting pinned maps and moving pinned links over to the new programs,
     /// each in one step.
     ///
-    /// `flows` is the size of a new flow table; one that is there keeps its size.
+    /// `flows` is the size of a new flow table; one that is there keeps its size. Without a
+    /// `cgroup`, or where the kernel does not have them, there are no socket hooks.
     ///
     /// # Errors
     /// A pinned map has another layout; the kernel refuses a map or a program.
-    pub(super) fn load(pins: Pins, flows: u32) -> Result<Self> {
+    pub(super) fn load(pins: Pins, flows: u32, cgroup: Option<&Path>) -> Result<Self> {
         let elf = Elf::parse(OBJECT).context("parse the eBPF object")?;
         let names: Vec<&str> = elf.maps.keys().map(String::as_str).collect();
         let mut loader = EbpfLoader::new();
@@ -64,23 +77,78 @@ impl Object {
             }
             let path = pins.map(name);
             if path.exists() {
-                check_layout(name, &path, &elf.maps[name], 2 * flows)?;
+                check_layout(name, &path, &elf.maps[name], flows)?;
             }
             loader.map_pin_path(name, path);
         }
-        loader.map_max_entries(FLOWS, 2 * flows);
+        for family in [&V4::MAPS, &V6::MAPS] {
+            loader.map_max_entries(family.flow, 2 * flows);
+            loader.map_max_entries(family.pending, flows);
+        }
         let mut ebpf = loader.load(OBJECT).context("create the maps")?;
         for hook in Hook::ALL {
-            classifier(&mut ebpf, hook)?.load().map_err(|error| refusal(hook, error))?;
+            classifier(&mut ebpf, hook)?.load().map_err(|error| refusal(hook.program(), error))?;
         }
-        let mut object = Self { ebpf, pins, attached: BTreeSet::new() };
+        for name in [V4::MAPS.collector, V6::MAPS.collector] {
+            program(&mut ebpf, name)?.load().map_err(|error| refusal(name, error))?;
+        }
+        let hooks = cgroup.map(|cgroup| SocketHooks::load(&mut ebpf, cgroup, &pins)).transpose();
+        let sockets = hooks.unwrap_or_else(|error| {
+            cgroup::warn_unavailable(&error);
+            None
+        });
+        if sockets.is_none() {
+            // Of an agent that could have them: nobody would look after them.
+            cgroup::remove_pins(&pins)?;
+        }
+        let mut object = Self { ebpf, pins, attached: BTreeSet::new(), sockets };
         object.adopt_links()?;
         Ok(object)
+    }
+
+    /// The kernel's name of the host's network namespace; 0 where no socket is the host's.
+    pub(super) fn netns_cookie(&self) -> u64 {
+        self.sockets.as_ref().map_or(0, |hooks| hooks.netns_cookie)
+    }
+
+    /// Attaches the socket hooks that are not, as far as the host can have them; returns how many.
+    pub(super) fn attach_sockets(&mut self) -> usize {
+        let Some(hooks) = &mut self.sockets else { return 0 };
+        match hooks.attach(&mut self.ebpf) {
+            Ok(writes) => writes,
+            Err(error) => {
+                cgroup::warn_unavailable(&error);
+                // It would fail again: not before the next agent. Some are worse than none.
+                if let Err(error) = hooks.detach() {
+                    warn!("detach the socket hooks: {error:#}");
+                }
+                self.sockets = None;
+                0
+            }
+        }
+    }
+
+    /// Detaches the socket hooks; returns how many there were.
+    ///
+    /// # Errors
+    /// A pin can't be removed.
+    pub(super) fn detach_sockets(&mut self) -> Result<usize> {
+        self.sockets.as_mut().map_or(Ok(0), SocketHooks::detach)
+    }
+
+    /// The socket hooks that should be attached and are not.
+    pub(super) fn missing_sockets(&mut self) -> Vec<Drift> {
+        self.sockets.as_mut().map_or_else(Vec::new, |hooks| hooks.missing(&mut self.ebpf))
     }
 
     /// Takes a map out, to be used typed.
     pub(super) fn take_map(&mut self, name: &str) -> Result<Map> {
         self.ebpf.take_map(name).with_context(|| format!("find map {name} in the eBPF object"))
+    }
+
+    /// The program that collects a family's flows.
+    pub(super) fn collector<F: Wired>(&mut self) -> Result<&SchedClassifier> {
+        program(&mut self.ebpf, F::MAPS.collector).map(|program| &*program)
     }
 
     fn adopt_links(&mut self) -> Result<()> {
@@ -171,7 +239,10 @@ fn is_up(ifindex: u32) -> bool {
 }
 
 fn classifier(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
-    let name = hook.program();
+    program(ebpf, hook.program())
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
     ebpf.program_mut(name)
         .with_context(|| format!("find program {name} in the eBPF object"))?
         .try_into()
@@ -179,8 +250,7 @@ fn classifier(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
 }
 
 /// The kernel's refusal in one line; the verifier's whole log on request.
-fn refusal(hook: Hook, error: ProgramError) -> anyhow::Error {
-    let name = hook.program();
+pub(super) fn refusal(name: &str, error: ProgramError) -> anyhow::Error {
     let ProgramError::LoadError { io_error, verifier_log } = error else {
         return anyhow::Error::from(error).context(format!("load program {name}"));
     };
@@ -204,18 +274,20 @@ fn refusal(hook: Hook, error: ProgramError) -> anyhow::Error {
 }
 
 /// aya adopts a pinned map without a look at it, so we look.
-fn check_layout(name: &str, path: &Path, expected: &aya_obj::Map, flow_entries: u32) -> Result<()> {
+fn check_layout(name: &str, path: &Path, expected: &aya_obj::Map, flows: u32) -> Result<()> {
     let pinned = MapInfo::from_pin(path)
         .with_context(|| format!("read the pinned map {}", path.display()))?;
     let found = (pinned.key_size(), pinned.value_size(), pinned.map_flags());
     let wanted = (expected.key_size(), expected.value_size(), expected.map_flags());
     let kind = pinned.map_type().context("read the type of a pinned map")? as u32;
     let mut same = found == wanted && kind == expected.map_type();
-    if name == FLOWS {
-        if pinned.max_entries() != flow_entries {
+    if SIZED.contains(&name) {
+        let entries = if name.starts_with("FLOW") { 2 * flows } else { flows };
+        if pinned.max_entries() != entries {
             warn!(
-                flows = pinned.max_entries() / 2,
-                wanted = flow_entries / 2,
+                map = name,
+                entries = pinned.max_entries(),
+                wanted = entries,
                 "the flow table keeps its size: a table in use can't be resized"
             );
         }
@@ -232,7 +304,7 @@ fn check_layout(name: &str, path: &Path, expected: &aya_obj::Map, flow_entries: 
     Ok(())
 }
 
-fn remove_pin(path: &Path) -> Result<()> {
+pub(super) fn remove_pin(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("remove the pin {}", path.display()))

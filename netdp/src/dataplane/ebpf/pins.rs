@@ -125,7 +125,12 @@ impl Pins {
         self.links().join(format!("{}-{ifindex}", hook.program()))
     }
 
-    /// Every attachment that is pinned.
+    /// Pin of the link that holds a socket hook on the cgroup hierarchy.
+    pub(super) fn socket_link(&self, hook: &str) -> PathBuf {
+        self.links().join(hook)
+    }
+
+    /// Every attachment to an interface that is pinned.
     ///
     /// # Errors
     /// The directory can't be read.

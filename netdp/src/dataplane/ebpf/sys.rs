@@ -1,6 +1,18 @@
 //! What the dataplane asks of the kernel beyond aya: the only `unsafe` code of the agent.
 
-use std::io;
+use std::{
+    ffi::CString,
+    io,
+    mem::zeroed,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info};
+use bytemuck::Pod;
 
 /// A key or value of a map, for aya.
 #[derive(Clone, Copy)]
@@ -8,7 +20,7 @@ use std::io;
 pub(super) struct Wire<T>(pub(super) T);
 
 // SAFETY: `bytemuck::Pod` is the stronger promise: any bit pattern is valid and nothing is padding.
-unsafe impl<T: bytemuck::Pod> aya::Pod for Wire<T> {}
+unsafe impl<T: Pod> aya::Pod for Wire<T> {}
 
 /// Waits until every packet that is being handled now has been handled: programs run under RCU,
 /// and `MEMBARRIER_CMD_GLOBAL` (Linux 4.3) waits for a grace period of it.
@@ -20,4 +32,126 @@ pub(super) fn wait_for_packets_in_flight() -> io::Result<()> {
     // SAFETY: takes numbers only.
     let outcome = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Reads some entries of a hash map into `keys` and `values`, which are equally long, from `place`
+/// on; the kernel reads whole buckets. Returns how many it read, and the place to go on from, if
+/// that was not all (Linux 5.6).
+///
+/// # Errors
+/// The kernel's; ENOSPC where a bucket holds more entries than there is room for.
+pub(super) fn lookup_batch<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    place: Option<u32>,
+    keys: &mut [K],
+    values: &mut [V],
+) -> io::Result<(usize, Option<u32>)> {
+    let mut next = 0_u32;
+    let mut attributes = no_attributes();
+    attributes.batch.in_batch = place.as_ref().map_or(0, |place| (&raw const *place) as u64);
+    attributes.batch.out_batch = (&raw mut next) as u64;
+    attributes.batch.keys = keys.as_mut_ptr() as u64;
+    attributes.batch.values = values.as_mut_ptr() as u64;
+    attributes.batch.count = keys.len().min(values.len()) as u32;
+    attributes.batch.map_fd = map.as_raw_fd() as u32;
+    let outcome = bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attributes);
+    // SAFETY: an integer, which the kernel has filled in.
+    let count = unsafe { attributes.batch.count } as usize;
+    match outcome {
+        Ok(_) => Ok((count, Some(next))),
+        Err(end) if end.raw_os_error() == Some(libc::ENOENT) => Ok((count, None)),
+        Err(error) => Err(error),
+    }
+}
+
+/// The kernel's name of the network namespace that the calling thread is in (Linux 5.14).
+///
+/// # Errors
+/// The kernel's: older ones say ENOPROTOOPT.
+pub(super) fn network_namespace() -> io::Result<u64> {
+    // asm-generic/socket.h; libc lacks it for some targets.
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket = std::os::unix::net::UnixDatagram::unbound()?;
+    let mut cookie = 0u64;
+    let mut length = size_of_val(&cookie) as libc::socklen_t;
+    // SAFETY: pointer and length describe local values, which outlive the call.
+    let outcome = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if outcome == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// What holds a program on a cgroup. aya has no way to move one to another program.
+pub(super) struct CgroupLink(OwnedFd);
+
+/// What a [`CgroupLink`] holds where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Attachment {
+    /// Id of the program.
+    pub(super) program: u32,
+    /// Id of the cgroup, which is the inode number of its directory; 0 where it was detached.
+    pub(super) cgroup: u64,
+}
+
+impl CgroupLink {
+    /// Opens the link that is pinned at a path.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let mut attributes = no_attributes();
+        attributes.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+        let descriptor = bpf(bpf_cmd::BPF_OBJ_GET, &mut attributes)?;
+        // SAFETY: the kernel has just made the descriptor for us.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(descriptor) }))
+    }
+
+    /// What it holds.
+    ///
+    /// # Errors
+    /// The kernel's; of anything but a link, EINVAL.
+    pub(super) fn attachment(&self) -> io::Result<Attachment> {
+        // SAFETY: integers, and unions and arrays of them, for which zero is valid.
+        let mut info: bpf_link_info = unsafe { zeroed() };
+        let mut attributes = no_attributes();
+        attributes.info.bpf_fd = self.0.as_raw_fd() as u32;
+        attributes.info.info_len = size_of_val(&info) as u32;
+        attributes.info.info = (&raw mut info) as u64;
+        bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
+        // SAFETY: the kernel fills in what its kind of link has; of others it is zero or a number.
+        let cgroup = unsafe { info.__bindgen_anon_1.cgroup.cgroup_id };
+        Ok(Attachment { program: info.prog_id, cgroup })
+    }
+
+    /// Puts another program of the same kind in the place of the one it holds, in one step (Linux
+    /// 5.7).
+    ///
+    /// # Errors
+    /// The kernel's; ENOLINK where the cgroup has gone.
+    pub(super) fn update(&self, program: impl AsFd) -> io::Result<()> {
+        let mut attributes = no_attributes();
+        attributes.link_update.link_fd = self.0.as_raw_fd() as u32;
+        attributes.link_update.__bindgen_anon_1.new_prog_fd = program.as_fd().as_raw_fd() as u32;
+        bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attributes).map(drop)
+    }
+}
+
+fn no_attributes() -> bpf_attr {
+    // SAFETY: integers, and unions and arrays of them, for which zero is valid.
+    unsafe { zeroed() }
+}
+
+/// bpf(2). Every pointer in `attributes` has to be valid for what the command does with it.
+fn bpf(command: bpf_cmd, attributes: &mut bpf_attr) -> io::Result<libc::c_int> {
+    let size = size_of_val(attributes);
+    // SAFETY: the attributes outlive the call, and so do, by their makers' word, their pointers.
+    let outcome = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size) };
+    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(outcome as libc::c_int) }
 }

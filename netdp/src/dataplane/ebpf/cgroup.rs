@@ -1,0 +1,225 @@
+//! The socket hooks: programs on the cgroup2 hierarchy that lead programs of the host to published
+//! ports.
+//!
+//! Owns finding the hierarchy, and attaching, pinning and adopting. Without them everything else
+//! works: what is lost is that the host itself reaches published ports.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    os::{fd::AsFd, linux::fs::MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use aya::{
+    Ebpf,
+    programs::{CgroupAttachMode, Program, ProgramError, ProgramFd, links::FdLink},
+};
+use tracing::{debug, warn};
+
+use super::{
+    object::{refusal, remove_pin},
+    pins::Pins,
+    sys::{Attachment, CgroupLink, network_namespace},
+};
+use crate::dataplane::Drift;
+
+/// Names of the programs in the object, and of their pins. What names peers comes first, so that
+/// nobody is led to a container and then told of it.
+const HOOKS: [&str; 9] = [
+    "sock_release",
+    "getpeername4",
+    "getpeername6",
+    "recvmsg4",
+    "recvmsg6",
+    "connect4",
+    "connect6",
+    "sendmsg4",
+    "sendmsg6",
+];
+
+/// Where a host usually has its cgroup2 hierarchy: the mount point of the whole of it.
+///
+/// # Errors
+/// The mount table can't be read.
+pub fn cgroup2_mount() -> Result<Option<PathBuf>> {
+    let table = fs::read_to_string("/proc/self/mountinfo").context("read the mount table")?;
+    Ok(find_cgroup2(&table).map(PathBuf::from))
+}
+
+/// Format: proc_pid_mountinfo(5).
+fn find_cgroup2(table: &str) -> Option<&str> {
+    table.lines().find_map(|line| {
+        let (mount, filesystem) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        // A mount of a part of it is blind to the programs outside.
+        (filesystem.starts_with("cgroup2 ") && root == "/").then_some(point)
+    })
+}
+
+/// Whether the socket hooks are pinned, which is to say attached.
+pub(super) fn are_pinned(pins: &Pins) -> bool {
+    HOOKS.iter().all(|hook| pins.socket_link(hook).exists())
+}
+
+/// Removes the pins of the socket hooks, which detaches them.
+///
+/// # Errors
+/// A pin can't be removed.
+pub(super) fn remove_pins(pins: &Pins) -> Result<()> {
+    // The other way round: what leads to containers goes first.
+    HOOKS.iter().rev().try_for_each(|hook| remove_pin(&pins.socket_link(hook)))
+}
+
+/// The socket hooks, loaded for one cgroup.
+pub(super) struct SocketHooks {
+    cgroup: File,
+    /// The kernel's name of it.
+    id: u64,
+    pins: Pins,
+    /// The kernel's name of the network namespace that is the host's.
+    pub(super) netns_cookie: u64,
+    attached: BTreeSet<&'static str>,
+}
+
+impl SocketHooks {
+    /// Loads the programs, and moves those that are attached already over to them.
+    ///
+    /// # Errors
+    /// There is no such cgroup, or the kernel refuses a program or does not say where we are.
+    pub(super) fn load(ebpf: &mut Ebpf, cgroup: &Path, pins: &Pins) -> Result<Self> {
+        let open = || format!("open the cgroup {}", cgroup.display());
+        let cgroup = File::open(cgroup).with_context(open)?;
+        let id = cgroup.metadata().with_context(open)?.st_ino();
+        let netns_cookie = network_namespace()
+            .context("read the cookie of the network namespace, which needs Linux 5.14")?;
+        for hook in HOOKS {
+            let loaded = match program(ebpf, hook)? {
+                Program::CgroupSockAddr(program) => program.load(),
+                Program::CgroupSock(program) => program.load(),
+                _ => Err(ProgramError::UnexpectedProgramType),
+            };
+            loaded.map_err(|error| refusal(hook, error))?;
+        }
+        let mut hooks =
+            Self { cgroup, id, pins: pins.clone(), netns_cookie, attached: BTreeSet::new() };
+        for hook in HOOKS {
+            if hooks.adopt(ebpf, hook)? {
+                hooks.attached.insert(hook);
+            }
+        }
+        Ok(hooks)
+    }
+
+    /// `true` where the hook was attached.
+    fn adopt(&self, ebpf: &mut Ebpf, hook: &str) -> Result<bool> {
+        let path = self.pins.socket_link(hook);
+        if !path.exists() {
+            return Ok(false);
+        }
+        let link = CgroupLink::open(&path)
+            .with_context(|| format!("open the pinned link {}", path.display()))?;
+        let is_ours = link.attachment().is_ok_and(|found| found.cgroup == self.id);
+        match link.update(descriptor(ebpf, hook)?) {
+            Ok(()) if is_ours => Ok(true),
+            outcome => {
+                debug!(path = %path.display(), ?outcome, "dropping the pin of another cgroup");
+                remove_pin(&path)?;
+                Ok(false)
+            }
+        }
+    }
+
+    /// Attaches what is not attached; returns the number of programs that were.
+    ///
+    /// # Errors
+    /// The kernel refuses: somebody has the hierarchy for himself, or it is no cgroup2.
+    pub(super) fn attach(&mut self, ebpf: &mut Ebpf) -> Result<usize> {
+        let mut writes = 0;
+        for hook in HOOKS {
+            if self.attached.contains(hook) {
+                continue;
+            }
+            let action = || format!("attach {hook} to the cgroup hierarchy");
+            // A link of ours shares the place with those of others; `Single` means no flag.
+            let (cgroup, mode) = (self.cgroup.as_fd(), CgroupAttachMode::Single);
+            let link: FdLink = match program(ebpf, hook)? {
+                Program::CgroupSockAddr(program) => {
+                    let id = program.attach(cgroup, mode).with_context(action)?;
+                    program.take_link(id)?.try_into().with_context(action)?
+                }
+                Program::CgroupSock(program) => {
+                    let id = program.attach(cgroup, mode).with_context(action)?;
+                    program.take_link(id)?.try_into().with_context(action)?
+                }
+                _ => return Err(ProgramError::UnexpectedProgramType).with_context(action),
+            };
+            let path = self.pins.socket_link(hook);
+            remove_pin(&path)?;
+            link.pin(&path).with_context(|| format!("pin the link {}", path.display()))?;
+            self.attached.insert(hook);
+            writes += 1;
+        }
+        Ok(writes)
+    }
+
+    /// Detaches all of them; returns the number of programs that were attached.
+    ///
+    /// # Errors
+    /// A pin can't be removed.
+    pub(super) fn detach(&mut self) -> Result<usize> {
+        remove_pins(&self.pins)?;
+        Ok(std::mem::take(&mut self.attached).len())
+    }
+
+    /// Looks which hooks the kernel runs our programs at, and names those it does not. The next
+    /// [`SocketHooks::attach`] starts from what was found.
+    pub(super) fn missing(&mut self, ebpf: &mut Ebpf) -> Vec<Drift> {
+        let id = self.id;
+        let mut is_attached = |hook: &str| -> Option<bool> {
+            let program = program(ebpf, hook).ok()?.info().ok()?.id();
+            let link = CgroupLink::open(&self.pins.socket_link(hook)).ok()?;
+            Some(link.attachment().ok()? == Attachment { program, cgroup: id })
+        };
+        self.attached =
+            HOOKS.into_iter().filter(|hook| is_attached(hook).unwrap_or(false)).collect();
+        HOOKS
+            .into_iter()
+            .filter(|hook| !self.attached.contains(hook))
+            .map(|hook| Drift { what: format!("socket hook {hook} is missing") })
+            .collect()
+    }
+}
+
+/// Says once what does not work, and why.
+pub(super) fn warn_unavailable(error: &anyhow::Error) {
+    warn!("programs of this host don't reach published ports: {error:#}");
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, hook: &str) -> Result<&'a mut Program> {
+    ebpf.program_mut(hook).with_context(|| format!("find program {hook} in the eBPF object"))
+}
+
+fn descriptor<'a>(ebpf: &'a mut Ebpf, hook: &str) -> Result<&'a ProgramFd> {
+    program(ebpf, hook)?.fd().with_context(|| format!("program {hook} is loaded"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_whole_hierarchy_is_found_wherever_it_is_mounted() {
+        let line = |root: &str, point: &str, kind: &str| {
+            format!("38 31 0:37 {root} {point} rw,relatime shared:9 - {kind} none rw\n")
+        };
+        let old = line("/", "/sys/fs/cgroup/cpu", "cgroup");
+        let part = line("/system.slice", "/run/part", "cgroup2");
+        let whole = line("/", "/sys/fs/cgroup/unified", "cgroup2");
+        assert_eq!(find_cgroup2(&[old.as_str(), &part].concat()), None);
+        let table = [old, part, whole].concat();
+        assert_eq!(find_cgroup2(&table), Some("/sys/fs/cgroup/unified"));
+    }
+}

@@ -1,0 +1,166 @@
+//! Ending connected sockets of the host, by `sock_diag` (Linux 4.5, `CONFIG_INET_DIAG_DESTROY`).
+//!
+//! Owns the socket and the messages. Which sockets have to end is the caller's to say.
+
+use std::{io, net::IpAddr};
+
+use anyhow::{Context, Result};
+use netlink_packet_sock_diag::{
+    SOCK_DESTROY, SockDiagMessage,
+    constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP},
+    inet::{ExtensionFlags, InetRequest, SocketId, StateFlags},
+};
+use rtnetlink::{
+    packet_core::{
+        NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    },
+    sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG},
+};
+
+/// A socket of the host that is connected to somebody.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connected {
+    /// The kernel's name of it.
+    pub cookie: u64,
+    /// Whom it is connected to; an IPv4-mapped address is an IPv4 one.
+    pub peer: IpAddr,
+}
+
+/// Ends the connected TCP and UDP sockets of the calling thread's namespace that `is_doomed` says:
+/// whoever has one gets ECONNABORTED. Blocks for as long as the kernel takes to list its sockets.
+/// Returns how many.
+///
+/// # Errors
+/// The kernel does not list sockets, or does not end them.
+pub fn destroy(is_doomed: impl Fn(&Connected) -> bool) -> Result<usize> {
+    let mut diagnosis = Diagnosis::open().context("open a socket diagnosis netlink socket")?;
+    let mut destroyed = 0;
+    for family in [AF_INET, AF_INET6] {
+        for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
+            let sockets = diagnosis.connected(family, protocol).context("list sockets")?;
+            for id in sockets {
+                let cookie = u64::from_ne_bytes(id.cookie);
+                let peer = id.destination_address.to_canonical();
+                if is_doomed(&Connected { cookie, peer }) {
+                    let ended = diagnosis.destroy(family, protocol, id);
+                    destroyed += usize::from(ended.context(
+                        "end a socket of the host: the kernel needs CONFIG_INET_DIAG_DESTROY",
+                    )?);
+                }
+            }
+        }
+    }
+    Ok(destroyed)
+}
+
+struct Diagnosis(Socket);
+
+impl Diagnosis {
+    fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        Ok(Self(socket))
+    }
+
+    /// Ids of all connected sockets of a family and a protocol.
+    fn connected(&mut self, family: u8, protocol: u8) -> io::Result<Vec<SocketId>> {
+        let any = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
+        // Neither listening nor unconnected nor a mere memory of one.
+        let states = StateFlags::all()
+            .difference(StateFlags::LISTEN | StateFlags::CLOSE | StateFlags::TIME_WAIT);
+        let request = InetRequest {
+            family,
+            protocol,
+            extensions: ExtensionFlags::empty(),
+            states,
+            socket_id: any,
+        };
+        self.send(NLM_F_DUMP, None, request)?;
+        let mut ids = Vec::new();
+        self.answers(|socket| ids.push(socket))?;
+        Ok(ids)
+    }
+
+    /// `false` where the socket has ended by itself.
+    fn destroy(&mut self, family: u8, protocol: u8, socket_id: SocketId) -> io::Result<bool> {
+        let (extensions, states) = (ExtensionFlags::empty(), StateFlags::all());
+        let request = InetRequest { family, protocol, extensions, states, socket_id };
+        self.send(NLM_F_ACK, Some(SOCK_DESTROY), request)?;
+        match self.answers(drop) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Sends a request as what it is, or as another one with the same contents.
+    fn send(&mut self, flags: u16, kind: Option<u16>, request: InetRequest) -> io::Result<()> {
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | flags;
+        let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+        message.finalize();
+        if let Some(kind) = kind {
+            message.header.message_type = kind;
+        }
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        self.0.send(&bytes, 0).map(drop)
+    }
+
+    /// Reads answers to their end.
+    fn answers(&mut self, mut each: impl FnMut(SocketId)) -> io::Result<()> {
+        loop {
+            let (bytes, _) = self.0.recv_from_full()?;
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
+                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+                // Messages begin at multiples of four (linux/netlink.h, NLMSG_ALIGN).
+                let length = (message.header.length as usize).next_multiple_of(4);
+                rest = rest.get(length..).unwrap_or_default();
+                match message.payload {
+                    NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(socket)) => {
+                        each(socket.header.socket_id);
+                    }
+                    NetlinkPayload::Done(_) => return Ok(()),
+                    NetlinkPayload::Error(error) if error.code.is_none() => return Ok(()),
+                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::Read,
+        net::{TcpListener, TcpStream, UdpSocket},
+    };
+
+    use super::*;
+
+    #[test]
+    fn nothing_ends_that_nobody_named() {
+        let server = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
+        let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+        client.connect(peer.local_addr().unwrap()).unwrap();
+        let mut seen = std::cell::Cell::new(0);
+        assert_eq!(
+            destroy(|socket| {
+                seen.set(seen.get() + usize::from(socket.peer.is_loopback()));
+                false
+            })
+            .unwrap(),
+            0
+        );
+        assert!(*seen.get_mut() >= 3, "both ends of a connection and a connected UDP socket");
+        let mut accepted = server.accept().unwrap().0;
+        accepted.set_nonblocking(true).unwrap();
+        assert_eq!(accepted.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+}
