@@ -38,6 +38,7 @@ pub struct Agent {
     namespace: Namespace,
     directory: PathBuf,
     uplinks: Vec<String>,
+    flows: Option<u32>,
     fate: Fate,
     child: Mutex<Option<Child>>,
 }
@@ -58,9 +59,17 @@ impl Agent {
             namespace: namespace.clone(),
             directory: directory.to_owned(),
             uplinks,
+            flows: None,
             fate,
             child: Mutex::new(None),
         })
+    }
+
+    /// Gives the flow table room for `flows` flows instead of the default.
+    #[must_use]
+    pub fn with_flows(mut self, flows: u32) -> Self {
+        self.flows = Some(flows);
+        self
     }
 
     /// The program under test.
@@ -106,6 +115,9 @@ impl Agent {
         }
         if let Some(cgroup) = cgroup2_mount()? {
             command.args(["--cgroup", &cgroup]);
+        }
+        if let Some(flows) = self.flows {
+            command.args(["--flows", &flows.to_string()]);
         }
         for uplink in &self.uplinks {
             command.args(["--uplink", uplink]);

@@ -15,6 +15,7 @@ use libtest_mimic::{Arguments, Completion, Trial};
 use serde::Serialize;
 
 use crate::lab::{Lab, LabBuilder, Offload};
+use crate::net::{Family, Net};
 use crate::probe::locked;
 use crate::runtime::isolate;
 
@@ -39,8 +40,8 @@ pub struct Row {
     pub id: &'static str,
     /// `ebpf` or `iptables`.
     pub backend: &'static str,
-    /// `ipv4` or `ipv6`.
-    pub family: &'static str,
+    /// The family that the row is about.
+    pub family: Family,
     /// Whether the lab's links have offloads.
     pub offload: Offload,
     /// The test itself.
@@ -48,6 +49,12 @@ pub struct Row {
 }
 
 impl Row {
+    /// The lab's addresses in the row's family.
+    #[must_use]
+    pub fn net(&self) -> &'static Net {
+        self.family.net()
+    }
+
     /// Runs `test` in a lab of its own, then checks that the host has no netfilter rule.
     ///
     /// # Errors
@@ -57,7 +64,7 @@ impl Row {
         prepare: impl FnOnce(LabBuilder) -> LabBuilder,
         test: impl FnOnce(&Lab) -> Result<()>,
     ) -> Result<Outcome> {
-        let lab = prepare(Lab::builder().offload(self.offload)).build()?;
+        let lab = prepare(Lab::builder().family(self.family).offload(self.offload)).build()?;
         lab.explain(test(&lab).and_then(|()| lab.expect_no_netfilter()))?;
         Ok(Outcome::Pass)
     }
@@ -75,7 +82,7 @@ impl Row {
             Offload::On => "",
             Offload::Off => "/offload-off",
         };
-        format!("{}/{}/{}{variant}", self.id, self.backend, self.family)
+        format!("{}/{}/{}{variant}", self.id, self.backend, self.family.name())
     }
 }
 
@@ -175,10 +182,11 @@ impl Record {
             Ok(Outcome::Skip(reason)) => (Verdict::Skip, format!("{}: {reason}", row.trial_name())),
             Err(error) => (Verdict::Fail, format!("{}: {}", row.trial_name(), brief(error))),
         };
-        let entry = Entry { id: row.id, backend: row.backend, family: row.family, result, reason };
+        let family = row.family.name();
+        let entry = Entry { id: row.id, backend: row.backend, family, result, reason };
         let mut entries = locked(&self.entries);
         entries
-            .entry((row.id, row.backend, row.family))
+            .entry((row.id, row.backend, family))
             .and_modify(|known| {
                 if entry.result > known.result {
                     *known = entry.clone();

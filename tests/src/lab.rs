@@ -2,15 +2,19 @@
 //!
 //! ```text
 //!   F 10.1.0.3 ──── up1 10.1.0.2 ┐
+//!     fd00:1::3         fd00:1::2
 //!                                H ── bridges ── containers
 //!   E 10.0.0.3 ──── up0 10.0.0.2 ┘
+//!     fd00::3           fd00::2
 //!     192.0.2.1-5       10.0.0.22
+//!     2001:db8::1-5     fd00::22
 //! ```
 //!
 //! E and F have routes to the networks' subnets, so that direct access really arrives at H.
 //! Knows netdp's command line, not its inside.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -25,7 +29,8 @@ use crate::agent::Agent;
 use crate::diagnose;
 use crate::harness::Report;
 use crate::namespace::{Fate, Namespace};
-use crate::probe::locked;
+use crate::net::{Family, IPV4, IPV6, Net, ipv4_beside};
+use crate::probe::{Address, locked};
 use crate::runtime::ensure_root;
 
 /// Subnet of the first network of the standard lab.
@@ -67,14 +72,23 @@ enum AgentState {
 /// A lab to be built.
 #[derive(Clone, Debug)]
 pub struct LabBuilder {
+    family: Family,
     second: SecondInterface,
     offload: Offload,
     agent: AgentState,
+    flows: Option<u32>,
     name: Option<String>,
     kept_in: Option<PathBuf>,
 }
 
 impl LabBuilder {
+    /// Chooses what networks are made of: with IPv6 they have both families.
+    #[must_use]
+    pub fn family(mut self, family: Family) -> Self {
+        self.family = family;
+        self
+    }
+
     /// Adds `up1` and F.
     #[must_use]
     pub fn second(mut self, second: SecondInterface) -> Self {
@@ -86,6 +100,13 @@ impl LabBuilder {
     #[must_use]
     pub fn offload(mut self, offload: Offload) -> Self {
         self.offload = offload;
+        self
+    }
+
+    /// Gives the flow table room for `flows` flows: few, so that a test can fill it.
+    #[must_use]
+    pub fn flows(mut self, flows: u32) -> Self {
+        self.flows = Some(flows);
         self
     }
 
@@ -142,6 +163,7 @@ impl LabBuilder {
             outside: Namespace::existing(&format!("{name}-outside")),
             second: None,
             namespaces: Mutex::default(),
+            family: self.family,
             offload: self.offload,
             name,
             directory,
@@ -165,7 +187,11 @@ impl LabBuilder {
         mount(Some("bpffs"), &lab.bpffs(), Some("bpf"), MsFlags::empty(), None::<&str>)
             .context("mount a bpffs")?;
         if self.agent != AgentState::Missing {
-            lab.agent = Some(Agent::new(&lab.host, &lab.directory, uplinks, fate)?);
+            let agent = Agent::new(&lab.host, &lab.directory, uplinks, fate)?;
+            lab.agent = Some(match self.flows {
+                Some(flows) => agent.with_flows(flows),
+                None => agent,
+            });
         }
         if self.agent == AgentState::Running {
             lab.agent()?.start()?;
@@ -184,6 +210,7 @@ pub struct Lab {
     outside: Namespace,
     second: Option<Namespace>,
     namespaces: Mutex<Vec<Namespace>>,
+    family: Family,
     offload: Offload,
     directory: PathBuf,
     temporary: Option<TempDir>,
@@ -194,12 +221,20 @@ impl Lab {
     #[must_use]
     pub fn builder() -> LabBuilder {
         LabBuilder {
+            family: Family::Ipv4,
             second: SecondInterface::Absent,
             offload: Offload::On,
             agent: AgentState::Running,
+            flows: None,
             name: None,
             kept_in: None,
         }
+    }
+
+    /// The lab's addresses in the family that it was built for.
+    #[must_use]
+    pub fn net(&self) -> &'static Net {
+        self.family.net()
     }
 
     /// H, with `up0` 10.0.0.2 and 10.0.0.22.
@@ -289,12 +324,17 @@ impl Lab {
         self.agent()?.netdp_fails(arguments)
     }
 
-    /// Creates a network.
+    /// Creates a network. In an IPv6 lab an IPv6 subnet gets its IPv4 neighbour beside it.
     ///
     /// # Errors
     /// When netdp refuses.
     pub fn create_network(&self, name: &str, subnet: &str, options: &[&str]) -> Result<()> {
-        self.netdp(&[&["network", "create", name, "--subnet", subnet], options].concat())?;
+        let beside = ipv4_beside(subnet);
+        let mut arguments = vec!["network", "create", name];
+        for subnet in beside.iter().map(String::as_str).chain([subnet]) {
+            arguments.extend(["--subnet", subnet]);
+        }
+        self.netdp(&[&arguments[..], options].concat())?;
         self.apply_offload()
     }
 
@@ -306,7 +346,7 @@ impl Lab {
         &self,
         network: &str,
         role: &str,
-        address: &str,
+        address: impl Address,
         published: &[&str],
     ) -> Result<Namespace> {
         let container = self.container(role)?;
@@ -314,7 +354,8 @@ impl Lab {
         Ok(container)
     }
 
-    /// Connects a container to a network and returns netdp's description of the endpoint.
+    /// Connects a container to a network and returns netdp's description of the endpoint. An IPv6
+    /// address gets its IPv4 neighbour beside it.
     ///
     /// # Errors
     /// When netdp refuses.
@@ -323,11 +364,15 @@ impl Lab {
         network: &str,
         container: &Namespace,
         name: &str,
-        address: &str,
+        address: impl Address,
         published: &[&str],
     ) -> Result<Value> {
-        let mut arguments =
-            vec!["connect", network, container.name(), "--name", name, "--ip", address];
+        let address = address.address().to_string();
+        let beside = ipv4_beside(&address);
+        let mut arguments = vec!["connect", network, container.name(), "--name", name];
+        for address in beside.iter().map(String::as_str).chain([address.as_str()]) {
+            arguments.extend(["--ip", address]);
+        }
         for port in published {
             arguments.extend(["-p", port]);
         }
@@ -407,42 +452,52 @@ impl Lab {
     }
 
     fn wire_outside(&self) -> Result<()> {
+        // As IPv4 addresses do, or a link that goes down would lose its IPv6 ones.
+        self.host.set_sysctl("net.ipv6.conf.default.keep_addr_on_down", "1")?;
         let outside = self.outside.name();
         self.host.ip(&format!(
-            "link add up0 type veth peer name out0 netns {outside}\n\
-             link set up0 up\n\
-             address add 10.0.0.2/24 dev up0\n\
-             address add 10.0.0.22/24 dev up0\n"
+            "link add up0 type veth peer name out0 netns {outside}\nlink set up0 up\n"
         ))?;
-        self.outside.ip(&format!(
-            "link set out0 up\n\
-             address add 10.0.0.3/24 dev out0\n\
-             route add {SUBNET_A} via 10.0.0.2\n\
-             route add {SUBNET_B} via 10.0.0.2\n"
-        ))?;
-        for last in 1..=5 {
-            self.outside.ip(&format!("address add 192.0.2.{last}/32 dev out0\n"))?;
+        self.outside.ip("link set out0 up\n")?;
+        // The kernel prefers the first IPv4 address and the last IPv6 address of a link.
+        for address in [IPV4.host, IPV4.host_second, IPV6.host_second, IPV6.host] {
+            self.host.ip(&add_address("up0", address))?;
         }
-        self.host.ip("route add 192.0.2.0/24 via 10.0.0.3\n")?;
+        for net in [&IPV4, &IPV6] {
+            self.outside.ip(&add_address("out0", net.outside))?;
+            for guest in net.guests {
+                self.outside.ip(&format!("address add {guest} dev out0\n"))?;
+            }
+            self.host.ip(&format!("route add {} via {}\n", net.guests_prefix, net.outside))?;
+            for subnet in [net.subnet_a, net.subnet_b] {
+                self.outside.ip(&format!("route add {subnet} via {}\n", net.host))?;
+            }
+        }
         self.apply_offload()
     }
 
     fn wire_second(&self) -> Result<()> {
         let second = self.second()?;
         self.host.ip(&format!(
-            "link add up1 type veth peer name out1 netns {}\n\
-             link set up1 up\n\
-             address add 10.1.0.2/24 dev up1\n",
+            "link add up1 type veth peer name out1 netns {}\nlink set up1 up\n",
             second.name()
         ))?;
-        second.ip(&format!(
-            "link set out1 up\n\
-             address add 10.1.0.3/24 dev out1\n\
-             route add {SUBNET_A} via 10.1.0.2\n\
-             route add {SUBNET_B} via 10.1.0.2\n"
-        ))?;
+        second.ip("link set out1 up\n")?;
+        for net in [&IPV4, &IPV6] {
+            self.host.ip(&add_address("up1", net.host_up1))?;
+            second.ip(&add_address("out1", net.second))?;
+            for subnet in [net.subnet_a, net.subnet_b] {
+                second.ip(&format!("route add {subnet} via {}\n", net.host_up1))?;
+            }
+        }
         self.apply_offload()
     }
+}
+
+/// The line by which `ip` adds an address of the plan to a link.
+fn add_address(link: &str, address: IpAddr) -> String {
+    let net = if address.is_ipv4() { &IPV4 } else { &IPV6 };
+    format!("address add {} dev {link}\n", net.with_prefix(address))
 }
 
 impl Drop for Lab {

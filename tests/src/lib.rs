@@ -22,10 +22,12 @@
 #![expect(clippy::panic, reason = "a malformed address in a test is a mistake of the test")]
 
 pub mod agent;
+pub mod bpf;
 pub mod diagnose;
 pub mod harness;
 pub mod lab;
 pub mod namespace;
+pub mod net;
 pub mod packet;
 pub mod probe;
 pub mod runtime;

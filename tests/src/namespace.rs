@@ -14,6 +14,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use serde_json::Value;
 
+use crate::net::Family;
 use crate::runtime::NETNS_DIRECTORY;
 use crate::sys;
 pub use crate::sys::Fate;
@@ -31,7 +32,8 @@ const OFFLOAD_COMMANDS: [u32; 6] = [0x15, 0x17, 0x19, 0x1f, 0x24, 0x2c];
 impl Namespace {
     /// Creates a namespace with nothing but `lo`, up.
     ///
-    /// IPv6 is off, so that no router solicitation or neighbour discovery disturbs counts.
+    /// IPv6 addresses are usable at once, and nothing asks for a router: neither would a test's
+    /// counts survive, nor its patience.
     ///
     /// # Errors
     /// When the name is taken or the kernel refuses.
@@ -43,7 +45,9 @@ impl Namespace {
         thread::scope(|scope| join(scope.spawn(|| namespace.bind_new())))
             .with_context(|| format!("create namespace {name}"))?;
         for setting in ["all", "default"] {
-            namespace.set_sysctl(&format!("net.ipv6.conf.{setting}.disable_ipv6"), "1")?;
+            for (name, value) in [("accept_dad", "0"), ("accept_ra", "0")] {
+                namespace.set_sysctl(&format!("net.ipv6.conf.{setting}.{name}"), value)?;
+            }
         }
         namespace.ip("link set lo up")?;
         Ok(namespace)
@@ -219,6 +223,24 @@ impl Namespace {
         let text =
             self.run(|| fs::read_to_string(&path).with_context(|| format!("read {path}")))?;
         Ok(text.trim().to_owned())
+    }
+
+    /// Lets packets of a family that come in by a link be routed further.
+    ///
+    /// # Errors
+    /// When there is no such link.
+    pub fn forward_from(&self, link: &str, family: Family) -> Result<()> {
+        let setting = match family {
+            Family::Ipv4 => format!("net.ipv4.conf.{link}.forwarding"),
+            // Since Linux 6.17; before, the host routes between all of its links or none.
+            Family::Ipv6 => format!("net.ipv6.conf.{link}.force_forwarding"),
+        };
+        let path = sysctl_path(&setting);
+        if self.run(|| Ok(Path::new(&path).exists()))? {
+            self.set_sysctl(&setting, "1")
+        } else {
+            self.set_sysctl("net.ipv6.conf.all.forwarding", "1")
+        }
     }
 
     /// Switches segmentation and checksum offload off on every link that has it.

@@ -1,16 +1,22 @@
 //! Frames built field by field, and an oracle that recomputes every checksum from nothing.
 //!
-//! IPv4 in Ethernet. The builders let etherparse compute checksums; [`verify_checksums`] does not
+//! IP in Ethernet. The builders let etherparse compute checksums; [`verify_checksums`] does not
 //! use it for them, so one can't hide a mistake of the other.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use etherparse::{
-    ArpHardwareId, ArpOperation, ArpPacket, EtherType, Icmpv4Type, IpFragOffset, IpNumber,
-    Ipv4Header, PacketBuilder, PacketBuilderStep, SlicedPacket, TransportSlice,
-    icmpv4::DestUnreachableHeader, ip_number,
+    ArpHardwareId, ArpOperation, ArpPacket, EtherType, Icmpv4Type, Icmpv6Type, IpFragOffset,
+    IpHeaders, IpNumber, Ipv4Header, Ipv6Header, NetSlice, PacketBuilder, PacketBuilderStep,
+    SlicedPacket, TransportSlice, icmpv4, icmpv6, ip_number,
 };
+
+mod checksum;
+mod neighbour;
+
+pub use checksum::verify_checksums;
+pub use neighbour::{Station, advertise_neighbour, advertise_router, redirect, solicit_neighbour};
 
 /// Ethernet header length in bytes.
 pub const ETHERNET_BYTES: usize = 14;
@@ -25,20 +31,32 @@ pub struct Envelope {
     /// Hardware address it goes to.
     pub destination_mac: [u8; 6],
     /// Address it comes from.
-    pub source: Ipv4Addr,
-    /// Address it goes to.
-    pub destination: Ipv4Addr,
-    /// Time to live.
+    pub source: IpAddr,
+    /// Address it goes to, of the same family.
+    pub destination: IpAddr,
+    /// Time to live, or hop limit.
     pub ttl: u8,
 }
 
 impl Envelope {
-    fn open(&self) -> PacketBuilderStep<etherparse::IpHeaders> {
-        PacketBuilder::ethernet2(self.source_mac, self.destination_mac).ipv4(
-            self.source.octets(),
-            self.destination.octets(),
-            self.ttl,
-        )
+    fn open(&self) -> PacketBuilderStep<IpHeaders> {
+        let ethernet = PacketBuilder::ethernet2(self.source_mac, self.destination_mac);
+        match (self.source, self.destination) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                ethernet.ipv4(source.octets(), destination.octets(), self.ttl)
+            }
+            (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                ethernet.ipv6(source.octets(), destination.octets(), self.ttl)
+            }
+            (source, destination) => panic!("frame from {source} to {destination} in a test"),
+        }
+    }
+
+    /// The frame around an IP packet, with the EtherType of the packet's family.
+    #[must_use]
+    pub fn wrap(&self, packet: &[u8]) -> Vec<u8> {
+        let kind = if self.source.is_ipv4() { EtherType::IPV4 } else { EtherType::IPV6 };
+        [&self.destination_mac[..], &self.source_mac, &kind.0.to_be_bytes(), packet].concat()
     }
 
     /// A UDP datagram.
@@ -77,21 +95,69 @@ impl Envelope {
     /// An ICMP echo request.
     #[must_use]
     pub fn echo_request(&self, identifier: u16, sequence: u16, payload: &[u8]) -> Vec<u8> {
-        let builder = self.open().icmpv4_echo_request(identifier, sequence);
-        let mut frame = Vec::with_capacity(builder.size(payload.len()));
-        builder.write(&mut frame, payload).expect("a vector takes every frame below 64 KiB");
+        let mut frame = Vec::new();
+        let written = if self.source.is_ipv4() {
+            self.open().icmpv4_echo_request(identifier, sequence).write(&mut frame, payload)
+        } else {
+            self.open().icmpv6_echo_request(identifier, sequence).write(&mut frame, payload)
+        };
+        written.expect("a vector takes every frame below 64 KiB");
         frame
     }
 
-    /// ICMP's "fragmentation needed" with the next hop's MTU, quoting the start of a packet.
+    /// "Fragmentation needed" or "packet too big" with the next hop's MTU, quoting the start of a
+    /// packet.
     #[must_use]
-    pub fn fragmentation_needed(&self, next_hop_mtu: u16, packet: &[u8]) -> Vec<u8> {
-        let header = DestUnreachableHeader::FragmentationNeeded { next_hop_mtu };
+    pub fn too_big(&self, next_hop_mtu: u16, packet: &[u8]) -> Vec<u8> {
+        if self.source.is_ipv4() {
+            let header = icmpv4::DestUnreachableHeader::FragmentationNeeded { next_hop_mtu };
+            self.error(Icmpv4Type::DestinationUnreachable(header), packet)
+        } else {
+            self.errorv6(Icmpv6Type::PacketTooBig { mtu: next_hop_mtu.into() }, packet)
+        }
+    }
+
+    /// "Port unreachable", quoting the start of a packet.
+    #[must_use]
+    pub fn port_unreachable(&self, packet: &[u8]) -> Vec<u8> {
+        if self.source.is_ipv4() {
+            let header = icmpv4::DestUnreachableHeader::Port;
+            self.error(Icmpv4Type::DestinationUnreachable(header), packet)
+        } else {
+            self.errorv6(
+                Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port),
+                packet,
+            )
+        }
+    }
+
+    /// "Time exceeded in transit", quoting the start of a packet.
+    #[must_use]
+    pub fn time_exceeded(&self, packet: &[u8]) -> Vec<u8> {
+        if self.source.is_ipv4() {
+            let code = icmpv4::TimeExceededCode::TtlExceededInTransit;
+            self.error(Icmpv4Type::TimeExceeded(code), packet)
+        } else {
+            let code = icmpv6::TimeExceededCode::HopLimitExceeded;
+            self.errorv6(Icmpv6Type::TimeExceeded(code), packet)
+        }
+    }
+
+    fn error(&self, kind: Icmpv4Type, packet: &[u8]) -> Vec<u8> {
         // An IP header and 8 bytes, as RFC 792 asks.
         let quoted = &packet[..packet.len().min(28)];
-        let builder = self.open().icmpv4(Icmpv4Type::DestinationUnreachable(header));
-        let mut frame = Vec::with_capacity(builder.size(quoted.len()));
-        builder.write(&mut frame, quoted).expect("a vector takes every frame below 64 KiB");
+        let mut frame = Vec::new();
+        let written = self.open().icmpv4(kind).write(&mut frame, quoted);
+        written.expect("a vector takes every frame below 64 KiB");
+        frame
+    }
+
+    fn errorv6(&self, kind: Icmpv6Type, packet: &[u8]) -> Vec<u8> {
+        // As much as the minimum MTU leaves room for (RFC 4443 3.1).
+        let quoted = &packet[..packet.len().min(1232)];
+        let mut frame = Vec::new();
+        let written = self.open().icmpv6(kind).write(&mut frame, quoted);
+        written.expect("a vector takes every frame below 64 KiB");
         frame
     }
 
@@ -108,26 +174,38 @@ impl Envelope {
         payload: &[u8],
     ) -> Result<Vec<u8>> {
         let length = u16::try_from(payload.len()).context("build a fragment")?;
-        let mut header = Ipv4Header::new(
-            length,
-            self.ttl,
-            protocol,
-            self.source.octets(),
-            self.destination.octets(),
-        )
-        .context("build a fragment")?;
-        header.identification = identification;
-        header.dont_fragment = false;
-        header.more_fragments = more;
-        header.fragment_offset = IpFragOffset::try_new(offset / 8).context("build a fragment")?;
-        let mut frame = Vec::with_capacity(ETHERNET_BYTES + Ipv4Header::MIN_LEN + payload.len());
-        frame.extend_from_slice(&self.destination_mac);
-        frame.extend_from_slice(&self.source_mac);
-        frame.extend_from_slice(&EtherType::IPV4.0.to_be_bytes());
-        header.header_checksum = header.calc_header_checksum();
-        frame.extend_from_slice(&header.to_bytes());
-        frame.extend_from_slice(payload);
-        Ok(frame)
+        let header = match (self.source, self.destination) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                let (source, destination) = (source.octets(), destination.octets());
+                let mut header = Ipv4Header::new(length, self.ttl, protocol, source, destination)
+                    .context("build a fragment")?;
+                header.identification = identification;
+                header.dont_fragment = false;
+                header.more_fragments = more;
+                header.fragment_offset =
+                    IpFragOffset::try_new(offset / 8).context("build a fragment")?;
+                header.header_checksum = header.calc_header_checksum();
+                header.to_bytes().to_vec()
+            }
+            (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                // RFC 8200 4.5: the offset is in the upper 13 bits, "more" in the lowest.
+                let place = (offset & !0x7) | u16::from(more);
+                let [high, low] = place.to_be_bytes();
+                let [id_high, id_low] = identification.to_be_bytes();
+                let fragment = [protocol.0, 0, high, low, 0, 0, id_high, id_low];
+                let header = Ipv6Header {
+                    payload_length: length + 8,
+                    next_header: ip_number::IPV6_FRAGMENTATION_HEADER,
+                    hop_limit: self.ttl,
+                    source: source.octets(),
+                    destination: destination.octets(),
+                    ..Ipv6Header::default()
+                };
+                [&header.to_bytes()[..], &fragment].concat()
+            }
+            (source, destination) => panic!("frame from {source} to {destination} in a test"),
+        };
+        Ok(self.wrap(&[&header[..], payload].concat()))
     }
 }
 
@@ -157,185 +235,154 @@ pub fn arp(
     frame
 }
 
-/// What a filter of a capture asks of an IPv4 frame.
+/// What a filter of a capture asks of an IP frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Summary {
     /// Address it comes from.
-    pub source: Ipv4Addr,
+    pub source: IpAddr,
     /// Address it goes to.
-    pub destination: Ipv4Addr,
-    /// IP protocol.
+    pub destination: IpAddr,
+    /// IP protocol, behind extension headers.
     pub protocol: u8,
     /// Whether it is one of several fragments.
     pub is_fragment: bool,
-    /// Time to live.
+    /// Time to live, or hop limit.
     pub ttl: u8,
     /// Source and destination port, of TCP and UDP.
     pub ports: Option<(u16, u16)>,
+    /// Type and code, of either ICMP.
+    pub icmp: Option<(u8, u8)>,
 }
 
-/// Summarises an Ethernet frame; nothing for anything but IPv4.
+/// Summarises an Ethernet frame; nothing for anything but IP.
 #[must_use]
 pub fn summarise(frame: &[u8]) -> Option<Summary> {
-    let packet = SlicedPacket::from_ethernet(frame).ok()?;
-    let etherparse::NetSlice::Ipv4(ipv4) = packet.net? else { return None };
-    let header = ipv4.header();
+    summary(&SlicedPacket::from_ethernet(frame).ok()?)
+}
+
+/// Summarises an IP packet of a link without Ethernet header.
+#[must_use]
+pub fn summarise_packet(packet: &[u8]) -> Option<Summary> {
+    summary(&SlicedPacket::from_ip(packet).ok()?)
+}
+
+fn summary(packet: &SlicedPacket) -> Option<Summary> {
+    let (ends, protocol, is_fragment, ttl): ((IpAddr, IpAddr), _, _, _) =
+        match packet.net.as_ref()? {
+            NetSlice::Ipv4(ip) => {
+                let header = ip.header();
+                let ends = (header.source_addr().into(), header.destination_addr().into());
+                (ends, header.protocol(), header.is_fragmenting_payload(), header.ttl())
+            }
+            NetSlice::Ipv6(ip) => {
+                let header = ip.header();
+                let ends = (header.source_addr().into(), header.destination_addr().into());
+                let is_fragment = header.next_header() == ip_number::IPV6_FRAGMENTATION_HEADER
+                    && is_fragment_header(ip.extensions().slice());
+                (ends, ip.payload().ip_number, is_fragment, header.hop_limit())
+            }
+            NetSlice::Arp(_) => return None,
+        };
+    let (ports, icmp) = match packet.transport.as_ref().filter(|_| !is_fragment) {
+        Some(TransportSlice::Tcp(tcp)) => (Some((tcp.source_port(), tcp.destination_port())), None),
+        Some(TransportSlice::Udp(udp)) => (Some((udp.source_port(), udp.destination_port())), None),
+        Some(TransportSlice::Icmpv4(icmp)) => (None, Some((icmp.type_u8(), icmp.code_u8()))),
+        Some(TransportSlice::Icmpv6(icmp)) => (None, Some((icmp.type_u8(), icmp.code_u8()))),
+        None => (None, None),
+    };
     Some(Summary {
-        source: header.source_addr(),
-        destination: header.destination_addr(),
-        protocol: header.protocol().0,
-        is_fragment: header.is_fragmenting_payload(),
-        ttl: header.ttl(),
-        ports: match packet.transport {
-            Some(TransportSlice::Tcp(tcp)) => Some((tcp.source_port(), tcp.destination_port())),
-            Some(TransportSlice::Udp(udp)) => Some((udp.source_port(), udp.destination_port())),
-            _ => None,
-        },
+        source: ends.0,
+        destination: ends.1,
+        protocol: protocol.0,
+        is_fragment,
+        ttl,
+        ports,
+        icmp,
     })
 }
 
-/// Recomputes the IPv4 header checksum and that of TCP, UDP or ICMP in an Ethernet frame.
-///
-/// A packet quoted in an ICMP error must have a right IPv4 header checksum too; its transport is
-/// cut off and can't be checked. The transport of a lone fragment can't either. A UDP checksum of
-/// zero means "none" (RFC 768).
-///
-/// # Errors
-/// When the frame is not IPv4 over Ethernet, lengths contradict each other, or a sum is wrong.
-pub fn verify_checksums(frame: &[u8]) -> Result<()> {
-    let kind =
-        frame.get(12..ETHERNET_BYTES).context("read the Ethernet header: frame too short")?;
-    ensure!(
-        kind == EtherType::IPV4.0.to_be_bytes(),
-        "verify checksums: EtherType {kind:02x?} is not IPv4"
-    );
-    verify_ipv4(&frame[ETHERNET_BYTES..])
-}
-
-fn verify_ipv4(packet: &[u8]) -> Result<()> {
-    let body = verify_ipv4_header(packet)?;
-    let total = usize::from(be16(packet, 2)?);
-    let body = packet.get(body..total).context("read the IPv4 packet: shorter than it says")?;
-    let is_fragment = be16(packet, 6)? & 0x3fff != 0;
-    if is_fragment {
-        return Ok(());
-    }
-    let protocol = packet[9];
-    match IpNumber(protocol) {
-        ip_number::TCP => verify_transport(packet, protocol, body).context("verify TCP"),
-        ip_number::UDP => {
-            let length = usize::from(be16(body, 4)?);
-            ensure!(length == body.len(), "verify UDP: length {length}, {} bytes", body.len());
-            if be16(body, 6)? == 0 {
-                return Ok(());
-            }
-            verify_transport(packet, protocol, body).context("verify UDP")
-        }
-        ip_number::ICMP => verify_icmp(body).context("verify ICMP"),
-        _ => bail!("verify checksums: IP protocol {protocol} is unknown"),
-    }
-}
-
-/// Checks the header and returns its length in bytes.
-fn verify_ipv4_header(packet: &[u8]) -> Result<usize> {
-    let first = *packet.first().context("read the IPv4 header: empty")?;
-    ensure!(first >> 4 == 4, "read the IPv4 header: version {}", first >> 4);
-    let length = usize::from(first & 0x0f) * 4;
-    ensure!(length >= Ipv4Header::MIN_LEN, "read the IPv4 header: length {length}");
-    let header = packet.get(..length).context("read the IPv4 header: cut off")?;
-    expect_all_ones("IPv4 header", sum(header, 0))?;
-    Ok(length)
-}
-
-fn verify_transport(packet: &[u8], protocol: u8, segment: &[u8]) -> Result<()> {
-    let length = u16::try_from(segment.len()).context("sum a segment")?;
-    // RFC 9293 3.1: source, destination, zero, protocol, length.
-    let pseudo_header = [&packet[12..20], &[0, protocol][..], &length.to_be_bytes()[..]].concat();
-    expect_all_ones("transport", sum(segment, sum(&pseudo_header, 0)))
-}
-
-fn verify_icmp(message: &[u8]) -> Result<()> {
-    expect_all_ones("ICMP", sum(message, 0))?;
-    // RFC 1122 3.2.2: destination unreachable, source quench, redirect, time exceeded,
-    // parameter problem quote the packet they are about.
-    if matches!(message.first(), Some(3 | 4 | 5 | 11 | 12)) {
-        verify_ipv4_header(message.get(8..).context("read the quoted packet: cut off")?)
-            .context("verify the quoted packet")?;
-    }
-    Ok(())
-}
-
-fn expect_all_ones(what: &str, sum: u16) -> Result<()> {
-    ensure!(sum == u16::MAX, "verify the {what} checksum: off by {:#06x}", !sum);
-    Ok(())
-}
-
-/// Sum of 16-bit big-endian words in one's complement, on top of `start` (RFC 1071).
-fn sum(bytes: &[u8], start: u16) -> u16 {
-    let mut total = u64::from(start);
-    for word in bytes.chunks(2) {
-        total += u64::from(u16::from_be_bytes([word[0], word.get(1).copied().unwrap_or(0)]));
-    }
-    while total > u64::from(u16::MAX) {
-        total = (total & 0xffff) + (total >> 16);
-    }
-    total as u16
-}
-
-fn be16(bytes: &[u8], offset: usize) -> Result<u16> {
-    let pair = bytes.get(offset..offset + 2).context("read a field: packet cut off")?;
-    Ok(u16::from_be_bytes([pair[0], pair[1]]))
+/// Whether a fragment header has an offset or says that more comes (etherparse 0.19 reads "more"
+/// from another bit than RFC 8200 4.5 gives it).
+fn is_fragment_header(header: &[u8]) -> bool {
+    header.get(2..4).is_some_and(|field| field[0] != 0 || field[1] & !0x6 != 0)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const ENVELOPE: Envelope = Envelope {
-        source_mac: [2, 0, 0, 0, 0, 1],
-        destination_mac: [2, 0, 0, 0, 0, 2],
-        source: Ipv4Addr::new(10, 0, 0, 3),
-        destination: Ipv4Addr::new(10, 0, 0, 2),
-        ttl: 64,
-    };
+    use crate::net::{IPV4, IPV6, Net};
+
+    /// From E to H.
+    fn envelope(net: &Net) -> Envelope {
+        Envelope {
+            source_mac: [2, 0, 0, 0, 0, 1],
+            destination_mac: [2, 0, 0, 0, 0, 2],
+            source: net.outside,
+            destination: net.host,
+            ttl: 64,
+        }
+    }
+
+    fn frames(net: &Net) -> Vec<Vec<u8>> {
+        let envelope = envelope(net);
+        let quoted = envelope.udp(4000, 80, b"quoted")[ETHERNET_BYTES..].to_vec();
+        vec![
+            envelope.udp(4000, 80, b"odd"),
+            envelope.tcp_syn(4000, 80, 1),
+            envelope.tcp_data((4000, 80), 1, 1, b"data"),
+            envelope.echo_request(7, 1, b"echo"),
+            envelope.too_big(1280, &quoted),
+            envelope.port_unreachable(&quoted),
+            envelope.time_exceeded(&quoted),
+            envelope.fragment(ip_number::UDP, 9, 8, false, b"rest").unwrap(),
+        ]
+    }
 
     #[test]
     fn built_frames_have_right_checksums() {
-        for frame in [
-            ENVELOPE.udp(4000, 80, b"odd"),
-            ENVELOPE.tcp_syn(4000, 80, 1),
-            ENVELOPE.tcp_data((4000, 80), 1, 1, b"data"),
-            ENVELOPE.echo_request(7, 1, b"echo"),
-            ENVELOPE.fragment(ip_number::UDP, 9, 8, false, b"rest").unwrap(),
-        ] {
+        for frame in [frames(&IPV4), frames(&IPV6)].concat() {
             verify_checksums(&frame).unwrap();
         }
     }
 
     #[test]
     fn every_flipped_byte_is_noticed() {
-        let frame = ENVELOPE.udp(4000, 80, b"payload");
-        for offset in ETHERNET_BYTES..frame.len() {
-            let mut changed = frame.clone();
+        let ipv4 = envelope(&IPV4).udp(4000, 80, b"payload");
+        for offset in ETHERNET_BYTES..ipv4.len() {
+            let mut changed = ipv4.clone();
             changed[offset] ^= 0x10;
             assert!(verify_checksums(&changed).is_err(), "byte {offset}");
+        }
+        // No sum covers traffic class, flow label and hop limit of IPv6.
+        let ipv6 = envelope(&IPV6).udp(4000, 80, b"payload");
+        for offset in ETHERNET_BYTES..ipv6.len() {
+            let mut changed = ipv6.clone();
+            changed[offset] ^= 0x10;
+            let covered = !matches!(offset - ETHERNET_BYTES, 1..=3 | 7);
+            assert_eq!(verify_checksums(&changed).is_err(), covered, "byte {offset}");
         }
     }
 
     #[test]
     fn summary_names_addresses_and_ports() {
-        let summary = summarise(&ENVELOPE.udp(4000, 80, b"x")).unwrap();
-        assert_eq!((summary.source, summary.destination), (ENVELOPE.source, ENVELOPE.destination));
-        assert_eq!(summary.ports, Some((4000, 80)));
-        assert!(
-            summarise(&arp(
-                ArpOperation::REQUEST,
-                [2; 6],
-                ENVELOPE.source,
-                [0; 6],
-                ENVELOPE.destination
-            ))
-            .is_none()
-        );
+        for net in [&IPV4, &IPV6] {
+            let envelope = envelope(net);
+            let summary = summarise(&envelope.udp(4000, 80, b"x")).unwrap();
+            let ends = (envelope.source, envelope.destination);
+            assert_eq!((summary.source, summary.destination), ends);
+            assert_eq!(summary.ports, Some((4000, 80)));
+            let frame = envelope.too_big(1280, &frames(net)[0][ETHERNET_BYTES..]);
+            let error = summarise(&frame).unwrap();
+            assert_eq!((error.protocol, error.icmp), (net.icmp, Some(net.too_big)));
+            assert_eq!(summarise_packet(&frame[ETHERNET_BYTES..]), Some(error));
+            let rest = envelope.fragment(ip_number::UDP, 9, 8, false, b"rest").unwrap();
+            assert!(summarise(&rest).unwrap().is_fragment);
+            let first = envelope.fragment(ip_number::UDP, 9, 0, true, &[0; 16]).unwrap();
+            assert!(summarise(&first).unwrap().is_fragment);
+            assert!(!summarise(&frames(net)[0]).unwrap().is_fragment);
+        }
+        let (sender, target) = (Ipv4Addr::new(10, 0, 0, 3), Ipv4Addr::new(10, 0, 0, 2));
+        assert!(summarise(&arp(ArpOperation::REQUEST, [2; 6], sender, [0; 6], target)).is_none());
     }
 }

@@ -23,11 +23,12 @@ impl Snapshot {
     pub fn of_host(lab: &Lab) -> Result<Self> {
         let host = lab.host();
         let mut state = BTreeMap::new();
-        let questions: [&[&str]; 6] = [
+        let questions: [&[&str]; 7] = [
             &["-details", "link", "show"],
             &["address", "show"],
             &["route", "show", "table", "all"],
             &["rule", "show"],
+            &["-6", "rule", "show"],
             &["neighbour", "show", "nud", "permanent"],
             &["neighbour", "show", "proxy"],
         ];

@@ -2,9 +2,10 @@
 //!
 //! Each function is one call and knows nothing of its purpose.
 
+use std::fs::File;
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -96,4 +97,172 @@ pub(crate) fn ethtool_set(
     // SAFETY: the request and the order that it points to outlive the call.
     let result = unsafe { libc::ioctl(fd, libc::SIOCETHTOOL, &raw mut request) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Opens a new tun device that carries bare IP packets; it goes with the descriptor.
+pub(crate) fn open_tun(name: &str) -> io::Result<File> {
+    let device = File::options().read(true).write(true).open("/dev/net/tun")?;
+    // SAFETY: ifreq is integers, arrays and unions of them, for which zero is valid.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (slot, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *slot = byte.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI) as libc::c_short;
+    // SAFETY: the request outlives the call, which reads name and flags of it.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(device) }
+}
+
+/// Calls of `bpf(2)` (`enum bpf_cmd` in linux/bpf.h).
+const BPF_MAP_CREATE: libc::c_long = 0;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_PROG_TEST_RUN: libc::c_long = 10;
+
+/// What a BPF map is made of: `union bpf_attr` of `BPF_MAP_CREATE`, whose rest is zero.
+#[repr(C)]
+pub(crate) struct MapShape {
+    /// One of `enum bpf_map_type`.
+    pub(crate) kind: u32,
+    /// Bytes of a key.
+    pub(crate) key: u32,
+    /// Bytes of a value.
+    pub(crate) value: u32,
+    /// Number of entries.
+    pub(crate) entries: u32,
+}
+
+/// Makes a BPF map.
+pub(crate) fn bpf_map(mut shape: MapShape) -> io::Result<OwnedFd> {
+    let size = size_of_val(&shape);
+    let attributes = (&raw mut shape).cast::<libc::c_void>();
+    // SAFETY: pointer and size describe the local shape, which outlives the call.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_CREATE, attributes, size) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is fresh and has no other owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Writes entry `index` of an array map; `value` has as many bytes as the map's values.
+pub(crate) fn bpf_array_set(map: &impl AsFd, index: u32, value: &[u8]) -> io::Result<()> {
+    /// `union bpf_attr` of `BPF_MAP_UPDATE_ELEM`.
+    #[repr(C)]
+    struct Attributes {
+        map: u32,
+        pad: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let mut attributes = Attributes {
+        map: map.as_fd().as_raw_fd().cast_unsigned(),
+        pad: 0,
+        key: (&raw const index).addr() as u64,
+        value: value.as_ptr().addr() as u64,
+        flags: 0,
+    };
+    let size = size_of_val(&attributes);
+    let attributes = (&raw mut attributes).cast::<libc::c_void>();
+    // SAFETY: the attributes and what they point to outlive the call; key and value are as long
+    // as those of the map, which is the caller's promise.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_UPDATE_ELEM, attributes, size) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Loads a tc program from instructions (`struct bpf_insn`). On failure `log` says why.
+pub(crate) fn bpf_load(instructions: &[u64], log: &mut [u8]) -> io::Result<OwnedFd> {
+    /// `union bpf_attr` of `BPF_PROG_LOAD`, whose rest is zero.
+    #[repr(C)]
+    struct Attributes {
+        kind: u32,
+        instructions: u32,
+        first: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log: u64,
+    }
+    const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+    let license = c"GPL";
+    let mut attributes = Attributes {
+        kind: BPF_PROG_TYPE_SCHED_CLS,
+        instructions: instructions.len() as u32,
+        first: instructions.as_ptr().addr() as u64,
+        license: license.as_ptr().addr() as u64,
+        log_level: 1,
+        log_size: log.len() as u32,
+        log: log.as_mut_ptr().addr() as u64,
+    };
+    let size = size_of_val(&attributes);
+    let attributes = (&raw mut attributes).cast::<libc::c_void>();
+    // SAFETY: the attributes and what they point to outlive the call.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, attributes, size) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is fresh and has no other owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Runs a BPF program on a packet. `context` is a `struct __sk_buff`. Returns what the program
+/// returned, nanoseconds for each of the `repeat` runs, and the bytes in `out`.
+pub(crate) fn bpf_test_run(
+    program: BorrowedFd<'_>,
+    packet: &[u8],
+    context: &[u8],
+    (repeat, flags): (u32, u32),
+    out: &mut [u8],
+) -> io::Result<(i32, u32, usize)> {
+    /// `union bpf_attr` of `BPF_PROG_TEST_RUN`.
+    #[repr(C)]
+    struct Attributes {
+        program: u32,
+        returned: u32,
+        packet_size: u32,
+        out_size: u32,
+        packet: u64,
+        out: u64,
+        repeat: u32,
+        duration: u32,
+        context_size: u32,
+        context_out_size: u32,
+        context: u64,
+        context_out: u64,
+        flags: u32,
+        cpu: u32,
+        batch_size: u32,
+        pad: u32,
+    }
+    let mut attributes = Attributes {
+        program: program.as_raw_fd().cast_unsigned(),
+        returned: 0,
+        packet_size: packet.len() as u32,
+        out_size: out.len() as u32,
+        packet: packet.as_ptr().addr() as u64,
+        out: out.as_mut_ptr().addr() as u64,
+        repeat,
+        duration: 0,
+        context_size: context.len() as u32,
+        context_out_size: 0,
+        context: context.as_ptr().addr() as u64,
+        context_out: 0,
+        flags,
+        cpu: 0,
+        batch_size: 0,
+        pad: 0,
+    };
+    let size = size_of_val(&attributes);
+    let pointer = (&raw mut attributes).cast::<libc::c_void>();
+    // SAFETY: the attributes and what they point to outlive the call, sizes included.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, pointer, size) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let Attributes { returned, duration, out_size, .. } = attributes;
+    Ok((returned.cast_signed(), duration, out_size as usize))
 }

@@ -10,8 +10,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use netdp_tests::harness::run_tests;
-use netdp_tests::lab::{Lab, SUBNET_A, SUBNET_B};
+use netdp_tests::lab::Lab;
 use netdp_tests::namespace::Namespace;
+use netdp_tests::net::{FAMILIES, Family};
+use netdp_tests::packet::summarise;
 use netdp_tests::probe::{PATIENCE, TcpServer, Traffic, UdpServer, UdpSession, expect_same};
 use netdp_tests::runtime::poll_until;
 use serde_json::Value;
@@ -25,13 +27,24 @@ const TRAFFIC_BYTES: usize = 64 << 10;
 
 fn main() -> ExitCode {
     run_tests(&[
-        ("open_connections_survive_ten_kills", || survives(KILLS, |lab| lab.agent()?.kill9())),
-        ("open_connections_survive_a_stop", || survives(1, |lab| lab.agent()?.stop())),
-        ("a_bridge_that_lost_its_alias_passes_nothing", bridge_without_alias_passes_nothing),
-        ("a_second_agent_is_refused", second_agent_is_refused),
-        ("a_removed_pin_is_put_back", removed_pin_is_put_back),
-        ("links_of_others_are_left_alone", links_of_others_are_left_alone),
+        ("open_connections_survive_ten_kills", || {
+            in_each_family(|family| survives(family, KILLS, |lab| lab.agent()?.kill9()))
+        }),
+        ("open_connections_survive_a_stop", || {
+            in_each_family(|family| survives(family, 1, |lab| lab.agent()?.stop()))
+        }),
+        ("a_bridge_that_lost_its_alias_passes_nothing", || {
+            in_each_family(bridge_without_alias_passes_nothing)
+        }),
+        ("a_second_agent_is_refused", || in_each_family(second_agent_is_refused)),
+        ("a_removed_pin_is_put_back", || in_each_family(removed_pin_is_put_back)),
+        ("links_of_others_are_left_alone", || in_each_family(links_of_others_are_left_alone)),
     ])
+}
+
+/// Runs a test in every family that netdp carries.
+fn in_each_family(test: fn(Family) -> Result<()>) -> Result<()> {
+    FAMILIES.iter().try_for_each(|&family| test(family).with_context(|| family.name()))
 }
 
 /// A lab in which everything runs that an agent's death might break.
@@ -49,33 +62,35 @@ struct Scene<'a> {
 
 impl<'a> Scene<'a> {
     fn set_up(lab: &'a Lab) -> Result<Self> {
-        lab.create_network("net-a", SUBNET_A, &[])?;
-        lab.create_network("net-b", SUBNET_B, &[])?;
-        let a1 = lab.attach("net-a", "a1", "172.20.0.2", &["8080:80", "8080:80/udp"])?;
-        let a2 = lab.attach("net-a", "a2", "172.20.0.3", &["80"])?;
-        let b1 = lab.attach("net-b", "b1", "172.21.0.2", &[])?;
-        lab.set_policy("net-a", "deny from 192.0.2.2\n")?;
+        let net = lab.net();
+        lab.create_network("net-a", net.subnet_a, &[])?;
+        lab.create_network("net-b", net.subnet_b, &[])?;
+        let a1 = lab.attach("net-a", "a1", net.a1, &["8080:80", "8080:80/udp"])?;
+        let a2 = lab.attach("net-a", "a2", net.a2, &["80"])?;
+        let b1 = lab.attach("net-b", "b1", net.b1, &[])?;
+        lab.set_policy("net-a", &format!("deny from {}\n", net.guests[1]))?;
         Ok(Self {
             lab,
-            a1_tcp: a1.tcp_server("a1", "172.20.0.2:80")?,
-            a1_udp: a1.udp_server("a1", "172.20.0.2:80")?,
+            a1_tcp: a1.tcp_server("a1", (net.a1, 80))?,
+            a1_udp: a1.udp_server("a1", (net.a1, 80))?,
             a1,
             a2,
             b1,
-            _outside_tcp: lab.outside().tcp_server("outside", "10.0.0.3:7")?,
+            _outside_tcp: lab.outside().tcp_server("outside", (net.outside, 7))?,
             chosen_port: chosen_port(&inspect(lab)?)?,
         })
     }
 
     /// One connection of each kind, exchanging without pause.
     fn start_traffic(&self) -> Result<Vec<(&'static str, Traffic)>> {
+        let net = self.lab.net();
         let connections = [
-            ("out", self.a1.tcp("10.0.0.3:7")),
-            ("published", self.lab.outside().tcp("10.0.0.2:8080")),
-            ("same bridge", self.a2.tcp("172.20.0.2:80")),
-            ("hairpin", self.a2.tcp("10.0.0.2:8080")),
-            ("hairpin to itself", self.a1.tcp("10.0.0.2:8080")),
-            ("hairpin across networks", self.b1.tcp("10.0.0.2:8080")),
+            ("out", self.a1.tcp((net.outside, 7))),
+            ("published", self.lab.outside().tcp((net.host, 8080))),
+            ("same bridge", self.a2.tcp((net.a1, 80))),
+            ("hairpin", self.a2.tcp((net.host, 8080))),
+            ("hairpin to itself", self.a1.tcp((net.host, 8080))),
+            ("hairpin across networks", self.b1.tcp((net.host, 8080))),
         ];
         connections
             .into_iter()
@@ -85,18 +100,19 @@ impl<'a> Scene<'a> {
 
     /// New connections pass or are dropped as ever.
     fn expect_enforced(&self) -> Result<()> {
+        let net = self.lab.net();
         let outside = self.lab.outside();
-        let seen = outside.tcp("10.0.0.2:8080").bytes(TRAFFIC_BYTES).exchange()?;
-        seen.by("a1")?.saw_client_at("10.0.0.3")?;
+        let seen = outside.tcp((net.host, 8080)).bytes(TRAFFIC_BYTES).exchange()?;
+        seen.by("a1")?.saw_client_at(net.outside)?;
         expect_same("the client's port", &seen.peer, &seen.client_local)?;
-        let seen = self.a1.tcp("10.0.0.3:7").bytes(TRAFFIC_BYTES).exchange()?;
-        seen.by("outside")?.saw_client_at("10.0.0.2")?;
+        let seen = self.a1.tcp((net.outside, 7)).bytes(TRAFFIC_BYTES).exchange()?;
+        seen.by("outside")?.saw_client_at(net.host)?;
 
         let admitted = self.a1_tcp.accepted().len();
         let refused = [
-            self.b1.tcp("172.20.0.2:80"),
-            outside.tcp("172.20.0.2:80"),
-            outside.tcp("10.0.0.2:8080").from("192.0.2.2:0"),
+            self.b1.tcp((net.a1, 80)),
+            outside.tcp((net.a1, 80)),
+            outside.tcp((net.host, 8080)).from((net.guests[1], 0)),
         ];
         thread::scope(|scope| {
             let attempts: Vec<_> =
@@ -110,17 +126,18 @@ impl<'a> Scene<'a> {
 }
 
 /// Runs traffic through `rounds` deaths of the agent, brought about by `end`.
-fn survives(rounds: usize, end: fn(&Lab) -> Result<()>) -> Result<()> {
-    let lab = Lab::builder().build()?;
+fn survives(family: Family, rounds: usize, end: fn(&Lab) -> Result<()>) -> Result<()> {
+    let lab = Lab::builder().family(family).build()?;
     let result = survive(&lab, rounds, end).and_then(|()| lab.expect_no_netfilter());
     lab.explain(result)
 }
 
 fn survive(lab: &Lab, rounds: usize, end: fn(&Lab) -> Result<()>) -> Result<()> {
+    let net = lab.net();
     let scene = Scene::set_up(lab)?;
     let before = inspect(lab)?;
     let traffic = scene.start_traffic()?;
-    let mut datagrams = lab.outside().udp("10.0.0.2:8080").from("10.0.0.3:5000").open()?;
+    let mut datagrams = lab.outside().udp((net.host, 8080)).from((net.outside, 5000)).open()?;
     expect_progress(&traffic)?;
     for round in 1..=rounds {
         live_through(&scene, &traffic, &mut datagrams, end)
@@ -183,36 +200,41 @@ fn chosen_port(networks: &Value) -> Result<u64> {
 const NOTICED: Duration = Duration::from_secs(40);
 
 /// A lab with container B1 of `net-b`.
-fn lab_with_b1() -> Result<(Lab, Namespace)> {
-    let lab = Lab::builder().build()?;
-    lab.create_network("net-b", SUBNET_B, &[])?;
-    let b1 = lab.attach("net-b", "b1", "172.21.0.2", &[])?;
+fn lab_with_b1(family: Family) -> Result<(Lab, Namespace)> {
+    let net = family.net();
+    let lab = Lab::builder().family(family).build()?;
+    lab.create_network("net-b", net.subnet_b, &[])?;
+    let b1 = lab.attach("net-b", "b1", net.b1, &[])?;
     Ok((lab, b1))
 }
 
-fn bridge_without_alias_passes_nothing() -> Result<()> {
-    let (lab, b1) = lab_with_b1()?;
+fn bridge_without_alias_passes_nothing(family: Family) -> Result<()> {
+    let net = family.net();
+    let (lab, b1) = lab_with_b1(family)?;
     lab.explain((|| {
-        let _server = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
-        let mut session = b1.tcp("10.0.0.3:7").open()?;
-        session.exchange(100_000)?.saw_client_at("10.0.0.2")?;
+        let _server = lab.outside().tcp_server("outside", (net.outside, 7))?;
+        let mut session = b1.tcp((net.outside, 7)).open()?;
+        session.exchange(100_000)?.saw_client_at(net.host)?;
         lab.host().ip("link set nd-1 alias mine\n")?;
         // Not known to be ours: nothing of it may pass, translated or not.
         poll_until(PATIENCE, "the end of the flow", || {
-            Ok(b1.tcp("10.0.0.3:7").bytes(1000).exchange().is_err().then_some(()))
+            Ok(b1.tcp((net.outside, 7)).bytes(1000).exchange().is_err().then_some(()))
         })?;
-        let leaks = lab.outside().sniff("out0", |frame| frame.get(12..14) == Some(&[8, 0]))?;
-        b1.tcp("10.0.0.3:7").dropped()?;
+        let leaks = lab.outside().sniff("out0", |frame| {
+            summarise(frame).is_some_and(|packet| packet.ports.is_some_and(|(_, to)| to == 7))
+        })?;
+        b1.tcp((net.outside, 7)).dropped()?;
         expect_same("frames at E", &leaks.frames(), &vec![])?;
         lab.host().ip("link set nd-1 alias \"netdp network net-b\"\n")?;
-        poll_until(NOTICED, "a connection", || Ok(b1.tcp("10.0.0.3:7").exchange().ok()))?
-            .saw_client_at("10.0.0.2")?;
+        poll_until(NOTICED, "a connection", || Ok(b1.tcp((net.outside, 7)).exchange().ok()))?
+            .saw_client_at(net.host)?;
         Ok(())
     })())
 }
 
-fn second_agent_is_refused() -> Result<()> {
-    let (lab, b1) = lab_with_b1()?;
+fn second_agent_is_refused(family: Family) -> Result<()> {
+    let net = family.net();
+    let (lab, b1) = lab_with_b1(family)?;
     lab.explain((|| {
         let agent = lab.agent()?;
         let program = agent.program().to_string_lossy().into_owned();
@@ -227,16 +249,17 @@ fn second_agent_is_refused() -> Result<()> {
         let stderr = String::from_utf8_lossy(&refused.stderr);
         expect_same("the rival's exit code", &refused.status.code(), &Some(1))?;
         ensure!(stderr.contains("another netdp agent"), "the rival said: {stderr}");
-        let _server = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
-        b1.tcp("10.0.0.3:7").exchange()?.saw_client_at("10.0.0.2")?;
+        let _server = lab.outside().tcp_server("outside", (net.outside, 7))?;
+        b1.tcp((net.outside, 7)).exchange()?.saw_client_at(net.host)?;
         Ok(())
     })())
 }
 
-fn removed_pin_is_put_back() -> Result<()> {
-    let (lab, b1) = lab_with_b1()?;
+fn removed_pin_is_put_back(family: Family) -> Result<()> {
+    let net = family.net();
+    let (lab, b1) = lab_with_b1(family)?;
     lab.explain((|| {
-        let links = lab.bpffs().join("netdp/v1/links");
+        let links = lab.bpffs().join(format!("netdp/v{}/links", netdp_common::abi::ABI));
         let pins = || -> Result<BTreeSet<PathBuf>> {
             fs::read_dir(&links)?.map(|entry| Ok(entry?.path())).collect()
         };
@@ -246,21 +269,22 @@ fn removed_pin_is_put_back() -> Result<()> {
             fs::remove_file(pin)?;
         }
         poll_until(NOTICED, "the pins", || Ok((pins()? == before).then_some(())))?;
-        let _server = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
-        b1.tcp("10.0.0.3:7").exchange()?.saw_client_at("10.0.0.2")?;
+        let _server = lab.outside().tcp_server("outside", (net.outside, 7))?;
+        b1.tcp((net.outside, 7)).exchange()?.saw_client_at(net.host)?;
         Ok(())
     })())
 }
 
-fn links_of_others_are_left_alone() -> Result<()> {
-    let (lab, _b1) = lab_with_b1()?;
+fn links_of_others_are_left_alone(family: Family) -> Result<()> {
+    let net = family.net();
+    let (lab, _b1) = lab_with_b1(family)?;
     lab.explain((|| {
         lab.host().ip("link add office0 type veth peer name office1\n\
              link set office0 alias \"netdp uplink to office\"\n\
              link add nd-77 type bridge\n")?;
         lab.agent()?.kill9()?;
         lab.agent()?.start()?;
-        lab.create_network("net-a", SUBNET_A, &[])?;
+        lab.create_network("net-a", net.subnet_a, &[])?;
         let links = lab.host().links()?;
         for link in ["office0", "office1", "nd-77"] {
             ensure!(links.iter().any(|name| name == link), "{link} is gone from {links:?}");

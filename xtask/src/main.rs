@@ -9,6 +9,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 
 mod apt;
+mod bench;
 mod cargo;
 mod check;
 mod demo;
@@ -42,6 +43,27 @@ enum Task {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
+    /// Measure, in namespaces of its own
+    Bench {
+        /// What to measure
+        #[arg(value_enum)]
+        what: bench::Bench,
+        /// Write the figures to FILE: a list of {metric, system, unit, median, p50, p99, ci95, …}
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Fewer rounds, wider intervals
+        #[arg(long)]
+        quick: bool,
+    },
+    /// Run frames that make no sense through the BPF programs
+    Fuzz {
+        /// How long
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+        /// Add inputs that led to something new to the corpus
+        #[arg(long)]
+        keep: bool,
+    },
     /// Show the main job on real traffic in a lab of namespaces
     Demo {
         /// Leave the lab standing and say how to enter it
@@ -72,6 +94,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
             }
             return test::run(&suites, json.as_deref());
         }
+        Task::Bench { what, json, quick } => bench::run(what, json.as_deref(), quick)?,
+        Task::Fuzz { seconds, keep } => return test::fuzz(seconds, keep),
         Task::Demo { keep } => demo::run(keep)?,
     }
     Ok(ExitCode::SUCCESS)

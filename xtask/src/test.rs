@@ -1,6 +1,7 @@
 //! The test suites: running them with nothing but what they need as root, and counting. What
 //! a suite tests is its own business; this file knows only libtest's result lines.
 
+use std::env;
 use std::ffi::OsStr;
 use std::fs;
 use std::iter::Sum;
@@ -28,8 +29,14 @@ pub(crate) enum Suite {
     Lab,
     /// BPF programs on single packets: verdicts, rewritten headers, checksums
     Datapath,
+    /// Programs of the host and published ports
+    Sockets,
+    /// BPF programs on frames that make no sense, for a quarter of a minute
+    Fuzz,
     /// Promises of docs/behaviour.md, kept on real packets
     Conformance,
+    /// The same traffic through netdp and through netfilter
+    Differential,
     /// Restarts, crashes and clean-up of the agent
     Lifecycle,
     /// The demo, as one test
@@ -82,7 +89,12 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
     match suite {
         Suite::Unit => run_unit(),
         Suite::Tidy => run_tidy(),
-        Suite::Lab | Suite::Datapath | Suite::Lifecycle => run_packets(suite, agent(netdp)?, None),
+        Suite::Lab
+        | Suite::Datapath
+        | Suite::Fuzz
+        | Suite::Differential
+        | Suite::Sockets
+        | Suite::Lifecycle => run_packets(suite, agent(netdp)?, None),
         Suite::Conformance => match json {
             Some(json) => run_conformance(agent(netdp)?, json),
             None => run_packets(suite, agent(netdp)?, None),
@@ -123,13 +135,36 @@ fn run_tidy() -> Result<Counts> {
     Ok(tidy::rules().map(|rule| Counts::of_one(!broken(rule))).sum())
 }
 
-/// Runs a suite of the tests crate as root.
+/// Where fuzzing adds what it found, if that is asked for.
+const CORPUS: &str = "tests/corpus/frames.hex";
+
+/// Runs the suite fuzz for `seconds`. With `keep`, inputs that led to something new stay.
+pub(crate) fn fuzz(seconds: u32, keep: bool) -> Result<ExitCode> {
+    setup::run(setup::Scope::Everything)?;
+    ensure_root("fuzzing in network namespaces")?;
+    let (seconds, corpus) = (seconds.to_string(), cargo::root().join(CORPUS));
+    let mut environment: Vec<(&str, &OsStr)> = vec![("NETDP_FUZZ_SECONDS", seconds.as_ref())];
+    environment.extend(keep.then_some(("NETDP_FUZZ_KEEP", corpus.as_os_str())));
+    let counts = run_as_root(Suite::Fuzz, &environment)?;
+    let is_well = counts.failed == 0 && counts.passed > 0;
+    Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Runs a suite of the tests crate that needs the agent.
 fn run_packets(suite: Suite, netdp: &Path, json: Option<&Path>) -> Result<Counts> {
+    let mut environment: Vec<(&str, &OsStr)> = vec![("NETDP_BIN", netdp.as_os_str())];
+    environment.extend(json.map(|json| ("NETDP_TEST_JSON", json.as_os_str())));
+    run_as_root(suite, &environment)
+}
+
+/// Builds a suite of the tests crate and runs it as root.
+fn run_as_root(suite: Suite, environment: &[(&str, &OsStr)]) -> Result<Counts> {
     let name = suite.name();
     let arguments = ["test", "--no-run", "--package", "netdp-tests", "--test", &name];
     let executable = cargo::build_one(&format!("build the suite {name}"), &name, &arguments)?;
-    let mut environment: Vec<(&str, &OsStr)> = vec![("NETDP_BIN", netdp.as_os_str())];
-    environment.extend(json.map(|json| ("NETDP_TEST_JSON", json.as_os_str())));
+    let seed = env::var_os("NETDP_SEED");
+    let mut environment = environment.to_vec();
+    environment.extend(seed.as_deref().map(|seed| ("NETDP_SEED", seed)));
     counted(&name, as_root(&executable, &environment)?.current_dir(cargo::root()))
 }
 

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use nix::net::if_::if_nametoindex;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::locked;
+use super::{PATIENCE, locked};
 use crate::namespace::Namespace;
 use crate::runtime::poll_until;
 use crate::sys;
@@ -50,6 +50,23 @@ impl Namespace {
         File::from(self.packet_socket(interface)?)
             .write_all(frame)
             .with_context(|| format!("send a frame on {interface} of {}", self.name()))
+    }
+
+    /// Sends frames, as they are, out of a link; what the link has no room for at the moment is
+    /// sent again.
+    ///
+    /// # Errors
+    /// When there is no such link or the kernel refuses a frame.
+    pub fn flood(&self, interface: &str, frames: impl IntoIterator<Item = Vec<u8>>) -> Result<()> {
+        let mut link = File::from(self.packet_socket(interface)?);
+        for frame in frames {
+            poll_until(PATIENCE, "room on the link", || match link.write_all(&frame) {
+                Ok(()) => Ok(Some(())),
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Ok(None),
+                Err(error) => Err(error).with_context(|| format!("send a frame on {interface}")),
+            })?;
+        }
+        Ok(())
     }
 
     fn packet_socket(&self, interface: &str) -> Result<OwnedFd> {

@@ -1,20 +1,23 @@
 //! ICMP echo with every answer it may get: a reply, or an error and who sent it.
 
-use std::io::Read;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use etherparse::{IcmpEchoHeader, Icmpv4Slice, Icmpv4Type, Ipv4HeaderSlice, icmpv4};
+use etherparse::{
+    IcmpEchoHeader, Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, Ipv4Header,
+    Ipv4HeaderSlice, Ipv6Header, Ipv6HeaderSlice, icmpv4, icmpv6,
+};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Failure, PATIENCE, SHORT_PATIENCE, expect_failure, ip, payload};
+use super::{
+    Address, Failure, PATIENCE, SHORT_PATIENCE, expect_failure, payload, set_fragmentation,
+};
 use crate::namespace::Namespace;
-use crate::sys;
 
-/// IPv4 header without options plus ICMP echo header.
-const HEADER_BYTES: usize = 28;
+/// Header of an ICMP echo, of either family.
+const ECHO_BYTES: usize = 8;
 
 /// Tells the probes of one process apart: raw sockets see each other's answers.
 static NEXT_IDENTIFIER: AtomicU16 = AtomicU16::new(1);
@@ -22,10 +25,10 @@ static NEXT_IDENTIFIER: AtomicU16 = AtomicU16::new(1);
 impl Namespace {
     /// Prepares an echo request to `destination`.
     #[must_use]
-    pub fn ping(&self, destination: &str) -> Ping {
+    pub fn ping(&self, destination: impl Address) -> Ping {
         Ping {
             namespace: self.clone(),
-            destination: ip(destination),
+            destination: destination.address(),
             source: None,
             ttl: 64,
             packet_bytes: 84,
@@ -68,8 +71,8 @@ pub struct IcmpError {
     pub kind: u8,
     /// ICMP code.
     pub code: u8,
-    /// The next hop's MTU in bytes, of "fragmentation needed".
-    pub next_hop_mtu: Option<u16>,
+    /// The next hop's MTU in bytes, of "fragmentation needed" and "packet too big".
+    pub next_hop_mtu: Option<u32>,
     /// Destination in the quoted packet.
     pub quoted_destination: IpAddr,
 }
@@ -77,8 +80,8 @@ pub struct IcmpError {
 impl Ping {
     /// Binds the client.
     #[must_use]
-    pub fn from(mut self, source: &str) -> Self {
-        self.source = Some(ip(source));
+    pub fn from(mut self, source: impl Address) -> Self {
+        self.source = Some(source.address());
         self
     }
 
@@ -89,10 +92,10 @@ impl Ping {
         self
     }
 
-    /// Sets the size of the whole IPv4 packet in bytes.
+    /// Sets the size of the whole packet in bytes, IP header included.
     #[must_use]
     pub fn packet_bytes(mut self, bytes: usize) -> Self {
-        self.packet_bytes = bytes.max(HEADER_BYTES);
+        self.packet_bytes = bytes;
         self
     }
 
@@ -130,21 +133,38 @@ impl Ping {
     }
 
     fn try_send(&self) -> Result<Answer, Failure> {
-        let mut socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
-        socket.set_ttl_v4(self.ttl)?;
-        let policy =
-            if self.dont_fragment { libc::IP_PMTUDISC_PROBE } else { libc::IP_PMTUDISC_DONT };
-        sys::set_socket_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, policy)?;
-        if let Some(source) = self.source {
-            socket.bind(&std::net::SocketAddr::new(source, 0).into())?;
-        }
         let id = NEXT_IDENTIFIER.fetch_add(1, Ordering::Relaxed);
         let echo = IcmpEchoHeader { id, seq: 1 };
-        let data = payload(u64::from(id), self.packet_bytes - HEADER_BYTES);
-        let header = etherparse::Icmpv4Header::with_checksum(Icmpv4Type::EchoRequest(echo), &data);
-        let request = [&header.to_bytes()[..], &data].concat();
-        socket.send_to(&request, &std::net::SocketAddr::new(self.destination, 0).into())?;
+        let socket = match self.destination {
+            IpAddr::V4(_) => {
+                let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
+                socket.set_ttl_v4(self.ttl)?;
+                socket
+            }
+            IpAddr::V6(_) => {
+                let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
+                socket.set_unicast_hops_v6(self.ttl)?;
+                socket
+            }
+        };
+        set_fragmentation(&socket, self.destination, self.dont_fragment)?;
+        if let Some(source) = self.source {
+            socket.bind(&SocketAddr::new(source, 0).into())?;
+        }
+        let overhead = Quoted::header_bytes(self.destination) + ECHO_BYTES;
+        let data = payload(u64::from(id), self.packet_bytes.saturating_sub(overhead));
+        let header = match self.destination {
+            IpAddr::V4(_) => Icmpv4Header::with_checksum(Icmpv4Type::EchoRequest(echo), &data)
+                .to_bytes()
+                .to_vec(),
+            // The kernel knows the source and computes the checksum (RFC 3542 3.1).
+            IpAddr::V6(_) => Icmpv6Header::new(Icmpv6Type::EchoRequest(echo)).to_bytes().to_vec(),
+        };
+        let request = [&header[..], &data].concat();
+        socket.send_to(&request, &SocketAddr::new(self.destination, 0).into())?;
 
+        // Any socket of the internet families has the calls of a UDP socket.
+        let socket = UdpSocket::from(socket);
         let end = Instant::now() + self.patience;
         let mut buffer = vec![0; 1 << 16];
         loop {
@@ -153,8 +173,14 @@ impl Ping {
                 return Err(Failure::TimedOut);
             }
             socket.set_read_timeout(Some(left))?;
-            let length = socket.read(&mut buffer)?;
-            if let Some(answer) = parse_answer(&buffer[..length], echo, &data)? {
+            let (length, from) = socket.recv_from(&mut buffer)?;
+            // Raw IPv4 sockets are given the IP header, raw IPv6 sockets are not (RFC 3542 3).
+            let start = match from {
+                SocketAddr::V4(_) => usize::from(buffer[0] & 0x0f) * 4,
+                SocketAddr::V6(_) => 0,
+            };
+            let message = buffer[..length].get(start..).unwrap_or_default();
+            if let Some(answer) = parse_answer(from.ip(), message, id, &data)? {
                 return Ok(answer);
             }
         }
@@ -167,44 +193,95 @@ impl std::fmt::Display for Ping {
     }
 }
 
-/// The answer in an IPv4 packet, if it is one to the echo request given.
+/// ICMP types of one family.
+struct Types {
+    echo_request: u8,
+    echo_reply: u8,
+    errors: &'static [u8],
+    too_big: (u8, u8),
+}
+
+/// RFC 792.
+const ICMP: Types = Types {
+    echo_request: icmpv4::TYPE_ECHO_REQUEST,
+    echo_reply: icmpv4::TYPE_ECHO_REPLY,
+    errors: &[icmpv4::TYPE_DEST_UNREACH, icmpv4::TYPE_TIME_EXCEEDED],
+    too_big: (icmpv4::TYPE_DEST_UNREACH, icmpv4::CODE_DST_UNREACH_NEED_FRAG),
+};
+
+/// RFC 4443.
+const ICMPV6: Types = Types {
+    echo_request: icmpv6::TYPE_ECHO_REQUEST,
+    echo_reply: icmpv6::TYPE_ECHO_REPLY,
+    errors: &[icmpv6::TYPE_DST_UNREACH, icmpv6::TYPE_PACKET_TOO_BIG, icmpv6::TYPE_TIME_EXCEEDED],
+    too_big: (icmpv6::TYPE_PACKET_TOO_BIG, 0),
+};
+
+/// The answer in an ICMP message, if it is one to the echo request with identifier `id`.
 fn parse_answer(
-    packet: &[u8],
-    echo: IcmpEchoHeader,
+    source: IpAddr,
+    message: &[u8],
+    id: u16,
     data: &[u8],
 ) -> Result<Option<Answer>, Failure> {
-    let corrupt = |error: &dyn std::fmt::Display| Failure::Corrupt(error.to_string());
-    let outer = Ipv4HeaderSlice::from_slice(packet).map_err(|error| corrupt(&error))?;
-    let body = &packet[outer.slice().len()..];
-    let message = Icmpv4Slice::from_slice(body).map_err(|error| corrupt(&error))?;
-    let source = IpAddr::V4(outer.source_addr());
-    match message.icmp_type() {
-        Icmpv4Type::EchoReply(reply) if reply == echo => {
-            if message.payload() != data {
-                return Err(Failure::Corrupt("echo reply with other bytes".into()));
-            }
-            Ok(Some(Answer::Reply { source }))
+    let types = if source.is_ipv4() { ICMP } else { ICMPV6 };
+    let Some((head, body)) = message.split_first_chunk::<ECHO_BYTES>() else {
+        return Err(Failure::Corrupt(format!("an ICMP message of {} bytes", message.len())));
+    };
+    let [kind, code, _, _, high, low, ..] = *head;
+    if kind == types.echo_reply && u16::from_be_bytes([high, low]) == id {
+        if body != data {
+            return Err(Failure::Corrupt("echo reply with other bytes".into()));
         }
-        Icmpv4Type::DestinationUnreachable(_) | Icmpv4Type::TimeExceeded(_) => {
-            let quoted = message.payload();
-            let Ok(inner) = Ipv4HeaderSlice::from_slice(quoted) else { return Ok(None) };
-            let start = inner.slice().len();
-            // RFC 792: at least 8 bytes of the packet's payload are quoted.
-            let Some(inner_icmp) = quoted.get(start..start + 8) else { return Ok(None) };
-            let identifier = u16::from_be_bytes([inner_icmp[4], inner_icmp[5]]);
-            if inner_icmp[0] != icmpv4::TYPE_ECHO_REQUEST || identifier != echo.id {
-                return Ok(None);
-            }
-            let needs_fragmentation = message.type_u8() == icmpv4::TYPE_DEST_UNREACH
-                && message.code_u8() == icmpv4::CODE_DST_UNREACH_NEED_FRAG;
-            Ok(Some(Answer::Error(IcmpError {
-                source,
-                kind: message.type_u8(),
-                code: message.code_u8(),
-                next_hop_mtu: needs_fragmentation.then(|| u16::from_be_bytes([body[6], body[7]])),
-                quoted_destination: IpAddr::V4(inner.destination_addr()),
-            })))
+        return Ok(Some(Answer::Reply { source }));
+    }
+    if !types.errors.contains(&kind) {
+        return Ok(None);
+    }
+    let Some(quoted) = Quoted::parse(source, body) else { return Ok(None) };
+    if quoted.kind != types.echo_request || quoted.id != id {
+        return Ok(None);
+    }
+    // RFC 1191 4: 16 bits, behind 16 that are zero; RFC 4443 3.2: 32 bits.
+    let mtu = u32::from_be_bytes([high, low, head[6], head[7]]);
+    Ok(Some(Answer::Error(IcmpError {
+        source,
+        kind,
+        code,
+        next_hop_mtu: ((kind, code) == types.too_big).then_some(mtu),
+        quoted_destination: quoted.destination,
+    })))
+}
+
+/// What an ICMP error quotes of an echo request.
+struct Quoted {
+    destination: IpAddr,
+    kind: u8,
+    id: u16,
+}
+
+impl Quoted {
+    /// Length of an IP header without options, of the family of `address`.
+    fn header_bytes(address: IpAddr) -> usize {
+        match address {
+            IpAddr::V4(_) => Ipv4Header::MIN_LEN,
+            IpAddr::V6(_) => Ipv6Header::LEN,
         }
-        _ => Ok(None),
+    }
+
+    /// At least 8 bytes of the payload are quoted (RFC 792); more tells nothing new.
+    fn parse(reporter: IpAddr, quoted: &[u8]) -> Option<Self> {
+        let (destination, echo) = match reporter {
+            IpAddr::V4(_) => {
+                let header = Ipv4HeaderSlice::from_slice(quoted).ok()?;
+                (IpAddr::V4(header.destination_addr()), &quoted[header.slice().len()..])
+            }
+            IpAddr::V6(_) => {
+                let header = Ipv6HeaderSlice::from_slice(quoted).ok()?;
+                (IpAddr::V6(header.destination_addr()), &quoted[header.slice().len()..])
+            }
+        };
+        let echo = echo.first_chunk::<ECHO_BYTES>()?;
+        Some(Self { destination, kind: echo[0], id: u16::from_be_bytes([echo[4], echo[5]]) })
     }
 }

@@ -5,7 +5,8 @@
 
 use std::hash::{DefaultHasher, Hasher};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::time::Duration;
@@ -14,15 +15,20 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::runtime::poll_until;
+use crate::sys;
 
 mod capture;
+mod crowd;
 mod icmp;
 mod tcp;
+mod tunnel;
 mod udp;
 
 pub use capture::Sniffer;
+pub use crowd::{Crowd, CrowdServer, allow_open_files};
 pub use icmp::{Answer, IcmpError, Ping};
 pub use tcp::{Exchange, TcpProbe, TcpServer, TcpSession, Traffic, TrafficReport};
+pub use tunnel::Tunnel;
 pub use udp::{Datagram, UdpExchange, UdpProbe, UdpServer, UdpSession};
 
 /// How long a probe that should succeed may take.
@@ -99,8 +105,9 @@ impl Witness {
     ///
     /// # Errors
     /// When it saw another.
-    pub fn saw_client_at(&self, address: &str) -> Result<&Self> {
-        expect_same("the client's address as the server saw it", &self.peer.ip(), &ip(address))?;
+    pub fn saw_client_at(&self, address: impl Address) -> Result<&Self> {
+        let what = "the client's address as the server saw it";
+        expect_same(what, &self.peer.ip(), &address.address())?;
         Ok(self)
     }
 }
@@ -138,27 +145,94 @@ pub fn expect_failure<T: std::fmt::Debug>(
     }
 }
 
-/// An address written in a test.
-pub(crate) fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap_or_else(|error| panic!("address {text:?} in a test: {error}"))
+/// What a test may name an address by.
+pub trait Address {
+    /// The address; a malformed one is a mistake of the test and ends it.
+    fn address(self) -> IpAddr;
 }
 
-/// An address with port written in a test.
-pub(crate) fn socket_address(text: &str) -> SocketAddr {
-    text.parse().unwrap_or_else(|error| panic!("address {text:?} in a test: {error}"))
+impl Address for IpAddr {
+    fn address(self) -> IpAddr {
+        self
+    }
+}
+
+impl Address for Ipv4Addr {
+    fn address(self) -> IpAddr {
+        self.into()
+    }
+}
+
+impl Address for Ipv6Addr {
+    fn address(self) -> IpAddr {
+        self.into()
+    }
+}
+
+impl Address for &str {
+    fn address(self) -> IpAddr {
+        self.parse().unwrap_or_else(|error| panic!("address {self:?} in a test: {error}"))
+    }
+}
+
+/// What a test may name an address with port by.
+pub trait Endpoint {
+    /// Address and port; malformed ones are a mistake of the test and end it.
+    fn endpoint(self) -> SocketAddr;
+}
+
+impl Endpoint for SocketAddr {
+    fn endpoint(self) -> SocketAddr {
+        self
+    }
+}
+
+impl<A: Address> Endpoint for (A, u16) {
+    fn endpoint(self) -> SocketAddr {
+        SocketAddr::new(self.0.address(), self.1)
+    }
+}
+
+impl Endpoint for &str {
+    fn endpoint(self) -> SocketAddr {
+        self.parse().unwrap_or_else(|error| panic!("address {self:?} in a test: {error}"))
+    }
+}
+
+impl Endpoint for &String {
+    fn endpoint(self) -> SocketAddr {
+        self.as_str().endpoint()
+    }
 }
 
 /// The wildcard address of the same family.
 pub(crate) fn any_address(of: SocketAddr) -> SocketAddr {
     match of {
-        SocketAddr::V4(_) => socket_address("0.0.0.0:0"),
-        SocketAddr::V6(_) => socket_address("[::]:0"),
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).endpoint(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).endpoint(),
     }
 }
 
 /// The value behind a lock; a probe thread that panicked has reported already.
 pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Lets the sender fragment, or forbids it to the sender and everybody on the way.
+fn set_fragmentation(socket: &impl AsFd, towards: IpAddr, forbidden: bool) -> io::Result<()> {
+    match towards {
+        IpAddr::V4(_) => {
+            let policy = if forbidden { libc::IP_PMTUDISC_PROBE } else { libc::IP_PMTUDISC_DONT };
+            sys::set_socket_option(socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, policy)
+        }
+        IpAddr::V6(_) => {
+            let policy =
+                if forbidden { libc::IPV6_PMTUDISC_PROBE } else { libc::IPV6_PMTUDISC_DONT };
+            sys::set_socket_option(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, policy)?;
+            let forbidden = i32::from(forbidden);
+            sys::set_socket_option(socket, libc::IPPROTO_IPV6, libc::IPV6_DONTFRAG, forbidden)
+        }
+    }
 }
 
 /// Bytes that no offset error maps onto themselves (xorshift64*, Marsaglia 2003).

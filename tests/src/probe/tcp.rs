@@ -13,8 +13,8 @@ use anyhow::{Context, Result, anyhow};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
-    Failure, PATIENCE, SHORT_PATIENCE, TCP_PAYLOAD_BYTES, Witness, bind_once_free, check_reply,
-    encode_reply, expect_failure, locked, payload, socket_address,
+    Endpoint, Failure, PATIENCE, SHORT_PATIENCE, TCP_PAYLOAD_BYTES, Witness, bind_once_free,
+    check_reply, encode_reply, expect_failure, locked, payload,
 };
 use crate::namespace::Namespace;
 
@@ -26,8 +26,8 @@ impl Namespace {
     ///
     /// # Errors
     /// When the address can't be bound.
-    pub fn tcp_server(&self, name: &str, address: &str) -> Result<TcpServer> {
-        let address = socket_address(address);
+    pub fn tcp_server(&self, name: &str, address: impl Endpoint) -> Result<TcpServer> {
+        let address = address.endpoint();
         let listener = self.run(|| {
             bind_once_free(|| TcpListener::bind(address))
                 .with_context(|| format!("bind tcp {address} in {}", self.name()))
@@ -37,10 +37,10 @@ impl Namespace {
 
     /// Prepares a TCP probe to `destination`.
     #[must_use]
-    pub fn tcp(&self, destination: &str) -> TcpProbe {
+    pub fn tcp(&self, destination: impl Endpoint) -> TcpProbe {
         TcpProbe {
             namespace: self.clone(),
-            destination: socket_address(destination),
+            destination: destination.endpoint(),
             source: None,
             bytes: TCP_PAYLOAD_BYTES,
             patience: PATIENCE,
@@ -163,8 +163,8 @@ pub struct TcpProbe {
 impl TcpProbe {
     /// Binds the client; port 0 leaves the port to the kernel.
     #[must_use]
-    pub fn from(mut self, source: &str) -> Self {
-        self.source = Some(socket_address(source));
+    pub fn from(mut self, source: impl Endpoint) -> Self {
+        self.source = Some(source.endpoint());
         self
     }
 

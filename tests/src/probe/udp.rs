@@ -1,6 +1,6 @@
 //! UDP: a server that witnesses, unconnected clients that see who really answers.
 
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,13 +9,14 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::net::if_::if_nametoindex;
+use socket2::{InterfaceIndexOrAddress, SockRef};
 
 use super::{
-    Failure, PATIENCE, SHORT_PATIENCE, Witness, any_address, bind_once_free, check_reply,
-    encode_reply, expect_failure, locked, payload, socket_address,
+    Address, Endpoint, Failure, PATIENCE, SHORT_PATIENCE, Witness, any_address, bind_once_free,
+    check_reply, encode_reply, expect_failure, locked, payload, set_fragmentation,
 };
 use crate::namespace::Namespace;
-use crate::sys;
 
 /// Larger than any UDP payload over IPv4.
 const BUFFER_BYTES: usize = 1 << 16;
@@ -25,19 +26,19 @@ impl Namespace {
     ///
     /// # Errors
     /// When the address can't be bound.
-    pub fn udp_server(&self, name: &str, address: &str) -> Result<UdpServer> {
-        let address = socket_address(address);
+    pub fn udp_server(&self, name: &str, address: impl Endpoint) -> Result<UdpServer> {
+        let address = address.endpoint();
         let socket = self.run(|| {
             bind_once_free(|| UdpSocket::bind(address))
                 .with_context(|| format!("bind udp {address} in {}", self.name()))
         })?;
-        UdpServer::start(name.to_owned(), socket)
+        UdpServer::start(self.clone(), name.to_owned(), socket)
     }
 
     /// Prepares a UDP probe to `destination`.
     #[must_use]
-    pub fn udp(&self, destination: &str) -> UdpProbe {
-        let destination = socket_address(destination);
+    pub fn udp(&self, destination: impl Endpoint) -> UdpProbe {
+        let destination = destination.endpoint();
         UdpProbe {
             namespace: self.clone(),
             destination,
@@ -45,6 +46,7 @@ impl Namespace {
             bytes: 64,
             patience: PATIENCE,
             dont_fragment: false,
+            connected: false,
         }
     }
 }
@@ -61,6 +63,7 @@ pub struct Datagram {
 /// A server on one UDP socket.
 #[derive(Debug)]
 pub struct UdpServer {
+    namespace: Namespace,
     socket: UdpSocket,
     stopping: Arc<AtomicBool>,
     received: Arc<Mutex<Vec<Datagram>>>,
@@ -68,7 +71,7 @@ pub struct UdpServer {
 }
 
 impl UdpServer {
-    fn start(name: String, socket: UdpSocket) -> Result<Self> {
+    fn start(namespace: Namespace, name: String, socket: UdpSocket) -> Result<Self> {
         let received = Arc::new(Mutex::new(Vec::new()));
         let stopping = Arc::new(AtomicBool::new(false));
         let thread = thread::spawn({
@@ -84,17 +87,27 @@ impl UdpServer {
                 }
             }
         });
-        Ok(Self { socket, stopping, received, thread: Some(thread) })
+        Ok(Self { namespace, socket, stopping, received, thread: Some(thread) })
     }
 
-    /// Joins an IPv4 multicast group on the interface that has `interface_address`.
+    /// Joins a multicast group on an interface.
     ///
     /// # Errors
-    /// When the kernel refuses.
-    pub fn join_group(&self, group: Ipv4Addr, interface_address: Ipv4Addr) -> Result<()> {
-        self.socket
-            .join_multicast_v4(&group, &interface_address)
-            .with_context(|| format!("join {group} on {interface_address}"))
+    /// When there is no such interface or the kernel refuses.
+    pub fn join_group(&self, group: impl Address, interface: &str) -> Result<()> {
+        let group = group.address();
+        let joined = self.namespace.run(|| {
+            let index = if_nametoindex(interface)?;
+            let socket = SockRef::from(&self.socket);
+            match group {
+                IpAddr::V4(group) => {
+                    socket.join_multicast_v4_n(&group, &InterfaceIndexOrAddress::Index(index))?;
+                }
+                IpAddr::V6(group) => socket.join_multicast_v6(&group, index)?,
+            }
+            Ok(())
+        });
+        joined.with_context(|| format!("join {group} on {interface} of {}", self.namespace.name()))
     }
 
     /// Every datagram so far.
@@ -131,13 +144,14 @@ pub struct UdpProbe {
     bytes: usize,
     patience: Duration,
     dont_fragment: bool,
+    connected: bool,
 }
 
 impl UdpProbe {
     /// Binds the client.
     #[must_use]
-    pub fn from(mut self, source: &str) -> Self {
-        self.source = socket_address(source);
+    pub fn from(mut self, source: impl Endpoint) -> Self {
+        self.source = source.endpoint();
         self
     }
 
@@ -145,6 +159,13 @@ impl UdpProbe {
     #[must_use]
     pub fn bytes(mut self, bytes: usize) -> Self {
         self.bytes = bytes;
+        self
+    }
+
+    /// Connects the client's socket: it then hears its peer only.
+    #[must_use]
+    pub fn connected(mut self) -> Self {
+        self.connected = true;
         self
     }
 
@@ -179,9 +200,10 @@ impl UdpProbe {
         let socket = UdpSocket::bind(self.source)?;
         socket.set_broadcast(true)?;
         socket.set_read_timeout(Some(self.patience))?;
-        let policy =
-            if self.dont_fragment { libc::IP_PMTUDISC_PROBE } else { libc::IP_PMTUDISC_DONT };
-        sys::set_socket_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, policy)?;
+        set_fragmentation(&socket, self.destination.ip(), self.dont_fragment)?;
+        if self.connected {
+            socket.connect(self.destination)?;
+        }
         let mut source = socket.local_addr()?;
         if source.ip().is_unspecified() {
             // An unconnected socket shows the real sender of a reply, but not its own address.
@@ -225,7 +247,7 @@ impl std::fmt::Display for UdpProbe {
 pub struct UdpExchange {
     /// The client's own address and port.
     pub client_local: SocketAddr,
-    /// Where the reply came from.
+    /// Where the reply came from, or whom a connected socket takes for its peer.
     pub reply_from: SocketAddr,
     /// The server's view.
     pub witness: Witness,
@@ -263,9 +285,14 @@ impl UdpSession {
 
     fn try_exchange(&self) -> Result<UdpExchange, Failure> {
         let request = payload(self.exchanges, self.probe.bytes);
-        self.socket.send_to(&request, self.probe.destination)?;
         let mut buffer = vec![0; BUFFER_BYTES];
-        let (length, reply_from) = self.socket.recv_from(&mut buffer)?;
+        let (length, reply_from) = if self.probe.connected {
+            self.socket.send(&request)?;
+            (self.socket.recv(&mut buffer)?, self.socket.peer_addr()?)
+        } else {
+            self.socket.send_to(&request, self.probe.destination)?;
+            self.socket.recv_from(&mut buffer)?
+        };
         let reply = &buffer[..length];
         let short = || Failure::Corrupt(format!("a reply of {length} bytes"));
         let (head, rest) = reply.split_first_chunk::<4>().ok_or_else(short)?;

@@ -17,13 +17,14 @@ fn endpoint_names(lab: &Lab, network: &str) -> Result<Vec<String>> {
 }
 
 pub(crate) fn vanished_container_leaves_nothing(row: &Row) -> Result<Outcome> {
+    let net = row.net();
     row.in_standard_lab(|lab| {
         let Containers { a1, a2: _a2, b1: _b1, a1_tcp, a1_udp } = standard_containers(lab)?;
-        let mut client = lab.outside().udp("10.0.0.2:8080").from("10.0.0.3:5000").open()?;
+        let mut client = lab.outside().udp((net.host, 8080)).from((net.outside, 5000)).open()?;
         client.exchange()?.by("a1")?;
-        let mut session = lab.outside().tcp("10.0.0.2:8080").from("10.0.0.3:5001").open()?;
+        let mut session = lab.outside().tcp((net.host, 8080)).from((net.outside, 5001)).open()?;
         session.exchange(1000)?.by("a1")?;
-        ensure!(expect_no_flows_of(lab, "172.20.0.2").is_err(), "expect open flows");
+        ensure!(expect_no_flows_of(lab, net.a1).is_err(), "expect open flows");
 
         drop((a1_tcp, a1_udp));
         lab.vanish(&a1)?;
@@ -32,28 +33,29 @@ pub(crate) fn vanished_container_leaves_nothing(row: &Row) -> Result<Outcome> {
             Ok((!names.contains(&"a1".to_owned())).then_some(()))
         })?;
         expect_same("endpoints left", &endpoint_names(lab, "net-a")?, &vec!["a2".to_owned()])?;
-        expect_no_flows_of(lab, "172.20.0.2")?;
-        lab.outside().tcp("10.0.0.2:8080").refused()?;
-        lab.outside().udp("10.0.0.2:8080").refused()?;
+        expect_no_flows_of(lab, net.a1)?;
+        lab.outside().tcp((net.host, 8080)).refused()?;
+        lab.outside().udp((net.host, 8080)).refused()?;
 
         // The address is free again, and its next owner inherits nothing.
-        let heir = lab.attach("net-a", "heir", "172.20.0.2", &[])?;
-        let tcp = heir.tcp_server("heir", "172.20.0.2:80")?;
-        let udp = heir.udp_server("heir", "172.20.0.2:80")?;
+        let heir = lab.attach("net-a", "heir", net.a1, &[])?;
+        let tcp = heir.tcp_server("heir", (net.a1, 80))?;
+        let udp = heir.udp_server("heir", (net.a1, 80))?;
         client.send()?;
         ensure!(session.exchange(1000).is_err(), "a session outlived its container");
-        lab.host().udp("172.20.0.2:80").exchange()?.by("heir")?;
+        lab.host().udp((net.a1, 80)).exchange()?.by("heir")?;
         expect_same("datagrams of the heir", &udp.received().len(), &1)?;
         expect_same("clients of the heir", &tcp.accepted(), &vec![])?;
         // So is the host port.
-        let a3 = lab.attach("net-a", "a3", "172.20.0.4", &["8080:80"])?;
-        let _a3 = a3.tcp_server("a3", "172.20.0.4:80")?;
-        lab.outside().tcp("10.0.0.2:8080").exchange()?.by("a3")?.saw_client_at("10.0.0.3")?;
+        let a3 = lab.attach("net-a", "a3", net.a3, &["8080:80"])?;
+        let _a3 = a3.tcp_server("a3", (net.a3, 80))?;
+        lab.outside().tcp((net.host, 8080)).exchange()?.by("a3")?.saw_client_at(net.outside)?;
         Ok(())
     })
 }
 
 pub(crate) fn purge_leaves_the_host_as_before(row: &Row) -> Result<Outcome> {
+    let net = row.net();
     row.in_lab(
         |builder| builder.agent_stopped(),
         |lab| {
@@ -64,10 +66,11 @@ pub(crate) fn purge_leaves_the_host_as_before(row: &Row) -> Result<Outcome> {
             lab.agent()?.start()?;
             {
                 let containers = standard_containers(lab)?;
-                lab.set_policy("net-a", "allow from 10.0.0.3\ndeny from any\n")?;
-                let _outside = lab.outside().tcp_server("outside", "10.0.0.3:7")?;
-                lab.outside().tcp("10.0.0.2:8080").exchange()?.by("a1")?;
-                containers.b1.tcp("10.0.0.3:7").exchange()?.saw_client_at("10.0.0.2")?;
+                let rules = format!("allow from {}\ndeny from any\n", net.outside);
+                lab.set_policy("net-a", &rules)?;
+                let _outside = lab.outside().tcp_server("outside", (net.outside, 7))?;
+                lab.outside().tcp((net.host, 8080)).exchange()?.by("a1")?;
+                containers.b1.tcp((net.outside, 7)).exchange()?.saw_client_at(net.host)?;
             }
             ensure!(before != Snapshot::of_host(lab)?, "the snapshot missed a running netdp");
             lab.netdp(&["purge"])?;
@@ -76,7 +79,7 @@ pub(crate) fn purge_leaves_the_host_as_before(row: &Row) -> Result<Outcome> {
             for container in lab.namespaces().iter().skip(2) {
                 expect_same("links of a container", &container.links()?, &vec!["lo".to_owned()])?;
             }
-            lab.outside().tcp("10.0.0.2:8080").refused()?;
+            lab.outside().tcp((net.host, 8080)).refused()?;
             // The next start finds nothing of the last one.
             lab.agent()?.start()?;
             let networks = lab.json(&["network", "ls"])?;

@@ -1,20 +1,25 @@
 //! The behaviour catalogue, row by row, on real packets. Ids are those of docs/behaviour.md.
 //!
-//! Every row has a lab of its own: host H, outside E (10.0.0.3), containers A1 (172.20.0.2,
-//! publishes 8080→80 tcp and udp) and A2 of network `net-a`, B1 of network `net-b`. A row passes
-//! when both ends saw the right addresses; what must not pass is also counted for the right reason.
+//! Every row has a lab of its own: host H, outside E, containers A1 (publishes 8080→80 tcp and udp)
+//! and A2 of network `net-a`, B1 of network `net-b`. A row passes when both ends saw the right
+//! addresses; what must not pass is also counted for the right reason. Each body is written once
+//! and takes its addresses from the family that it runs for ([`Row::net`]).
 
+use std::net::IpAddr;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use netdp_tests::harness::{Outcome, Row, run_rows};
-use netdp_tests::lab::{Lab, Offload, SUBNET_A, SUBNET_B};
+use netdp_tests::lab::{Lab, Offload};
 use netdp_tests::namespace::Namespace;
+use netdp_tests::net::FAMILIES;
 use netdp_tests::probe::{PATIENCE, TcpServer, UdpServer};
 use netdp_tests::runtime::poll_until;
 
+mod hostile;
 mod isolation;
 mod lifecycle;
+mod load;
 mod out;
 mod policy;
 mod publishing;
@@ -25,9 +30,11 @@ const WITH_OFFLOAD_OFF: bool = true;
 
 type Check = fn(&Row) -> Result<Outcome>;
 
-/// Rows for IPv4 on the eBPF backend.
+/// Rows of the eBPF backend, each for every family.
 const CHECKS: &[(&str, Check)] = &[
     ("PUB-01", publishing::client_address_reaches_the_container),
+    ("PUB-02", publishing::host_reaches_the_published_port),
+    ("PUB-03", publishing::host_reaches_the_published_port_by_loopback),
     ("PUB-04", publishing::neighbour_reaches_the_published_port),
     ("PUB-05", publishing::container_reaches_its_own_published_port),
     ("PUB-06", publishing::other_network_reaches_the_published_port),
@@ -44,11 +51,14 @@ const CHECKS: &[(&str, Check)] = &[
     ("OUT-02", out::outside_sees_the_chosen_address),
     ("OUT-03", out::outside_sees_the_container_without_masquerade),
     ("OUT-04", out::each_uplink_gives_its_own_address),
+    ("OUT-05", out::tunnel_is_an_uplink),
     ("OUT-06", out::errors_of_the_path_come_back),
     ("OUT-07", out::first_hop_is_the_gateway),
     ("OUT-08", out::too_large_packets_are_reported_or_fragmented),
     ("OUT-09", out::host_services_see_the_container),
     ("OUT-10", out::host_answers_pings),
+    ("OUT-11", load::host_and_containers_share_a_destination),
+    ("OUT-12", load::exhausted_ports_are_refused),
     ("OUT-13", out::multicast_stays_on_the_bridge),
     ("OUT-14", out::uplinks_come_and_go),
     ("OUT-15", out::nothing_leaves_by_an_interface_without_program),
@@ -62,7 +72,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("ISO-07", isolation::routed_network_accepts_published_ports),
     ("ISO-08", isolation::internal_network_is_closed),
     ("ISO-09", isolation::isolated_network_has_no_host),
-    ("ISO-11", isolation::ipv6_does_not_pass_an_ipv4_network),
+    ("ISO-11", isolation::other_family_does_not_pass),
     ("ISO-12", isolation::host_reaches_every_container_port),
     ("POL-01", policy::listed_sources_pass_and_others_do_not),
     ("POL-02", policy::first_match_decides),
@@ -70,27 +80,30 @@ const CHECKS: &[(&str, Check)] = &[
     ("POL-05", policy::allow_put_back_opens_again),
     ("POL-06", policy::narrower_rules_hold_where_they_are_written),
     ("POL-11", policy::bad_rule_file_is_refused_whole),
+    ("LIF-05", load::full_flow_table_breaks_nothing),
+    ("LIF-06", load::syn_flood_leaves_open_flows_alone),
     ("LIF-07", lifecycle::vanished_container_leaves_nothing),
     ("LIF-10", lifecycle::purge_leaves_the_host_as_before),
     ("SEC-01", security::forged_sources_are_dropped),
+    ("SEC-02", hostile::rogue_configuration_is_dropped),
     ("SEC-03", security::outside_can_not_pretend_to_be_inside),
     ("SEC-04", security::ports_of_the_host_stay_the_hosts),
+    ("SEC-06", hostile::absurd_packets_reach_nobody),
     ("SEC-08", security::nonsense_is_refused_and_changes_nothing),
+    ("SEC-09", hostile::internal_network_has_no_way_out),
 ];
 
 fn main() -> ExitCode {
     let variants: &[Offload] =
         if WITH_OFFLOAD_OFF { &[Offload::On, Offload::Off] } else { &[Offload::On] };
-    let rows = variants.iter().flat_map(|&offload| {
-        CHECKS.iter().map(move |&(id, run)| Row {
-            id,
-            backend: "ebpf",
-            family: "ipv4",
-            offload,
-            run,
-        })
-    });
-    run_rows(rows.collect())
+    let mut rows = Vec::new();
+    for &offload in variants {
+        for &family in FAMILIES {
+            let row = |&(id, run)| Row { id, backend: "ebpf", family, offload, run };
+            rows.extend(CHECKS.iter().map(row));
+        }
+    }
+    run_rows(rows)
 }
 
 /// Containers A1, A2 and B1, and what serves in A1.
@@ -104,18 +117,26 @@ struct Containers {
 
 /// Creates both networks and their containers; A1 publishes 8080 and serves on port 80.
 fn standard_containers(lab: &Lab) -> Result<Containers> {
-    lab.create_network("net-a", SUBNET_A, &[])?;
-    lab.create_network("net-b", SUBNET_B, &[])?;
-    let a1 = lab.attach("net-a", "a1", "172.20.0.2", &["8080:80", "8080:80/udp"])?;
-    let a2 = lab.attach("net-a", "a2", "172.20.0.3", &[])?;
-    let b1 = lab.attach("net-b", "b1", "172.21.0.2", &[])?;
-    let a1_tcp = a1.tcp_server("a1", "172.20.0.2:80")?;
-    let a1_udp = a1.udp_server("a1", "172.20.0.2:80")?;
+    let net = lab.net();
+    lab.create_network("net-a", net.subnet_a, &[])?;
+    lab.create_network("net-b", net.subnet_b, &[])?;
+    let a1 = lab.attach("net-a", "a1", net.a1, &["8080:80", "8080:80/udp"])?;
+    let a2 = lab.attach("net-a", "a2", net.a2, &[])?;
+    let b1 = lab.attach("net-b", "b1", net.b1, &[])?;
+    let a1_tcp = a1.tcp_server("a1", (net.a1, 80))?;
+    let a1_udp = a1.udp_server("a1", (net.a1, 80))?;
     Ok(Containers { a1, a2, b1, a1_tcp, a1_udp })
 }
 
-/// New flows are counted beside drops; they say nothing about a drop.
-const FLOW_COUNTERS: [&str; 3] = ["flow_out", "flow_in", "flow_hairpin"];
+/// What is counted beside drops and says nothing about them: flows that come, and flows that make
+/// room.
+const FLOW_COUNTERS: [&str; 4] = ["flow_out", "flow_in", "flow_hairpin", "reclaimed"];
+
+/// The hardware address of a network's bridge, which is its members' way out.
+fn bridge_mac(lab: &Lab, network: &str) -> Result<[u8; 6]> {
+    let network = lab.json(&["network", "inspect", network])?;
+    lab.host().mac(network[0]["bridge"].as_str().context("read the name of the bridge")?)
+}
 
 /// Fails unless `attempt` moves the drop counter `reason` and no other.
 fn counted(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -> Result<()> {
@@ -136,10 +157,10 @@ fn counted_soon(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -
 }
 
 /// Fails when `netdp flows` still knows the address.
-fn expect_no_flows_of(lab: &Lab, address: &str) -> Result<()> {
+fn expect_no_flows_of(lab: &Lab, address: IpAddr) -> Result<()> {
     let flows = lab.json(&["flows"])?;
     let text = flows.to_string();
-    let known = [format!("\"{address}\""), format!("\"{address}:")];
+    let known = [format!("\"{address}\""), format!("\"{address}:"), format!("\"[{address}]:")];
     anyhow::ensure!(!known.iter().any(|form| text.contains(form)), "flows of {address}: {flows:#}");
     Ok(())
 }

@@ -9,7 +9,8 @@ use netdp::model::Protocol;
 use crate::fixture::{Fixture, id_of, published};
 
 pub(crate) fn publishing_a_port_is_at_most_two_writes(fixture: &mut Fixture) -> Result<()> {
-    let (key, target) = published(Ipv4Addr::UNSPECIFIED, 9000, Protocol::Tcp, "a2", 90);
+    let (key, target) =
+        published(fixture.family, Ipv4Addr::UNSPECIFIED, 9000, Protocol::Tcp, "a2", 90);
     let writes = fixture.apply(|program| {
         program.published.insert(key, target);
     })?;

@@ -1,17 +1,20 @@
 //! ICMP errors about packets of flows: translated with what they quote, byte for byte.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use etherparse::{
-    Icmpv4Type, PacketBuilder,
-    icmpv4::{DestUnreachableHeader, TimeExceededCode},
+    Icmpv4Type, Icmpv6Type, PacketBuilder, icmpv4,
+    icmpv4::DestUnreachableHeader,
+    icmpv6::{DestUnreachableCode, TimeExceededCode},
 };
-use netdp::dataplane::{Count, Dataplane};
+use netdp::dataplane::Count;
 use netdp_common::counter::Reason;
+use netdp_tests::packet::ETHERNET_BYTES;
 
 use crate::{
-    datagram::{Datagram, Kind, Wire},
+    datagram::{Datagram, Kind, Shape, Wire, octets},
+    family::Family,
     fixture::{
         A, At, B, Fixture, HOST, OUTSIDE, ROUTER_MAC, TCX_DROP, TCX_NEXT, UPLINK_MAC, address,
         bridge_mac, from_container, from_container_wire, from_outside_wire, from_uplink,
@@ -24,9 +27,29 @@ const CLIENT: SocketAddrV4 = SocketAddrV4::new(OUTSIDE, 5000);
 const DIALLED: SocketAddrV4 = SocketAddrV4::new(HOST, 8080);
 /// A router somewhere on the way.
 const ROUTER: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+/// Bytes of an IP header without options.
+fn ip_bytes(family: Family) -> usize {
+    match family {
+        Family::V4 => 20,
+        Family::V6 => 40,
+    }
+}
+
 /// What routers quote at least: an IP header and 8 bytes; and all of it.
-const QUOTED: [usize; 2] = [28, usize::MAX];
+fn quoted(family: Family) -> [usize; 2] {
+    [ip_bytes(family) + 8, usize::MAX]
+}
+
 const KINDS: [Kind; 3] = [Kind::Segment, Kind::Udp, Kind::Request];
+
+/// What is wrong with a packet.
+#[derive(Clone, Copy)]
+enum Fault {
+    TimeExceeded,
+    PortUnreachable,
+    /// The next hop's MTU.
+    TooBig(u16),
+}
 
 /// An error and where it goes.
 #[derive(Clone)]
@@ -34,34 +57,81 @@ struct Error {
     macs: ([u8; 6], [u8; 6]),
     source: Ipv4Addr,
     destination: Ipv4Addr,
-    icmp: Icmpv4Type,
+    fault: Fault,
     quoted_bytes: usize,
 }
 
 impl Error {
     fn from_outside(source: Ipv4Addr) -> Self {
-        let icmp = Icmpv4Type::TimeExceeded(TimeExceededCode::TtlExceededInTransit);
         let macs = (ROUTER_MAC, UPLINK_MAC);
-        Self { macs, source, destination: HOST, icmp, quoted_bytes: usize::MAX }
+        Self {
+            macs,
+            source,
+            destination: HOST,
+            fault: Fault::TimeExceeded,
+            quoted_bytes: usize::MAX,
+        }
     }
 
     fn from_a1(destination: Ipv4Addr) -> Self {
-        let icmp = Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port);
         let macs = (mac("a1"), bridge_mac(A));
-        Self { macs, source: address("a1"), destination, icmp, quoted_bytes: usize::MAX }
+        Self {
+            macs,
+            source: address("a1"),
+            destination,
+            fault: Fault::PortUnreachable,
+            quoted_bytes: usize::MAX,
+        }
     }
 
     /// The frame, quoting a packet of this kind between these.
-    fn about(&self, kind: Kind, wire: Wire) -> Vec<u8> {
-        let quoted = Datagram::new(kind, wire).frames().remove(0);
-        let quoted = &quoted[14..];
-        let quoted = &quoted[..self.quoted_bytes.min(quoted.len())];
-        let builder = PacketBuilder::ethernet2(self.macs.0, self.macs.1)
-            .ipv4(self.source.octets(), self.destination.octets(), 60)
-            .icmpv4(self.icmp.clone());
+    fn about(&self, family: Family, kind: Kind, wire: Wire) -> Vec<u8> {
+        self.quoting(family, &Datagram::new(kind, wire).frame(family)[ETHERNET_BYTES..])
+    }
+
+    /// The frame, quoting this packet.
+    fn quoting(&self, family: Family, packet: &[u8]) -> Vec<u8> {
+        let quoted = &packet[..self.quoted_bytes.min(packet.len())];
+        let ethernet = PacketBuilder::ethernet2(self.macs.0, self.macs.1);
         let mut frame = Vec::new();
-        builder.write(&mut frame, quoted).unwrap();
+        match (family.address(self.source), family.address(self.destination)) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => ethernet
+                .ipv4(source.octets(), destination.octets(), 60)
+                .icmpv4(self.fault.icmpv4())
+                .write(&mut frame, quoted),
+            (source, destination) => ethernet
+                .ipv6(octets(source), octets(destination), 60)
+                .icmpv6(self.fault.icmpv6())
+                .write(&mut frame, quoted),
+        }
+        .unwrap();
         frame
+    }
+}
+
+impl Fault {
+    fn icmpv4(self) -> Icmpv4Type {
+        match self {
+            Self::TimeExceeded => {
+                Icmpv4Type::TimeExceeded(icmpv4::TimeExceededCode::TtlExceededInTransit)
+            }
+            Self::PortUnreachable => {
+                Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port)
+            }
+            Self::TooBig(next_hop_mtu) => {
+                Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::FragmentationNeeded {
+                    next_hop_mtu,
+                })
+            }
+        }
+    }
+
+    fn icmpv6(self) -> Icmpv6Type {
+        match self {
+            Self::TimeExceeded => Icmpv6Type::TimeExceeded(TimeExceededCode::HopLimitExceeded),
+            Self::PortUnreachable => Icmpv6Type::DestinationUnreachable(DestUnreachableCode::Port),
+            Self::TooBig(mtu) => Icmpv6Type::PacketTooBig { mtu: mtu.into() },
+        }
     }
 }
 
@@ -96,11 +166,14 @@ pub(crate) fn errors_about_outgoing_packets_reach_the_container(
         let inside = from_container_wire("a1", 4000, SERVER);
         // A router on the way, and the server itself: both keep their addresses.
         for source in [ROUTER, OUTSIDE] {
-            for quoted_bytes in QUOTED {
+            for quoted_bytes in quoted(fixture.family) {
                 let error = Error { quoted_bytes, ..Error::from_outside(source) };
-                let sent = error.about(kind, outside);
-                let wanted =
-                    Error { destination: address("a1"), ..error.clone() }.about(kind, inside);
+                let sent = error.about(fixture.family, kind, outside);
+                let wanted = Error { destination: address("a1"), ..error.clone() }.about(
+                    fixture.family,
+                    kind,
+                    inside,
+                );
                 expect_made(fixture, from_uplink("up0"), &sent, &wanted)?;
                 expect_made(fixture, into_network(A, Some("up0")), &wanted, &wanted)?;
             }
@@ -112,21 +185,32 @@ pub(crate) fn errors_about_outgoing_packets_reach_the_container(
 pub(crate) fn errors_of_the_path_carry_its_mtu(fixture: &mut Fixture) -> Result<()> {
     let outside = dial_out(fixture, Kind::Segment)?;
     let inside = from_container_wire("a1", 4000, SERVER);
-    let too_big = DestUnreachableHeader::FragmentationNeeded { next_hop_mtu: 1280 };
-    let icmp = Icmpv4Type::DestinationUnreachable(too_big);
-    let error = Error { icmp, ..Error::from_outside(ROUTER) };
-    let wanted = Error { destination: address("a1"), ..error.clone() }.about(Kind::Segment, inside);
-    expect_made(fixture, from_uplink("up0"), &error.about(Kind::Segment, outside), &wanted)
+    let error = Error { fault: Fault::TooBig(1280), ..Error::from_outside(ROUTER) };
+    let wanted = Error { destination: address("a1"), ..error.clone() }.about(
+        fixture.family,
+        Kind::Segment,
+        inside,
+    );
+    expect_made(
+        fixture,
+        from_uplink("up0"),
+        &error.about(fixture.family, Kind::Segment, outside),
+        &wanted,
+    )
 }
 
 pub(crate) fn errors_about_answers_reach_the_container(fixture: &mut Fixture) -> Result<()> {
     for kind in [Kind::Segment, Kind::Udp] {
         dial_in(fixture, kind)?;
-        for quoted_bytes in QUOTED {
+        for quoted_bytes in quoted(fixture.family) {
             let error = Error { quoted_bytes, ..Error::from_outside(ROUTER) };
-            let sent = error.about(kind, from_outside_wire(DIALLED, CLIENT));
+            let sent = error.about(fixture.family, kind, from_outside_wire(DIALLED, CLIENT));
             let inside = from_outside_wire(socket("a1", 80), CLIENT);
-            let wanted = Error { destination: address("a1"), ..error.clone() }.about(kind, inside);
+            let wanted = Error { destination: address("a1"), ..error.clone() }.about(
+                fixture.family,
+                kind,
+                inside,
+            );
             expect_made(fixture, from_uplink("up0"), &sent, &wanted)?;
         }
     }
@@ -136,12 +220,16 @@ pub(crate) fn errors_about_answers_reach_the_container(fixture: &mut Fixture) ->
 pub(crate) fn errors_of_the_container_leave_as_the_hosts(fixture: &mut Fixture) -> Result<()> {
     for kind in [Kind::Segment, Kind::Udp] {
         dial_in(fixture, kind)?;
-        for quoted_bytes in QUOTED {
+        for quoted_bytes in quoted(fixture.family) {
             let error = Error { quoted_bytes, ..Error::from_a1(OUTSIDE) };
-            let sent = error.about(kind, from_outside_wire(CLIENT, socket("a1", 80)));
+            let sent =
+                error.about(fixture.family, kind, from_outside_wire(CLIENT, socket("a1", 80)));
             expect_made(fixture, from_container("a1"), &sent, &sent)?;
-            let wanted = Error { source: HOST, ..error.clone() }
-                .about(kind, from_outside_wire(CLIENT, DIALLED));
+            let wanted = Error { source: HOST, ..error.clone() }.about(
+                fixture.family,
+                kind,
+                from_outside_wire(CLIENT, DIALLED),
+            );
             expect_made(fixture, to_uplink("up0", Some("br-a")), &sent, &wanted)?;
         }
     }
@@ -153,9 +241,9 @@ pub(crate) fn errors_find_their_way_across_networks(fixture: &mut Fixture) -> Re
     let across = pass_as(dialled.to(socket("a1", 80))).opening(A, Reason::FlowHairpin);
     fixture.expect("across", from_container("b1"), &Datagram::new(Kind::Udp, dialled), across)?;
     let error = Error::from_a1(address("b1"));
-    let sent = error.about(Kind::Udp, dialled.to(socket("a1", 80)));
+    let sent = error.about(fixture.family, Kind::Udp, dialled.to(socket("a1", 80)));
     expect_made(fixture, from_container("a1"), &sent, &sent)?;
-    let wanted = Error { source: HOST, ..error.clone() }.about(Kind::Udp, dialled);
+    let wanted = Error { source: HOST, ..error.clone() }.about(fixture.family, Kind::Udp, dialled);
     expect_made(fixture, into_network(B, Some("br-a")), &sent, &wanted)
 }
 
@@ -165,19 +253,23 @@ pub(crate) fn errors_find_their_way_within_a_network(fixture: &mut Fixture) -> R
     let opening = pass_as(switched).opening(A, Reason::FlowHairpin);
     fixture.expect("switch", from_container("a2"), &Datagram::new(Kind::Udp, dialled), opening)?;
     let error = Error { macs: (mac("a1"), mac("a2")), ..Error::from_a1(address("a2")) };
-    let sent = error.about(Kind::Udp, switched);
-    let wanted = Error { source: HOST, ..error.clone() }.about(Kind::Udp, dialled);
+    let sent = error.about(fixture.family, Kind::Udp, switched);
+    let wanted = Error { source: HOST, ..error.clone() }.about(fixture.family, Kind::Udp, dialled);
     expect_made(fixture, from_container("a1"), &sent, &wanted)
 }
 
 pub(crate) fn errors_open_and_refresh_nothing(fixture: &mut Fixture) -> Result<()> {
     // About nothing that we know: the host's, as it came.
     let error = Error::from_outside(ROUTER);
-    let sent = error.about(Kind::Udp, from_outside_wire(SocketAddrV4::new(HOST, 4000), SERVER));
+    let sent = error.about(
+        fixture.family,
+        Kind::Udp,
+        from_outside_wire(SocketAddrV4::new(HOST, 4000), SERVER),
+    );
     expect_made(fixture, from_uplink("up0"), &sent, &sent)?;
     // Of a container, about nothing that we know: nowhere.
     let unknown = from_outside_wire(CLIENT, socket("a1", 80));
-    let sent = Error::from_a1(OUTSIDE).about(Kind::Udp, unknown);
+    let sent = Error::from_a1(OUTSIDE).about(fixture.family, Kind::Udp, unknown);
     let bytes = sent.len() as u64;
     let count = Count { network: Some(A), reason: Reason::NoFlow, packets: 1, bytes };
     fixture.expect_frame(from_container("a1"), &sent, TCX_DROP, Some(count))?;
@@ -185,9 +277,9 @@ pub(crate) fn errors_open_and_refresh_nothing(fixture: &mut Fixture) -> Result<(
 
     // About a flow: its state stays what its own packets made it.
     let outside = dial_out(fixture, Kind::Udp)?;
-    let sent = error.about(Kind::Udp, outside);
+    let sent = error.about(fixture.family, Kind::Udp, outside);
     fixture.expect_frame(from_uplink("up0"), &sent, TCX_NEXT, None)?;
-    let states: Vec<_> = fixture.backend().flows()?.iter().map(|flow| flow.state).collect();
+    let states: Vec<_> = fixture.flows()?.iter().map(|flow| flow.state).collect();
     ensure!(states == ["unreplied"], "an error counted as an answer: {states:?}");
     Ok(())
 }
@@ -200,7 +292,7 @@ pub(crate) fn errors_about_others_flows_are_forgeries(fixture: &mut Fixture) -> 
         source: address("a2"),
         ..Error::from_a1(OUTSIDE)
     };
-    let sent = forged.about(Kind::Udp, quoted);
+    let sent = forged.about(fixture.family, Kind::Udp, quoted);
     let bytes = sent.len() as u64;
     let count = Count { network: Some(A), reason: Reason::SpoofedSource, packets: 1, bytes };
     fixture.expect_frame(from_container("a2"), &sent, TCX_DROP, Some(count))?;
@@ -213,10 +305,70 @@ pub(crate) fn errors_about_others_flows_are_forgeries(fixture: &mut Fixture) -> 
 
 pub(crate) fn errors_that_quote_too_little_are_the_hosts(fixture: &mut Fixture) -> Result<()> {
     let outside = dial_out(fixture, Kind::Udp)?;
-    for quoted_bytes in [0, 10, 20, 27] {
+    let header = ip_bytes(fixture.family);
+    for quoted_bytes in [0, 10, header, header + 7] {
         let error = Error { quoted_bytes, ..Error::from_outside(ROUTER) };
-        let sent = error.about(Kind::Udp, outside);
+        let sent = error.about(fixture.family, Kind::Udp, outside);
         expect_made(fixture, from_uplink("up0"), &sent, &sent)?;
     }
     Ok(())
+}
+
+/// Runs what comes from outside, and compares with what a1 should get.
+fn expect_for_a1(
+    fixture: &mut Fixture,
+    error: &Error,
+    quoted: &Datagram,
+    inside: Wire,
+) -> Result<()> {
+    let packet = |datagram: &Datagram, family| datagram.frame(family)[ETHERNET_BYTES..].to_vec();
+    let family = fixture.family;
+    let sent = error.quoting(family, &packet(quoted, family));
+    let wanted = Error { destination: address("a1"), ..error.clone() }
+        .quoting(family, &packet(&quoted.with_wire(inside), family));
+    expect_made(fixture, from_uplink("up0"), &sent, &wanted)
+}
+
+pub(crate) fn errors_quote_as_much_as_they_like(fixture: &mut Fixture) -> Result<()> {
+    let inside = from_container_wire("a1", 4000, SERVER);
+    let mut kinds = vec![Kind::Segment, Kind::Udp, Kind::BareUdp, Kind::Request];
+    kinds.retain(|kind| fixture.carries(*kind));
+    for kind in kinds {
+        let outside = dial_out(fixture, kind)?;
+        let quoted = Datagram::new(kind, outside);
+        // Through the transport header and its checksum, and some way into the payload.
+        let least = ip_bytes(fixture.family) + 8;
+        // What ends in the middle of a TCP checksum can't be told from what it was.
+        let torn = ip_bytes(fixture.family) + 17;
+        for quoted_bytes in (least..least + 40).filter(|bytes| *bytes != torn) {
+            let error = Error { quoted_bytes, ..Error::from_outside(ROUTER) };
+            expect_for_a1(fixture, &error, &quoted, inside)
+                .with_context(|| format!("{kind:?}, {quoted_bytes} bytes quoted"))?;
+        }
+        fixture.remove_halves(|_| true)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn errors_quote_options_and_first_fragments(fixture: &mut Fixture) -> Result<()> {
+    let inside = from_container_wire("a1", 4000, SERVER);
+    for kind in KINDS {
+        let outside = dial_out(fixture, kind)?;
+        for shape in Shape::ALL {
+            let quoted = Datagram::new(kind, outside).shaped(shape);
+            expect_for_a1(fixture, &Error::from_outside(ROUTER), &quoted, inside)
+                .with_context(|| format!("{kind:?}, {shape:?}"))?;
+        }
+        fixture.remove_halves(|_| true)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn errors_that_quote_later_fragments_are_the_hosts(fixture: &mut Fixture) -> Result<()> {
+    let family = fixture.family;
+    let outside = dial_out(fixture, Kind::Udp)?;
+    let cut = Shape { cut: true, ..Shape::PLAIN };
+    let later = Datagram::new(Kind::Udp, outside).shaped(cut).frames(family).remove(1);
+    let sent = Error::from_outside(ROUTER).quoting(family, &later[ETHERNET_BYTES..]);
+    expect_made(fixture, from_uplink("up0"), &sent, &sent)
 }

@@ -8,32 +8,37 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     io::Write,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, SocketAddrV4},
+    os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::{
-    TestRun, TestRunOptions,
     maps::{HashMap, Map, MapData},
     programs::{SchedClassifier, TcAttachType},
 };
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use netdp::{
     dataplane::{
-        Count, Dataplane, Drift, EndpointProgram, FlowRecord, NatPorts, NetworkProgram, Program,
-        PublishedKey, PublishedTarget, Uplink,
+        Count, Dataplane, Drift, EndpointProgram, NatPorts, NetworkProgram, Program, PublishedKey,
+        PublishedTarget, SubnetProgram, Uplink,
         ebpf::{Ebpf, EbpfOptions},
     },
     model::{EndpointId, GatewayMode, MacAddress, NetworkId, Protocol},
 };
 use netdp_common::{
+    addr::{Be32, Be128},
+    config::Timeouts,
     counter::Reason,
-    flow::{Flow4, FlowKey4},
-    fragment::{FragmentKey4, Ports},
+    flow::{Flow, FlowKey},
+    fragment::{FragmentKey, Ports},
 };
-use netdp_tests::packet::ETHERNET_BYTES;
+use netdp_tests::{
+    bpf::{self, Checksum, SkbContext},
+    packet::ETHERNET_BYTES,
+};
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     net::if_::if_nametoindex,
@@ -41,7 +46,10 @@ use nix::{
 };
 use tempfile::TempDir;
 
-use crate::datagram::{Datagram, Wire, verify};
+use crate::{
+    datagram::{Datagram, Kind, Wire, verify},
+    family::{FAMILIES, Family, ipv6},
+};
 
 /// An ordinary network: a1, a2.
 pub(crate) const A: NetworkId = NetworkId(1);
@@ -299,8 +307,24 @@ pub(crate) struct Outcome {
     pub(crate) frame: Vec<u8>,
 }
 
+/// A flow as the table shows it, between parties.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct SeenFlow {
+    pub(crate) protocol: u8,
+    pub(crate) network: NetworkId,
+    pub(crate) source: SocketAddrV4,
+    pub(crate) destination: SocketAddrV4,
+    pub(crate) translated_source: SocketAddrV4,
+    pub(crate) translated_destination: SocketAddrV4,
+    pub(crate) state: &'static str,
+}
+
 /// The host under test.
 pub(crate) struct Fixture {
+    /// Of the packets that are run.
+    pub(crate) family: Family,
+    /// What is said of their checksums.
+    checksum: Checksum,
     /// `None` only while it is being reopened: two can't have the same pins.
     backend: Option<Ebpf>,
     /// What was applied last.
@@ -318,10 +342,12 @@ impl Fixture {
             None => build_host().map(|ifindexes| built.get_or_init(|| ifindexes).clone()),
         })?;
         let bpffs = Bpffs::mount()?;
-        let mut backend = Ebpf::open(EbpfOptions { bpffs: bpffs.path().to_owned(), flows })?;
+        let mut backend = Ebpf::open(options(&bpffs, flows))?;
         let program = standard_program(&ifindexes);
         backend.apply(&program)?;
         Ok(Self {
+            family: Family::V4,
+            checksum: Checksum::Unknown,
             backend: Some(backend),
             program,
             programs: attached_programs()?,
@@ -332,7 +358,11 @@ impl Fixture {
 
     /// Runs a test on a fixture that tests share, the standard program on it and no flow in it:
     /// loading the programs takes a second. A test that fails takes the fixture with it.
-    pub(crate) fn share(test: fn(&mut Self) -> Result<()>) -> Result<()> {
+    pub(crate) fn share(
+        family: Family,
+        checksum: Checksum,
+        test: fn(&mut Self) -> Result<()>,
+    ) -> Result<()> {
         thread_local! {
             static SHARED: RefCell<Option<Fixture>> = const { RefCell::new(None) };
             static HOPELESS: Cell<bool> = const { Cell::new(false) };
@@ -351,6 +381,7 @@ impl Fixture {
             }
         };
         fixture.reset()?;
+        (fixture.family, fixture.checksum) = (family, checksum);
         test(&mut fixture)?;
         SHARED.set(Some(fixture));
         Ok(())
@@ -361,13 +392,23 @@ impl Fixture {
         let program = self.program.clone();
         self.backend().apply(&program)?;
         self.remove_halves(|_| true)?;
-        let data = MapData::from_pin(self.map_path("FRAGMENT4"))?;
-        let mut fragments: HashMap<_, [u8; size_of::<FragmentKey4>()], [u8; size_of::<Ports>()]> =
+        self.forget_fragments::<{ size_of::<FragmentKey<Be32>>() }>("FRAGMENT4")?;
+        self.forget_fragments::<{ size_of::<FragmentKey<Be128>>() }>("FRAGMENT6")
+    }
+
+    fn forget_fragments<const KEY: usize>(&self, map: &str) -> Result<()> {
+        let data = MapData::from_pin(self.map_path(map))?;
+        let mut fragments: HashMap<_, [u8; KEY], [u8; size_of::<Ports>()]> =
             Map::LruHashMap(data).try_into()?;
         for key in fragments.keys().collect::<Result<Vec<_>, _>>()? {
             fragments.remove(&key)?;
         }
         Ok(())
+    }
+
+    /// A fixture for the same packets on a flow table of its own, with room for `flows`.
+    pub(crate) fn with_room_for(&self, flows: u32) -> Result<Self> {
+        Ok(Self { family: self.family, checksum: self.checksum, ..Self::new(flows)? })
     }
 
     /// Changes the program and applies it; returns the number of writes.
@@ -390,11 +431,18 @@ impl Fixture {
 
     /// Closes the backend as the end of the agent would, and opens it again.
     pub(crate) fn reopen(&mut self) -> Result<()> {
-        let options = EbpfOptions { bpffs: self.bpffs.path().to_owned(), flows: FLOWS };
         self.backend = None;
-        self.backend = Some(Ebpf::open(options)?);
+        self.backend = Some(Ebpf::open(options(&self.bpffs, FLOWS))?);
         self.programs = attached_programs()?;
         Ok(())
+    }
+
+    /// Whether packets of this kind are part of the run. Without a checksum of its own, a UDP
+    /// datagram whose port changes is not in step with a sum of the whole packet; the kernel asks
+    /// that sum of none such.
+    pub(crate) fn carries(&self, kind: Kind) -> bool {
+        let is_summed = self.checksum == Checksum::Complete;
+        kind.is_of(self.family) && !(kind == Kind::BareUdp && is_summed)
     }
 
     /// ifindex of an interface of the fixture.
@@ -404,20 +452,21 @@ impl Fixture {
 
     /// Runs one frame through a program, whatever becomes of it.
     pub(crate) fn run(&self, at: At, frame: &[u8]) -> Result<Outcome> {
-        let mut context = SkbContext::default();
-        context.set(SkbContext::IFINDEX, self.ifindex(at.interface));
-        context.set(SkbContext::INGRESS_IFINDEX, at.arrived.map_or(0, |name| self.ifindex(name)));
-        let mut out = vec![0; frame.len() + 256];
-        let result = self.programs[&at.hook]
-            .test_run(TestRunOptions {
-                data_in: Some(frame),
-                data_out: Some(&mut out),
-                ctx_in: Some(&context.bytes),
-                ..TestRunOptions::new()
-            })
+        // The kernel takes the sum from behind an Ethernet header, which tun0 has not.
+        let checksum = if at.interface == TUN { Checksum::Unknown } else { self.checksum };
+        let ran = bpf::run(self.loaded(at)?, frame, &self.context(at), checksum)
             .with_context(|| format!("run {} bytes through {at:?}", frame.len()))?;
-        out.truncate(result.data_size_out as usize);
-        Ok(Outcome { verdict: result.return_value as i32, frame: out })
+        Ok(Outcome { verdict: ran.verdict, frame: ran.frame })
+    }
+
+    /// The program that the kernel runs there.
+    pub(crate) fn loaded(&self, at: At) -> Result<BorrowedFd<'_>> {
+        Ok(self.programs[&at.hook].fd()?.as_fd())
+    }
+
+    /// What the kernel says of a packet there.
+    pub(crate) fn context(&self, at: At) -> SkbContext {
+        SkbContext::new(self.ifindex(at.interface), at.arrived.map_or(0, |name| self.ifindex(name)))
     }
 
     /// Runs a datagram, frame by frame, and compares verdict, bytes and every counter with what
@@ -430,13 +479,14 @@ impl Fixture {
         want: Want,
     ) -> Result<Datagram> {
         self.try_expect(at, datagram, want)
-            .with_context(|| format!("{name}: {:?} at {at:?}, wanted {want:?}", datagram))
+            .with_context(|| format!("{name}: {datagram:?} at {at:?}, wanted {want:?}"))
     }
 
     fn try_expect(&mut self, at: At, datagram: &Datagram, want: Want) -> Result<Datagram> {
         let wanted = datagram.with_wire(want.wire.unwrap_or(datagram.wire));
         let mut left = Vec::new();
-        for (index, (frame, wanted)) in datagram.frames().iter().zip(wanted.frames()).enumerate() {
+        let frames = datagram.frames(self.family).into_iter().zip(wanted.frames(self.family));
+        for (index, (frame, wanted)) in frames.enumerate() {
             // A device without Ethernet sees the packet only; the oracle wants a frame.
             let hidden = if at.interface == TUN { ETHERNET_BYTES } else { 0 };
             let counted = want.counted.filter(|_| index == 0 || want.verdict == TCX_DROP).map(
@@ -482,33 +532,47 @@ impl Fixture {
         Ok(outcome.frame)
     }
 
-    /// All flows, checked against what is wanted of each but its times.
-    pub(crate) fn expect_flows(&mut self, wanted: &[FlowRecord]) -> Result<()> {
-        let timeless = |record: &FlowRecord| FlowRecord {
-            idle: std::time::Duration::ZERO,
-            expires: std::time::Duration::ZERO,
-            ..record.clone()
-        };
-        let key = |record: &FlowRecord| (record.protocol, record.source, record.destination);
-        let mut seen: Vec<_> = self.backend().flows()?.iter().map(timeless).collect();
-        let mut wanted: Vec<_> = wanted.iter().map(timeless).collect();
-        seen.sort_by_key(key);
-        wanted.sort_by_key(key);
+    /// All flows, in order.
+    pub(crate) fn flows(&mut self) -> Result<Vec<SeenFlow>> {
+        let family = self.family;
+        let records = self.backend().flows()?;
+        let seen = records.into_iter().map(|record| {
+            Ok(SeenFlow {
+                protocol: record.protocol,
+                network: record.network,
+                source: party(family, record.source)?,
+                destination: party(family, record.destination)?,
+                translated_source: party(family, record.translated_source)?,
+                translated_destination: party(family, record.translated_destination)?,
+                state: record.state,
+            })
+        });
+        let mut seen = seen.collect::<Result<Vec<_>>>()?;
+        seen.sort();
+        Ok(seen)
+    }
+
+    /// Fails unless these are all flows.
+    pub(crate) fn expect_flows(&mut self, wanted: &[SeenFlow]) -> Result<()> {
+        let seen = self.flows()?;
+        let mut wanted = wanted.to_vec();
+        wanted.sort();
         ensure!(seen == wanted, "flows: wanted {wanted:#?}, seen {seen:#?}");
         Ok(())
     }
 
-    /// The pinned flow table, raw.
-    pub(crate) fn flow_table(
-        &self,
-    ) -> Result<HashMap<MapData, [u8; size_of::<FlowKey4>()], [u8; size_of::<Flow4>()]>> {
-        let data = MapData::from_pin(self.map_path("FLOW4")).context("open the pin of FLOW4")?;
-        Ok(Map::HashMap(data).try_into()?)
-    }
-
     /// Removes every half of a flow for which `is_doomed`; returns how many.
     pub(crate) fn remove_halves(&self, is_doomed: impl Fn(Zone) -> bool) -> Result<usize> {
-        let mut table = self.flow_table()?;
+        Ok(self.remove_halves_of::<KEY4, HALF4>("FLOW4", &is_doomed)?
+            + self.remove_halves_of::<KEY6, HALF6>("FLOW6", &is_doomed)?)
+    }
+
+    fn remove_halves_of<const KEY: usize, const HALF: usize>(
+        &self,
+        map: &str,
+        is_doomed: impl Fn(Zone) -> bool,
+    ) -> Result<usize> {
+        let mut table = self.flow_table::<KEY, HALF>(map)?;
         let keys = table.keys().collect::<Result<Vec<_>, _>>()?;
         let doomed: Vec<_> = keys.iter().filter(|key| is_doomed(Zone::of(*key))).collect();
         for key in &doomed {
@@ -517,15 +581,56 @@ impl Fixture {
         Ok(doomed.len())
     }
 
-    /// Number of halves in the flow table.
+    /// Removes one half of those that arrive from outside.
+    pub(crate) fn remove_reply_half(&self) -> Result<()> {
+        let is_first = Cell::new(true);
+        self.remove_halves(|zone| zone == Zone(0) && is_first.replace(false))?;
+        Ok(())
+    }
+
+    /// A pinned flow table.
+    pub(crate) fn flow_table<const KEY: usize, const HALF: usize>(
+        &self,
+        map: &str,
+    ) -> Result<HashMap<MapData, [u8; KEY], [u8; HALF]>> {
+        let data = MapData::from_pin(self.map_path(map))
+            .with_context(|| format!("open the pin of {map}"))?;
+        Ok(Map::HashMap(data).try_into()?)
+    }
+
+    /// Number of halves in the flow tables.
     pub(crate) fn halves(&self) -> Result<usize> {
-        Ok(self.flow_table()?.keys().collect::<Result<Vec<_>, _>>()?.len())
+        let four =
+            self.flow_table::<KEY4, HALF4>("FLOW4")?.keys().collect::<Result<Vec<_>, _>>()?;
+        let six = self.flow_table::<KEY6, HALF6>("FLOW6")?.keys().collect::<Result<Vec<_>, _>>()?;
+        Ok(four.len() + six.len())
     }
 
     /// Pin of a map.
     pub(crate) fn map_path(&self, name: &str) -> PathBuf {
         self.bpffs.path().join(format!("netdp/v{}/maps", netdp_common::abi::ABI)).join(name)
     }
+}
+
+/// Bytes of keys and halves in FLOW4 and FLOW6.
+const KEY4: usize = size_of::<FlowKey<Be32>>();
+/// See [`KEY4`].
+const HALF4: usize = size_of::<Flow<Be32>>();
+/// See [`KEY4`].
+const KEY6: usize = size_of::<FlowKey<Be128>>();
+/// See [`KEY4`].
+const HALF6: usize = size_of::<Flow<Be128>>();
+
+/// How the backend is opened.
+fn options(bpffs: &Bpffs, flows: u32) -> EbpfOptions {
+    EbpfOptions { bpffs: bpffs.path().to_owned(), flows, timeouts: Timeouts::RFC, cgroup: None }
+}
+
+/// Who is at one end of a flow.
+fn party(family: Family, (address, port): (impl Into<IpAddr>, u16)) -> Result<SocketAddrV4> {
+    let address = address.into();
+    let party = family.party(address);
+    Ok(SocketAddrV4::new(party.with_context(|| format!("find out who {address} is"))?, port))
 }
 
 /// The programs that the kernel runs, found where they are attached.
@@ -551,7 +656,7 @@ pub(crate) struct Zone(pub(crate) u32);
 
 impl Zone {
     fn of(key: &[u8]) -> Self {
-        // The first field of `FlowKey4`.
+        // The first field of `FlowKey`.
         Self(u32::from_ne_bytes([key[0], key[1], key[2], key[3]]))
     }
 }
@@ -576,26 +681,6 @@ impl Drop for Bpffs {
     fn drop(&mut self) {
         // Nobody is left to complain to; the mount namespace ends with the process.
         let _ = umount2(self.path(), MntFlags::MNT_DETACH);
-    }
-}
-
-/// `struct __sk_buff` (linux/bpf.h) as `BPF_PROG_TEST_RUN` takes it.
-struct SkbContext {
-    bytes: [u8; 192],
-}
-
-impl Default for SkbContext {
-    fn default() -> Self {
-        Self { bytes: [0; 192] }
-    }
-}
-
-impl SkbContext {
-    const INGRESS_IFINDEX: usize = 36;
-    const IFINDEX: usize = 40;
-
-    fn set(&mut self, field: usize, value: u32) {
-        self.bytes[field..field + 4].copy_from_slice(&value.to_ne_bytes());
     }
 }
 
@@ -631,37 +716,53 @@ thread_local! {
 /// Moves the thread to a new network namespace and builds the host in it.
 fn build_host() -> Result<BTreeMap<&'static str, u32>> {
     unshare(CloneFlags::CLONE_NEWNET).context("create a network namespace")?;
-    // No router solicitation may disturb the counters.
-    for scope in ["all", "default"] {
-        fs::write(format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6"), "1")
-            .context("switch IPv6 off")?;
-    }
-    fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("switch forwarding on")?;
-    // Bridges are told not to snoop multicast: they would join a group, and say so.
-    let mut script = String::from("link set lo up\n");
+    let set = |key: &str, value: &str| {
+        fs::write(format!("/proc/sys/net/{key}"), value).with_context(|| format!("set {key}"))
+    };
+    // Nothing that a link says of itself may disturb the counters: no link-local address, and no
+    // IPv6 at all but where the host needs it.
+    set("ipv6/conf/default/disable_ipv6", "1")?;
+    set("ipv6/conf/default/addr_gen_mode", "1")?;
     let mac = |bytes| MacAddress(bytes).to_string();
+    // Who joins a multicast group says so: bridges that snoop, routers, whoever has an address.
+    const QUIET: &str = "arp off multicast off";
+    let mut links = String::from("link set lo up\n");
     for (name, id) in BRIDGES {
-        script += &format!(
-            "link add {name} address {} type bridge mcast_snooping 0\naddress add {}/24 dev {name}\nlink set {name} up\n",
+        links += &format!(
+            "link add {name} address {} type bridge mcast_snooping 0\nlink set {name} {QUIET} up\n",
             mac(bridge_mac(id)),
-            gateway(id)
         );
     }
     for (name, id) in MEMBERS {
-        script += &format!(
+        links += &format!(
             "link add {name} type veth peer name {name}-peer\nlink set {name} master {} up\nlink set {name}-peer up\n",
             bridge(id)
         );
     }
-    for (name, address) in UPLINKS {
-        script += &format!(
-            "link add {name} address {} type veth peer name {name}-peer\naddress add {address}/24 dev {name}\nlink set {name} up\nlink set {name}-peer up\n",
+    for (name, _) in UPLINKS {
+        links += &format!(
+            "link add {name} address {} type veth peer name {name}-peer\nlink set {name} {QUIET} up\nlink set {name}-peer up\n",
             mac(UPLINK_MAC)
         );
     }
-    script += &format!("address add {HOST_SECOND}/24 dev up0\naddress add {SNAT}/24 dev up0\n");
-    script += &format!("route add default via {OUTSIDE}\n");
-    ip_batch(&script)?;
+    ip_batch(&links)?;
+    // Now that links are quiet: a router joins a group on each that is not.
+    set("ipv4/ip_forward", "1")?;
+    set("ipv6/conf/all/forwarding", "1")?;
+    let own = BRIDGES.map(|(name, id)| (name, gateway(id)));
+    let own: Vec<_> = own.into_iter().chain(UPLINKS).collect();
+    let mut addresses = String::new();
+    for (name, party) in own.iter().copied().chain([("up0", HOST_SECOND), ("up0", SNAT)]) {
+        addresses += &format!("address add {party}/24 dev {name}\n");
+        if FAMILIES.contains(&Family::V6) {
+            set(&format!("ipv6/conf/{name}/disable_ipv6"), "0")?;
+            addresses += &format!("address add {}/64 dev {name} nodad\n", ipv6(party));
+        }
+    }
+    for family in FAMILIES {
+        addresses += &format!("route add default via {}\n", family.address(OUTSIDE));
+    }
+    ip_batch(&addresses)?;
     let names = BRIDGES.iter().map(|(name, _)| *name);
     let names = names.chain(MEMBERS.iter().map(|(name, _)| *name));
     names
@@ -697,13 +798,21 @@ fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
         let network = NetworkProgram {
             bridge_ifindex: ifindexes[name],
             bridge_mac: MacAddress(bridge_mac(id)),
-            subnet: Ipv4Net::new_assert(host_in(id, 0), 24),
-            gateway: gateway(id),
+            ipv4: Some(SubnetProgram {
+                subnet: Ipv4Net::new_assert(host_in(id, 0), 24),
+                gateway: gateway(id),
+                snat_ip: (id == FIXED_SOURCE).then_some(SNAT),
+            }),
+            ipv6: Some(SubnetProgram {
+                subnet: Ipv6Net::new_assert(ipv6(host_in(id, 0)), 64).trunc(),
+                gateway: ipv6(gateway(id)),
+                snat_ip: (id == FIXED_SOURCE).then_some(ipv6(SNAT)),
+            }),
             gateway_mode,
             internal: id == INTERNAL,
             icc: id != ICC_OFF,
             masquerade: id != UNMASQUERADED,
-            snat_ip: (id == FIXED_SOURCE).then_some(SNAT),
+            endpoint_flows: 0,
             policy: Vec::new(),
             policy_generation: 1,
         };
@@ -713,14 +822,20 @@ fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
         let endpoint = EndpointProgram {
             network,
             ifindex: ifindexes[name],
-            address: address(name),
+            ipv4: Some(address(name)),
+            ipv6: Some(ipv6(address(name))),
             mac: MacAddress(mac(name)),
         };
         (id_of(name), endpoint)
     });
     let uplinks = UPLINKS.iter().filter(|(name, _)| *name != UNKNOWN).map(|&(name, address)| {
-        let uplink =
-            Uplink { masquerade: Some(address), ethernet: name != TUN, forwarded_before: false };
+        let uplink = Uplink {
+            masquerade4: Some(address),
+            masquerade6: Some(ipv6(address)),
+            ethernet: name != TUN,
+            forwarded_before4: false,
+            forwarded_before6: false,
+        };
         (ifindexes[name], uplink)
     });
     let local: BTreeSet<_> = UPLINKS
@@ -728,6 +843,7 @@ fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
         .map(|&(_, address)| address)
         .chain([HOST_SECOND, SNAT])
         .chain(BRIDGES.map(|(_, id)| gateway(id)))
+        .flat_map(|party| [Family::V4, Family::V6].map(|family| family.address(party)))
         .collect();
     let mut program = Program {
         nat_ports: NatPorts::default(),
@@ -739,8 +855,11 @@ fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
     };
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         let mut publish = |address, port, endpoint, container_port| {
-            let (key, target) = published(address, port, protocol, endpoint, container_port);
-            program.published.insert(key, target);
+            for family in [Family::V4, Family::V6] {
+                let (key, target) =
+                    published(family, address, port, protocol, endpoint, container_port);
+                program.published.insert(key, target);
+            }
         };
         publish(Ipv4Addr::UNSPECIFIED, 8080, "a1", 80);
         publish(Ipv4Addr::UNSPECIFIED, 8081, "a1", 80);
@@ -754,6 +873,7 @@ fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
 
 /// A published port.
 pub(crate) fn published(
+    family: Family,
     address: Ipv4Addr,
     port: u16,
     protocol: Protocol,
@@ -761,10 +881,10 @@ pub(crate) fn published(
     container_port: u16,
 ) -> (PublishedKey, PublishedTarget) {
     (
-        PublishedKey { address, port, protocol },
+        PublishedKey { address: family.address(address), port, protocol },
         PublishedTarget {
             endpoint: id_of(endpoint),
-            address: self::address(endpoint),
+            address: family.address(self::address(endpoint)),
             port: container_port,
         },
     )

@@ -1,6 +1,10 @@
 //! The life of flows: opening, following, ending, losing a half, losing what they rest on.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    sync::Barrier,
+    thread,
+};
 
 use anyhow::{Result, ensure};
 use netdp::{
@@ -8,13 +12,15 @@ use netdp::{
     model::{EndpointId, Protocol},
 };
 use netdp_common::counter::Reason;
+use netdp_tests::bpf::{self, Checksum};
 
 use crate::{
     datagram::{Datagram, Kind},
+    family::{Family, ipv6},
     fixture::{
-        A, Fixture, HOST, OUTSIDE, ROUTED, ROUTER_MAC, UPLINK_MAC, Zone, address, bridge_mac,
-        dropped, from_container, from_container_wire, from_outside_wire, from_uplink, id_of,
-        into_network, mac, pass, pass_as, published, socket, to_uplink,
+        A, Fixture, HOST, OUTSIDE, ROUTED, ROUTER_MAC, TCX_NEXT, UPLINK_MAC, Zone, address,
+        bridge_mac, dropped, from_container, from_container_wire, from_outside_wire, from_uplink,
+        id_of, into_network, mac, pass, pass_as, published, socket, to_uplink,
     },
 };
 
@@ -48,7 +54,7 @@ fn is_dialled(fixture: &mut Fixture, kind: Kind, opens: bool) -> Result<()> {
 }
 
 fn expect_state(fixture: &mut Fixture, wanted: &str) -> Result<()> {
-    let states: Vec<_> = fixture.backend().flows()?.iter().map(|flow| flow.state).collect();
+    let states: Vec<_> = fixture.flows()?.iter().map(|flow| flow.state).collect();
     ensure!(states == [wanted], "wanted one flow, {wanted}; seen {states:?}");
     Ok(())
 }
@@ -60,11 +66,12 @@ pub(crate) fn a_tcp_flow_shows_its_state(fixture: &mut Fixture) -> Result<()> {
         (false, Kind::SynAck, "half-open"),
         (true, Kind::Segment, "established"),
         (false, Kind::Segment, "established"),
-        (false, Kind::Fin, "closing"),
-        (true, Kind::Segment, "closing"),
+        (false, Kind::Fin, "half-closed"),
+        (true, Kind::Segment, "half-closed"),
         (true, Kind::Fin, "closing"),
         (false, Kind::Reset, "reset"),
         (true, Kind::Segment, "reset"),
+        (false, Kind::Segment, "closing"),
     ] {
         if from_a1 {
             let opens = fixture.halves()? == 0;
@@ -93,6 +100,29 @@ pub(crate) fn a_syn_on_an_ending_flow_starts_afresh(fixture: &mut Fixture) -> Re
     expect_state(fixture, "established")
 }
 
+pub(crate) fn an_end_that_nobody_can_have_sent_ends_nothing(fixture: &mut Fixture) -> Result<()> {
+    asks(fixture, Kind::Syn, 4000, true)?;
+    is_answered(fixture, Kind::SynAck, 4000)?;
+    asks(fixture, Kind::Segment, 4000, false)?;
+    let wire = from_outside_wire(SERVER, SocketAddrV4::new(HOST, 4000));
+    let mut comes = |kind, ahead: i32, state| {
+        let packet = Datagram::new(kind, wire).ahead_by(ahead.cast_unsigned());
+        let want = pass_as(wire.to(socket("a1", 4000)));
+        fixture.expect("comes", from_uplink("up0"), &packet, want)?;
+        expect_state(fixture, state)
+    };
+    // Behind what a1 has acknowledged, and farther ahead than anybody sends.
+    for ahead in [-1, -1_000_000_000, 1_100_000, 1_000_000_000] {
+        comes(Kind::Reset, ahead, "established")?;
+        comes(Kind::Fin, ahead, "established")?;
+    }
+    comes(Kind::Reset, 1_000_000, "reset")?;
+    // Who goes on was not reset.
+    comes(Kind::Segment, 0, "established")?;
+    comes(Kind::Fin, 0, "half-closed")?;
+    comes(Kind::Reset, 0, "reset")
+}
+
 pub(crate) fn a_connection_survives_the_loss_of_its_flow(fixture: &mut Fixture) -> Result<()> {
     asks(fixture, Kind::Segment, 4000, true)?;
     is_answered(fixture, Kind::Segment, 4000)?;
@@ -119,12 +149,16 @@ pub(crate) fn a_flow_that_lost_its_reply_half_is_rebuilt(fixture: &mut Fixture) 
     is_answered(fixture, Kind::Segment, 4000)
 }
 
-pub(crate) fn a_full_table_refuses_new_flows_and_keeps_old_ones(_: &mut Fixture) -> Result<()> {
+pub(crate) fn a_full_table_refuses_new_flows_and_keeps_old_ones(
+    shared: &mut Fixture,
+) -> Result<()> {
     let flows = 16;
-    let fixture = &mut Fixture::new(flows)?;
+    let fixture = &mut shared.with_room_for(flows)?;
     let mut opened = 0;
     for port in 4000..4000 + flows as u16 {
         asks(fixture, Kind::Udp, port, true)?;
+        // One that nobody has answered would make room.
+        is_answered(fixture, Kind::Udp, port)?;
         opened += 1;
     }
     let halves = fixture.halves()?;
@@ -142,9 +176,7 @@ pub(crate) fn a_full_table_refuses_new_flows_and_keeps_old_ones(_: &mut Fixture)
         is_answered(fixture, Kind::Udp, port)?;
     }
     // Room for one half is no room.
-    let mut table = fixture.flow_table()?;
-    let reply = table.keys().flatten().find(|key| key[..4] == [0; 4]).expect("a reply half");
-    table.remove(&reply)?;
+    fixture.remove_reply_half()?;
     fixture.expect("half the room", from_container("a1"), &out, full(A))?;
     ensure!(fixture.halves()? == halves - 1, "a refused flow left a half");
     Ok(())
@@ -185,8 +217,8 @@ pub(crate) fn an_unpublished_port_is_closed_to_its_flows(fixture: &mut Fixture) 
     asks(fixture, Kind::Udp, 4000, true)?;
     fixture.apply(|program| program.published.retain(|key, _| key.port != 8080))?;
     // The one that did not come through the port lives.
-    let left = fixture.backend().flows()?;
-    ensure!(left.len() == 1 && left[0].source.1 == 4000, "{left:?}");
+    let left = fixture.flows()?;
+    ensure!(left.len() == 1 && left[0].source.port() == 4000, "{left:?}");
     let wire = from_outside_wire(CLIENT, DIALLED);
     for kind in [Kind::Segment, Kind::Udp] {
         fixture.expect("to the host", from_uplink("up0"), &Datagram::new(kind, wire), pass())?;
@@ -215,8 +247,9 @@ pub(crate) fn an_unpublished_port_of_a_routed_network_is_closed_to_its_flows(
 
 pub(crate) fn a_port_published_elsewhere_leads_there_at_once(fixture: &mut Fixture) -> Result<()> {
     is_dialled(fixture, Kind::Udp, true)?;
+    let family = fixture.family;
     fixture.apply(|program| {
-        let (key, target) = published(Ipv4Addr::UNSPECIFIED, 8080, Protocol::Udp, "a2", 53);
+        let (key, target) = published(family, Ipv4Addr::UNSPECIFIED, 8080, Protocol::Udp, "a2", 53);
         program.published.insert(key, target);
     })?;
     let wire = from_outside_wire(CLIENT, DIALLED);
@@ -231,9 +264,10 @@ pub(crate) fn a_port_published_elsewhere_leads_there_at_once(fixture: &mut Fixtu
 pub(crate) fn other_ports_changes_leave_a_flow_alone(fixture: &mut Fixture) -> Result<()> {
     is_dialled(fixture, Kind::Syn, true)?;
     asks(fixture, Kind::Syn, 4000, true)?;
+    let family = fixture.family;
     fixture.apply(|program| {
         program.published.remove(&PublishedKey {
-            address: Ipv4Addr::UNSPECIFIED,
+            address: family.address(Ipv4Addr::UNSPECIFIED),
             port: 8081,
             protocol: Protocol::Tcp,
         });
@@ -248,9 +282,13 @@ pub(crate) fn flows_from_a_lost_address_of_the_host_end(fixture: &mut Fixture) -
     let up0 = fixture.ifindex("up0");
     let next = Ipv4Addr::new(10, 0, 0, 50);
     fixture.apply(|program| {
-        program.local.remove(&HOST);
-        program.local.insert(next);
-        program.uplinks.get_mut(&up0).unwrap().masquerade = Some(next);
+        for family in [Family::V4, Family::V6] {
+            program.local.remove(&family.address(HOST));
+            program.local.insert(family.address(next));
+        }
+        let uplink = program.uplinks.get_mut(&up0).unwrap();
+        uplink.masquerade4 = Some(next);
+        uplink.masquerade6 = Some(ipv6(next));
     })?;
     fixture.expect_flows(&[])?;
     asks(fixture, Kind::Udp, 4000, true)?;
@@ -270,5 +308,38 @@ pub(crate) fn a_reopened_backend_keeps_flows_and_programs(fixture: &mut Fixture)
     asks(fixture, Kind::Segment, 4000, false)?;
     is_dialled(fixture, Kind::Segment, false)?;
     ensure!(address("a1") == *socket("a1", 0).ip() && fixture.halves()? == 4);
+    Ok(())
+}
+
+pub(crate) fn two_cpus_that_open_one_flow_agree(fixture: &mut Fixture) -> Result<()> {
+    // Ports that are translated to random ones: two that open the flow want different ones.
+    let ports = 33_000..33_400;
+    let frames: Vec<_> = ports
+        .map(|port| {
+            let wire = from_container_wire("a1", port, SERVER);
+            Datagram::new(Kind::Syn, wire).frame(fixture.family)
+        })
+        .collect();
+    let at = from_container("a1");
+    let start = Barrier::new(2);
+    let (program, context) = (fixture.loaded(at)?, fixture.context(at));
+    let open_all = || -> Result<()> {
+        for frame in &frames {
+            start.wait();
+            let ran = bpf::run(program, frame, &context, Checksum::Unknown)?;
+            ensure!(ran.verdict == TCX_NEXT, "verdict {}", ran.verdict);
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let other = scope.spawn(open_all);
+        let here = open_all();
+        other.join().expect("a thread that does not panic").and(here)
+    })?;
+    let flows = fixture.flows()?;
+    ensure!(flows.len() == frames.len(), "{} flows", flows.len());
+    ensure!(fixture.halves()? == 2 * frames.len(), "{} halves", fixture.halves()?);
+    // Whatever both did, each flow has the halves that belong together.
+    ensure!(fixture.backend().collect()? == 0, "halves without their other one");
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::{
     cell::Cell,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, SocketAddrV4},
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -13,6 +13,7 @@ use proptest::{
 
 use crate::{
     datagram::{Datagram, Kind, Shape, Wire},
+    family::Family,
     fixture::{
         A, At, Fixture, HOST, OUTSIDE, Outcome, ROUTER_MAC, TCX_DROP, TCX_NEXT, TCX_REDIRECT,
         UPLINK_MAC, bridge_mac, from_container, from_container_wire, from_outside_wire,
@@ -20,8 +21,10 @@ use crate::{
     },
 };
 
-/// `BPF_PROG_TEST_RUN` takes nothing shorter than an Ethernet and an IPv4 header.
-const SHORTEST: usize = 34;
+/// `BPF_PROG_TEST_RUN` takes nothing shorter than an Ethernet and an IP header.
+fn shortest(frame: &[u8]) -> usize {
+    if frame[12..14] == [0x86, 0xdd] { 54 } else { 34 }
+}
 
 /// Every mutation follows from it.
 const SEED: u64 = 20_260_721;
@@ -67,7 +70,7 @@ fn packets(fixture: &mut Fixture) -> Result<Vec<Vec<u8>>> {
         (to_uplink("up0", Some("br-a")), Kind::Udp, out.on_link(UPLINK_MAC, ROUTER_MAC)),
     ] {
         for shape in Shape::ALL {
-            for frame in Datagram::new(kind, wire).shaped(shape).frames() {
+            for frame in Datagram::new(kind, wire).shaped(shape).frames(fixture.family) {
                 fixture.run(at, &frame)?;
                 frames.push(frame);
             }
@@ -77,7 +80,7 @@ fn packets(fixture: &mut Fixture) -> Result<Vec<Vec<u8>>> {
 }
 
 /// The verdict is one of ours, and nothing of network a's leaves with a container's source.
-fn check(hook: usize, outcome: &Outcome) -> Result<()> {
+fn check(family: Family, hook: usize, outcome: &Outcome) -> Result<()> {
     let known = [TCX_NEXT, TCX_DROP, TCX_REDIRECT].contains(&outcome.verdict);
     ensure!(known, "verdict {}", outcome.verdict);
     let ip = match hook {
@@ -85,29 +88,30 @@ fn check(hook: usize, outcome: &Outcome) -> Result<()> {
         LEAVES_BY_TUN0 => 0,
         _ => return Ok(()),
     };
-    let source = outcome.frame.get(ip + 12..ip + 16).context("read the source of what left")?;
-    let first = host_in(A, 0).octets();
-    ensure!(
-        outcome.verdict != TCX_NEXT || source[..3] != first[..3],
-        "left with the source {}",
-        Ipv4Addr::new(source[0], source[1], source[2], source[3])
-    );
+    let left = outcome.verdict == TCX_NEXT;
+    // The first byte of the source, and as many as all of network a have in common.
+    let (at, subnet) = match family.address(host_in(A, 0)) {
+        IpAddr::V4(first) => (12, first.octets()[..3].to_vec()),
+        IpAddr::V6(first) => (8, first.octets()[..8].to_vec()),
+    };
+    let source = outcome.frame.get(ip + at..).context("read the source of what left")?;
+    ensure!(!left || !source.starts_with(&subnet), "left with the source {}", hex(&source[..16]));
     Ok(())
 }
 
 fn run_everywhere(fixture: &Fixture, frame: &[u8]) -> Result<()> {
     for (hook, at) in hooks().into_iter().enumerate() {
         // Without Ethernet, the packet begins with its IP header.
-        let hidden = if hook == LEAVES_BY_TUN0 && frame.len() >= SHORTEST + 14 { 14 } else { 0 };
+        let hidden = if hook == LEAVES_BY_TUN0 && frame.len() >= 54 + 14 { 14 } else { 0 };
         let outcome = fixture.run(at, &frame[hidden..])?;
-        check(hook, &outcome).with_context(|| format!("{at:?}: {}", hex(frame)))?;
+        check(fixture.family, hook, &outcome).with_context(|| format!("{at:?}: {}", hex(frame)))?;
     }
     Ok(())
 }
 
 pub(crate) fn every_prefix_of_a_packet_is_survived(fixture: &mut Fixture) -> Result<()> {
     for frame in packets(fixture)? {
-        for length in SHORTEST..=frame.len() {
+        for length in shortest(&frame)..=frame.len() {
             run_everywhere(fixture, &frame[..length])?;
         }
     }
@@ -116,8 +120,13 @@ pub(crate) fn every_prefix_of_a_packet_is_survived(fixture: &mut Fixture) -> Res
 
 pub(crate) fn every_value_of_a_header_byte_is_survived(fixture: &mut Fixture) -> Result<()> {
     let frame = packets(fixture)?.remove(0);
-    // Version and length, total length, fragmentation, protocol, data offset.
-    for offset in [14, 16, 17, 20, 21, 23, 46] {
+    let offsets: &[usize] = match fixture.family {
+        // Version and length, total length, fragmentation, protocol, data offset.
+        Family::V4 => &[14, 16, 17, 20, 21, 23, 46],
+        // Version, payload length, next header, data offset.
+        Family::V6 => &[14, 18, 19, 20, 66],
+    };
+    for &offset in offsets {
         for value in 0..=u8::MAX {
             let mut frame = frame.clone();
             frame[offset] = value;
@@ -136,11 +145,11 @@ pub(crate) fn random_mutations_are_survived(fixture: &mut Fixture) -> Result<()>
         ..Config::default()
     };
     // Mostly in the headers, mostly few.
-    let edit = (prop_oneof![4 => 14_usize..58, 1 => 0_usize..200], any::<u8>());
+    let edit = (prop_oneof![4 => 14_usize..78, 1 => 0_usize..200], any::<u8>());
     let strategy = (
         any::<prop::sample::Index>(),
         prop::collection::vec(edit, 0..6),
-        prop_oneof![3 => Just(usize::MAX), 1 => SHORTEST..150_usize],
+        prop_oneof![3 => Just(usize::MAX), 1 => 0..150_usize],
     );
     let runs = Cell::new(0_u32);
     TestRunner::new(config)
@@ -151,7 +160,7 @@ pub(crate) fn random_mutations_are_survived(fixture: &mut Fixture) -> Result<()>
                     *byte = value;
                 }
             }
-            frame.truncate(length.max(SHORTEST));
+            frame.truncate(length.max(shortest(&frame)));
             runs.set(runs.get() + 1);
             run_everywhere(fixture, &frame)
                 .map_err(|error| TestCaseError::fail(format!("{error:#}")))

@@ -2,22 +2,25 @@
 
 use std::{
     collections::BTreeSet,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket},
+    slice::from_ref,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use netdp::{
-    dataplane::{Dataplane, NatPorts},
+    dataplane::{Count, NatPorts},
     model::Protocol,
 };
 use netdp_common::counter::Reason;
+use netdp_tests::packet::ETHERNET_BYTES;
 
 use crate::{
-    datagram::{Datagram, Kind, Shape, Wire},
+    datagram::{Datagram, Kind, Shape, Wire, verify},
+    family::Family,
     fixture::{
-        A, FIXED_SOURCE, Fixture, HOST, OUTSIDE, ROUTER_MAC, UPLINK_MAC, address, bridge_mac,
-        dropped, from_container, from_container_wire, from_outside_wire, from_uplink, into_network,
-        mac, network_of, pass, pass_as, published, socket, to_uplink,
+        A, FIXED_SOURCE, Fixture, HOST, OUTSIDE, ROUTER_MAC, TCX_REDIRECT, UPLINK_MAC, address,
+        bridge_mac, dropped, from_container, from_container_wire, from_outside_wire, from_uplink,
+        gateway, hex, into_network, mac, network_of, pass, pass_as, published, socket, to_uplink,
     },
 };
 
@@ -39,13 +42,13 @@ fn dial(
         &packet,
         pass().opening(network, Reason::FlowOut),
     )?;
-    let key = ((*dials.source.ip(), port), (*to.ip(), to.port()), kind.protocol().0);
-    let flows = fixture.backend().flows()?;
+    let key = (dials.source, to, kind.protocol(fixture.family).0);
+    let flows = fixture.flows()?;
     let flow = flows
         .iter()
         .find(|flow| (flow.source, flow.destination, flow.protocol) == key)
         .expect("a flow that has just been opened");
-    let source = SocketAddrV4::new(flow.translated_source.0, flow.translated_source.1);
+    let source = flow.translated_source;
     let routed = dials.on_link(UPLINK_MAC, ROUTER_MAC);
     let leaves = to_uplink("up0", Some(crate::fixture::bridge(network)));
     fixture.expect("leave", leaves, &packet.with_wire(routed), pass_as(routed.from(source)))?;
@@ -117,6 +120,7 @@ pub(crate) fn two_containers_with_one_port_get_two(fixture: &mut Fixture) -> Res
 
 pub(crate) fn a_published_port_is_never_a_source(fixture: &mut Fixture) -> Result<()> {
     let ports = NatPorts { reserved: (20_000, 20_003), ephemeral: (32_768, 60_999) };
+    let family = fixture.family;
     fixture.apply(|program| {
         program.nat_ports = ports;
         // Three of the four reserved ports are published: on all addresses, on this one, and on
@@ -125,7 +129,7 @@ pub(crate) fn a_published_port_is_never_a_source(fixture: &mut Fixture) -> Resul
             [(Ipv4Addr::UNSPECIFIED, 20_000), (HOST, 20_001), (Ipv4Addr::new(10, 1, 0, 2), 20_002)]
         {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
-                let (key, target) = published(address, port, protocol, "a1", 80);
+                let (key, target) = published(family, address, port, protocol, "a1", 80);
                 program.published.insert(key, target);
             }
         }
@@ -142,6 +146,55 @@ pub(crate) fn a_published_port_is_never_a_source(fixture: &mut Fixture) -> Resul
     // An ICMP identifier is no port.
     let ping = dial(fixture, Kind::Request, "a1", 8080, SocketAddrV4::new(OUTSIDE, 0))?;
     ensure!(ping.port() == 8080, "{ping}");
+    Ok(())
+}
+
+pub(crate) fn a_port_of_a_host_socket_is_never_a_source(fixture: &mut Fixture) -> Result<()> {
+    let host = fixture.family.address(HOST);
+    let listener = TcpListener::bind((host, 4000)).context("listen as the host")?;
+    let socket = UdpSocket::bind((host, 4000)).context("bind a socket of the host")?;
+    for kind in [Kind::Syn, Kind::Udp] {
+        let source = dial(fixture, kind, "a1", 4000, SERVER)?;
+        ensure!(source.port() != 4000, "{kind:?}: {source} is the host's own");
+        // One port further nobody is at home.
+        let next = dial(fixture, kind, "a1", 4001, SERVER)?;
+        ensure!(next.port() == 4001, "{kind:?}: {next}");
+    }
+    drop((listener, socket));
+    let source = dial(fixture, Kind::Udp, "a2", 4000, SERVER)?;
+    ensure!(source.port() == 4000, "the host's socket is gone, yet {source}");
+    Ok(())
+}
+
+/// Runs a container's datagram that is refused: the container is told, in a sound ICMP error
+/// from its gateway that quotes the packet.
+fn expect_refusal(
+    fixture: &mut Fixture,
+    endpoint: &'static str,
+    datagram: &Datagram,
+    reason: Reason,
+) -> Result<()> {
+    let frame = datagram.frame(fixture.family);
+    let network = network_of(endpoint);
+    let counted = Count { network: Some(network), reason, packets: 1, bytes: frame.len() as u64 };
+    let error =
+        fixture.expect_frame(from_container(endpoint), &frame, TCX_REDIRECT, Some(counted))?;
+    verify(from_ref(&error))?;
+    let (addresses, header, message) = match fixture.family {
+        Family::V4 => (26, 20, [3, 13]),
+        Family::V6 => (22, 40, [1, 1]),
+    };
+    let octets = |party| match fixture.family.address(party) {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    let ends = [octets(gateway(network)), octets(address(endpoint))].concat();
+    ensure!(error[..12] == [mac(endpoint), bridge_mac(network)].concat(), "{}", hex(&error));
+    ensure!(error[addresses..addresses + ends.len()] == ends, "{}", hex(&error));
+    let icmp = ETHERNET_BYTES + header;
+    ensure!(error[icmp..icmp + 2] == message, "{}", hex(&error));
+    let quoted = &error[icmp + 8..];
+    ensure!(quoted == &frame[ETHERNET_BYTES..][..quoted.len()], "{}", hex(&error));
     Ok(())
 }
 
@@ -164,8 +217,7 @@ pub(crate) fn without_a_free_port_a_new_flow_is_refused(fixture: &mut Fixture) -
         ensure!(taken == (20_000..=20_003).collect(), "{kind:?}: {taken:?}");
         let halves = fixture.halves()?;
         let refused = Datagram::new(kind, from_container_wire("a1", 40_004, to));
-        let want = dropped(A, Reason::PortsExhausted);
-        fixture.expect("a fifth", from_container("a1"), &refused, want)?;
+        expect_refusal(fixture, "a1", &refused, Reason::PortsExhausted)?;
         ensure!(fixture.halves()? == halves, "a refused flow left a half");
         // The others go on, and other destinations and kept ports are no part of it.
         let established = Datagram::new(kind, from_container_wire("a1", 40_000, to));
@@ -178,7 +230,11 @@ pub(crate) fn without_a_free_port_a_new_flow_is_refused(fixture: &mut Fixture) -
 
 pub(crate) fn without_a_source_address_nothing_leaves(fixture: &mut Fixture) -> Result<()> {
     let up0 = fixture.ifindex("up0");
-    fixture.apply(|program| program.uplinks.get_mut(&up0).unwrap().masquerade = None)?;
+    fixture.apply(|program| {
+        let uplink = program.uplinks.get_mut(&up0).unwrap();
+        uplink.masquerade4 = None;
+        uplink.masquerade6 = None;
+    })?;
     let packet = Datagram::new(Kind::Syn, from_container_wire("a1", 4000, SERVER));
     let want = dropped(A, Reason::NoUplink);
     fixture.expect("no address", from_container("a1"), &packet, want)?;
@@ -219,23 +275,21 @@ pub(crate) fn clients_that_collide_behind_a_published_port_stay_apart(
 
 /// Opens a flow from outside to a container's port 80 and returns the packet as it went in.
 fn open_at(fixture: &mut Fixture, kind: Kind, endpoint: &str, dials: Wire) -> Result<Wire> {
-    let port = |socket: SocketAddrV4| (*socket.ip(), socket.port());
-    let before = fixture.backend().flows()?;
-    let frame = Datagram::new(kind, dials).frame_bytes();
+    let before = fixture.flows()?;
+    let frame = Datagram::new(kind, dials).frame(fixture.family);
     let outcome = fixture.run(from_uplink("up0"), &frame)?;
     ensure!(outcome.verdict == crate::fixture::TCX_NEXT, "{outcome:?}");
-    let flows = fixture.backend().flows()?;
+    let flows = fixture.flows()?;
     let flow = flows
         .iter()
         .find(|flow| {
-            flow.protocol == kind.protocol().0
-                && (flow.source, flow.destination) == (port(dials.source), port(dials.destination))
+            flow.protocol == kind.protocol(fixture.family).0
+                && (flow.source, flow.destination) == (dials.source, dials.destination)
         })
         .expect("a flow that has just been opened");
     ensure!(flows.len() == before.len() + 1, "{flows:?}");
-    let (address, source_port) = flow.translated_source;
-    let wanted = dials.from(SocketAddrV4::new(address, source_port)).to(socket(endpoint, 80));
-    ensure!(outcome.frame == Datagram::new(kind, wanted).frame_bytes(), "{outcome:?}");
+    let wanted = dials.from(flow.translated_source).to(socket(endpoint, 80));
+    ensure!(outcome.frame == Datagram::new(kind, wanted).frame(fixture.family), "{outcome:?}");
     Ok(wanted)
 }
 
@@ -248,15 +302,15 @@ pub(crate) fn containers_that_collide_behind_a_published_port_stay_apart(
     let opening = pass_as(first).opening(A, Reason::FlowHairpin);
     fixture.expect("first", from_container("b1"), &Datagram::new(Kind::Udp, dials[0]), opening)?;
     let second = Datagram::new(Kind::Udp, dials[1]);
-    let outcome = fixture.run(from_container("b1"), &second.frame_bytes())?;
-    let flows = fixture.backend().flows()?;
+    let outcome = fixture.run(from_container("b1"), &second.frame(fixture.family))?;
+    let flows = fixture.flows()?;
     let sources: BTreeSet<_> = flows.iter().map(|flow| flow.translated_source).collect();
     ensure!(flows.len() == 2 && sources.len() == 2, "{flows:?}");
-    ensure!(sources.iter().all(|(source, _)| *source == address("b1")), "{sources:?}");
+    ensure!(sources.iter().all(|source| *source.ip() == address("b1")), "{sources:?}");
     let port =
-        sources.iter().map(|(_, port)| *port).find(|port| *port != 4000).expect("a second port");
+        sources.iter().map(SocketAddrV4::port).find(|port| *port != 4000).expect("a second port");
     let wanted = first.from(socket("b1", port));
-    ensure!(outcome.frame == second.with_wire(wanted).frame_bytes(), "{outcome:?}");
+    ensure!(outcome.frame == second.with_wire(wanted).frame(fixture.family), "{outcome:?}");
     // And back, to the port that b1 dialled from.
     let routed = wanted.answer().on_link(bridge_mac(network_of("b1")), mac("b1"));
     let answer = Datagram::new(Kind::Udp, routed);
@@ -273,10 +327,12 @@ pub(crate) fn containers_that_collide_behind_a_published_port_stay_apart(
 }
 
 pub(crate) fn checksums_hold_for_every_carry(fixture: &mut Fixture) -> Result<()> {
+    let mut kinds = vec![Kind::Segment, Kind::Udp, Kind::BareUdp, Kind::Request];
+    kinds.retain(|kind| fixture.carries(*kind));
     let seed = 0x6e65_7464_7020_2026_u64;
     let mut random = Random(seed);
     for round in 0..400 {
-        let kind = [Kind::Segment, Kind::Udp, Kind::BareUdp, Kind::Request][round % 4];
+        let kind = kinds[round % kinds.len()];
         let port = if kind == Kind::Request { 0 } else { random.next() as u16 | 1 };
         let outside = Ipv4Addr::from(0x0b00_0000 | (random.next() as u32 & 0x00ff_ffff));
         let dials = from_container_wire("a1", 1 + round as u16, SocketAddrV4::new(outside, port));
@@ -291,6 +347,41 @@ pub(crate) fn checksums_hold_for_every_carry(fixture: &mut Fixture) -> Result<()
         let routed = dials.on_link(UPLINK_MAC, ROUTER_MAC);
         let seen = pass_as(routed.from(SocketAddrV4::new(HOST, 1 + round as u16)));
         fixture.expect(&name, to_uplink("up0", Some("br-a")), &packet.with_wire(routed), seen)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn a_udp_checksum_never_becomes_zero(fixture: &mut Fixture) -> Result<()> {
+    let dials = from_container_wire("a1", 4000, SERVER);
+    let routed = dials.on_link(UPLINK_MAC, ROUTER_MAC);
+    let seen = routed.from(SocketAddrV4::new(HOST, 4000));
+    let mut packet = Datagram::new(Kind::Udp, dials);
+    // The checksum is the last field of the header, and the payload is behind it.
+    let field = packet.frame(fixture.family).len() - packet.payload.len() - 2;
+    let sums_to_zero = |word: &u16| {
+        let mut packet = packet.with_wire(seen);
+        packet.payload[..2].copy_from_slice(&word.to_be_bytes());
+        packet.frame(fixture.family)[field..field + 2] == [0xff, 0xff]
+    };
+    let word = (0..=u16::MAX).find(sums_to_zero).context("find a payload whose sum is zero")?;
+    packet.payload[..2].copy_from_slice(&word.to_be_bytes());
+    let opening = pass().opening(A, Reason::FlowOut);
+    fixture.expect("out", from_container("a1"), &packet, opening)?;
+    let leaves = to_uplink("up0", Some("br-a"));
+    fixture.expect("zero", leaves, &packet.with_wire(routed), pass_as(seen))?;
+    Ok(())
+}
+
+pub(crate) fn a_packet_too_large_for_its_exit_is_the_stacks_to_answer(
+    fixture: &mut Fixture,
+) -> Result<()> {
+    for kind in [Kind::Segment, Kind::Udp] {
+        let wire = from_container_wire("a1", 4000, SERVER);
+        let mut packet = Datagram::new(kind, wire);
+        packet.payload = vec![7; 1800];
+        let opening = pass().opening(A, Reason::FlowOut);
+        fixture.expect("first", from_container("a1"), &packet, opening)?;
+        fixture.expect("next", from_container("a1"), &packet, pass())?;
     }
     Ok(())
 }

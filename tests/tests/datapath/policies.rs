@@ -1,6 +1,6 @@
 //! The user's rules: who may open, and keep, a flow into a network.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 
 use anyhow::Result;
 use netdp::{
@@ -11,6 +11,7 @@ use netdp_common::counter::Reason;
 
 use crate::{
     datagram::{Datagram, Kind, Shape},
+    family::ipv6,
     fixture::{
         A, B, Fixture, HOST, OUTSIDE, Want, address, bridge_mac, dropped, from_container,
         from_container_wire, from_outside_wire, from_uplink, mac, pass, pass_as, socket,
@@ -20,7 +21,8 @@ use crate::{
 const DIALLED: SocketAddrV4 = SocketAddrV4::new(HOST, 8080);
 
 fn rule(action: Action, first: [u8; 4], last: [u8; 4]) -> Rule {
-    Rule { action, first: first.into(), last: last.into() }
+    let address = |octets: [u8; 4]| IpAddr::from(octets);
+    Rule { action, first: address(first), last: address(last) }
 }
 
 const EVERYONE: ([u8; 4], [u8; 4]) = ([0; 4], [255; 4]);
@@ -28,7 +30,14 @@ const EVERYONE: ([u8; 4], [u8; 4]) = ([0; 4], [255; 4]);
 /// Gives network a these rules.
 fn set(program: &mut Program, rules: Vec<Rule>) {
     let network = program.networks.get_mut(&A).unwrap();
-    network.policy = rules;
+    // Each of them for both families, so that the order is the same in each.
+    let in_ipv6 = |address| match address {
+        IpAddr::V4(party) => IpAddr::from(ipv6(party)),
+        IpAddr::V6(_) => address,
+    };
+    let in_both =
+        |rule: Rule| [rule, Rule { first: in_ipv6(rule.first), last: in_ipv6(rule.last), ..rule }];
+    network.policy = rules.into_iter().flat_map(in_both).collect();
     network.policy_generation += 1;
 }
 
@@ -147,7 +156,8 @@ pub(crate) fn a_flow_that_lost_its_approval_gets_no_fragment_through(
         set(program, vec![rule(Action::Deny, OUTSIDE.octets(), OUTSIDE.octets())]);
     })?;
     // The flow is cut at its first packet; the rest of the datagram is the host's.
-    let (first, rest) = (packet.frames()[0].clone(), packet.frames()[1].clone());
+    let frames = packet.frames(fixture.family);
+    let (first, rest) = (frames[0].clone(), frames[1].clone());
     let outcome = fixture.run(from_uplink("up0"), &first)?;
     assert_eq!(outcome.verdict, crate::fixture::TCX_DROP);
     let outcome = fixture.run(from_uplink("up0"), &rest)?;

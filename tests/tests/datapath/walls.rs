@@ -192,7 +192,11 @@ pub(crate) fn the_host_becomes_no_router_for_others(fixture: &mut Fixture) -> Re
     let want = dropped_for_nobody(Reason::NotRouted);
     fixture.expect("did not forward before", from_uplink("up0"), &packet, want)?;
     let up0 = fixture.ifindex("up0");
-    fixture.apply(|program| program.uplinks.get_mut(&up0).unwrap().forwarded_before = true)?;
+    fixture.apply(|program| {
+        let uplink = program.uplinks.get_mut(&up0).unwrap();
+        uplink.forwarded_before4 = true;
+        uplink.forwarded_before6 = true;
+    })?;
     fixture.expect("forwarded before", from_uplink("up0"), &packet, pass())?;
     fixture.expect("and on", to_uplink("up1", Some("up0")), &packet.with_ttl(63), pass())?;
     fixture.expect_flows(&[])
@@ -240,11 +244,11 @@ pub(crate) fn a_spoofed_first_fragment_teaches_nothing(fixture: &mut Fixture) ->
         packets: 1,
         bytes: frame.len() as u64,
     };
-    let first = &forged.frames()[0];
+    let first = &forged.frames(fixture.family)[0];
     let spoofed = counted(first, Reason::SpoofedSource);
     fixture.expect_frame(from_container("b1"), first, TCX_DROP, Some(spoofed))?;
     // A later fragment of the real one that overtakes its first: nothing is known of it.
-    let later = &real.frames()[1];
+    let later = &real.frames(fixture.family)[1];
     let out = fixture.expect_frame(from_uplink("up0"), later, TCX_NEXT, None)?;
     assert_eq!(&out, later, "translated as a container said");
     fixture.expect_flows(&[])
@@ -306,8 +310,8 @@ pub(crate) fn a_container_claims_only_its_own_address_by_arp(fixture: &mut Fixtu
 
 pub(crate) fn other_families_stay_out(fixture: &mut Fixture) -> Result<()> {
     let wire = from_container_wire("a1", 4000, SocketAddrV4::new(OUTSIDE, 80));
-    for ether_type in [0x86dd_u16, 0x8100, 0x88a8, 0x8847, 0x0004] {
-        let mut frame = Datagram::new(Kind::Udp, wire).frame_bytes();
+    for ether_type in [0x8100_u16, 0x88a8, 0x8847, 0x0004] {
+        let mut frame = Datagram::new(Kind::Udp, wire).frame(fixture.family);
         frame[12..14].copy_from_slice(&ether_type.to_be_bytes());
         let bytes = frame.len() as u64;
         let counted =
@@ -424,7 +428,7 @@ pub(crate) fn nothing_of_a_container_leaves_without_a_flow(fixture: &mut Fixture
             case("a new flow", Some("br-a"), Kind::Syn, unmasqueraded()),
             case("a datagram", Some("br-a"), Kind::Udp, unmasqueraded()),
             case("a ping", Some("br-a"), Kind::Request, unmasqueraded()),
-            case("another ICMP", Some("br-a"), Kind::Timestamp, unmasqueraded()),
+            case("another ICMP", Some("br-a"), Kind::OtherIcmp, unmasqueraded()),
             case("the host's own", None, Kind::Syn, pass()),
             case("another uplink's", Some("up1"), Kind::Syn, pass()),
         ],
@@ -448,14 +452,14 @@ pub(crate) fn only_what_can_open_a_flow_does(fixture: &mut Fixture) -> Result<()
         vec![
             case("a reset, out", a1, Kind::Reset, out, no_flow(A)),
             case("an echo reply, out", a1, Kind::Reply, ping, no_flow(A)),
-            case("another ICMP, out", a1, Kind::Timestamp, out, dropped(A, Reason::Protocol)),
+            case("another ICMP, out", a1, Kind::OtherIcmp, out, dropped(A, Reason::Protocol)),
             case("a reset, in", up0, Kind::Reset, dialled, no_flow(A)),
             case("a reset, across", b1, Kind::Reset, hairpin, no_flow(A)),
             case("an echo reply, in", up0, Kind::Reply, reply, no_flow(UNPROTECTED)),
             case(
                 "another ICMP, in",
                 up0,
-                Kind::Timestamp,
+                Kind::OtherIcmp,
                 reply,
                 dropped(UNPROTECTED, Reason::Protocol),
             ),
@@ -476,12 +480,9 @@ pub(crate) fn only_what_can_open_a_flow_does(fixture: &mut Fixture) -> Result<()
         ],
     )?;
     // Later fragments whose first nobody saw.
-    let lost = |wire| {
+    for (at, wire, network) in [(a1, out, A), (up0, reply, UNPROTECTED)] {
         let cut = Shape { cut: true, ..Shape::PLAIN };
-        Datagram::new(Kind::Udp, wire).shaped(cut).frames().remove(1)
-    };
-    for (at, frame) in [(a1, lost(out)), (up0, lost(reply))] {
-        let network = if frame[26] == 172 { A } else { UNPROTECTED };
+        let frame = Datagram::new(Kind::Udp, wire).shaped(cut).frames(fixture.family).remove(1);
         let bytes = frame.len() as u64;
         let reason = Reason::Fragment;
         let counted = Count { network: Some(network), reason, packets: 1, bytes };

@@ -1,0 +1,299 @@
+//! The packets that are measured: established flows on their whole way, and flows that open.
+//!
+//! Each case checks that the programs did what it is about: verdict, last packet, counters, flows.
+
+use std::{
+    fmt::{self, Display, Formatter},
+    net::{Ipv4Addr, SocketAddrV4},
+};
+
+use anyhow::{Result, ensure};
+use netdp::dataplane::{Count, Dataplane};
+use netdp_tests::{bpf::Rotation, packet::ETHERNET_BYTES};
+
+use crate::{
+    datagram::{Datagram, Kind, Wire},
+    family::{FAMILIES, Family},
+    fixture::{
+        A, At, Fixture, HOST, ROUTER_MAC, TCX_NEXT, UPLINK_MAC, bridge_mac, from_container,
+        from_container_wire, from_outside_wire, from_uplink, hex, into_network, mac, socket,
+        to_uplink,
+    },
+};
+
+/// Established flows that take turns.
+const ESTABLISHED: u32 = 4096;
+/// Packets of a measurement of established flows. Few, and many rounds: most measurements then
+/// end before the scheduler gives the CPU to somebody else.
+const RUNS: u32 = 2 * ESTABLISHED;
+/// Flows that a measurement of new ones opens.
+const NEW: u32 = 8192;
+
+/// Where a figure was measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Place {
+    /// Whether the packet opens its flow.
+    pub(crate) is_new: bool,
+    /// What the packet is on its way to.
+    pub(crate) way: &'static str,
+    /// Name of the family.
+    pub(crate) family: &'static str,
+    /// "tcp", "udp".
+    pub(crate) protocol: &'static str,
+    /// Name of the program.
+    pub(crate) program: &'static str,
+}
+
+impl Display for Place {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { is_new, way, family, protocol, program } = self;
+        let age = if *is_new { "new" } else { "established" };
+        write!(f, "{age} {way}, {protocol} over {family}, {program}")
+    }
+}
+
+/// One program and the packets it is measured with.
+pub(crate) struct Case {
+    place: Place,
+    at: At,
+    packets: Rotation,
+    /// The last packet of a measurement as it should leave.
+    leaves: Vec<u8>,
+}
+
+impl Case {
+    /// Where it measures.
+    pub(crate) fn place(&self) -> Place {
+        self.place
+    }
+
+    /// Packets of a measurement.
+    pub(crate) fn runs(&self) -> u32 {
+        if self.place.is_new { NEW } else { RUNS }
+    }
+
+    /// Nanoseconds for one packet.
+    pub(crate) fn measure(&self, fixture: &mut Fixture) -> Result<f64> {
+        let before = fixture.backend().counters()?;
+        let halves = fixture.halves()?;
+        let context = fixture.context(self.at);
+        if !self.place.is_new {
+            // What the cases before have left in the caches is not what is measured.
+            self.packets.run(fixture.loaded(self.at)?, &context, ESTABLISHED)?;
+        }
+        let ran = self.packets.run(fixture.loaded(self.at)?, &context, self.runs())?;
+        let nothing = self.packets.run_nothing(&context, self.runs())?;
+        ensure!(ran.verdict == TCX_NEXT, "verdict {}", ran.verdict);
+        let (wanted, seen) = (hex(&self.leaves), hex(&ran.frame));
+        ensure!(seen == wanted, "the last packet left as {seen}, wanted {wanted}");
+        let wanted = if self.place.is_new { NEW as usize } else { 0 };
+        let after = fixture.backend().counters()?;
+        let is_drop = |count: &&Count| count.reason.is_drop();
+        ensure!(after.iter().filter(is_drop).eq(before.iter().filter(is_drop)), "packets dropped");
+        ensure!(opened(&after) == opened(&before) + wanted as u64, "not as many flows opened");
+        ensure!(fixture.halves()? == halves + 2 * wanted, "not as many halves in the table");
+        if self.place.is_new {
+            fixture.remove_halves(|_| true)?;
+        }
+        Ok(f64::from(ran.nanos) - f64::from(nothing.nanos))
+    }
+}
+
+/// Flows opened since the programs were loaded.
+fn opened(counts: &[Count]) -> u64 {
+    counts.iter().filter(|count| !count.reason.is_drop()).map(|count| count.packets).sum()
+}
+
+/// A transport, and what a packet of an established flow and of a new one carries.
+const PROTOCOLS: [(&str, Kind, Kind); 2] =
+    [("tcp", Kind::Segment, Kind::Syn), ("udp", Kind::Udp, Kind::Udp)];
+
+/// One hook on a way: what arrives there of flow number n, and how that leaves.
+struct Step {
+    way: &'static str,
+    program: &'static str,
+    at: At,
+    /// Whether the flow begins here.
+    opens: bool,
+    wires: fn(u32) -> (Wire, Wire),
+}
+
+/// An address outside, and a port that source translation keeps.
+fn outside(n: u32) -> SocketAddrV4 {
+    SocketAddrV4::new(Ipv4Addr::from(0x0b00_0001 + n % 61), 1024 + n as u16)
+}
+
+/// From a1 to the world.
+fn out(n: u32) -> Wire {
+    from_container_wire("a1", 1024 + n as u16, SocketAddrV4::new(*outside(n).ip(), 443))
+}
+
+/// The same as it leaves.
+fn out_translated(n: u32) -> Wire {
+    let inside = out(n);
+    let source = SocketAddrV4::new(HOST, inside.source.port());
+    inside.on_link(UPLINK_MAC, ROUTER_MAC).from(source)
+}
+
+/// From the world to a1's published port.
+fn into(n: u32) -> Wire {
+    from_outside_wire(outside(n), SocketAddrV4::new(HOST, 8080))
+}
+
+/// From a2 to a1's published port.
+fn across(n: u32) -> Wire {
+    from_container_wire("a2", 1024 + n as u16, SocketAddrV4::new(HOST, 8080))
+}
+
+/// The same as a1 gets it.
+fn across_translated(n: u32) -> Wire {
+    across(n).to(socket("a1", 80)).on_link(mac("a2"), mac("a1"))
+}
+
+fn into_a1(wire: Wire) -> Wire {
+    wire.on_link(bridge_mac(A), mac("a1"))
+}
+
+fn from_a1(wire: Wire) -> Wire {
+    wire.on_link(mac("a1"), bridge_mac(A))
+}
+
+/// The ways of packets of established flows.
+fn ways() -> [Step; 10] {
+    let step = |way, program, at, wires| Step { way, program, at, opens: false, wires };
+    let first = |way, program, at, wires| Step { way, program, at, opens: true, wires };
+    let a1 = from_container("a1");
+    let leaves = to_uplink("up0", Some("br-a"));
+    let enters = into_network(A, Some("up0"));
+    [
+        first("out", "from_container", a1, |n| (out(n), out(n))),
+        step("out", "to_uplink", leaves, |n| {
+            (out(n).on_link(UPLINK_MAC, ROUTER_MAC), out_translated(n))
+        }),
+        step("answer to out", "from_uplink", from_uplink("up0"), |n| {
+            let arrives = out_translated(n).answer();
+            (arrives, arrives.to(out(n).source))
+        }),
+        step("answer to out", "into_network", enters, |n| {
+            let arrives = into_a1(out_translated(n).answer().to(out(n).source));
+            (arrives, arrives)
+        }),
+        first("in", "from_uplink", from_uplink("up0"), |n| (into(n), into(n).to(socket("a1", 80)))),
+        step("in", "into_network", enters, |n| {
+            let arrives = into_a1(into(n).to(socket("a1", 80)));
+            (arrives, arrives)
+        }),
+        step("answer to in", "from_container", a1, |n| {
+            let arrives = from_a1(into(n).answer().from(socket("a1", 80)));
+            (arrives, arrives)
+        }),
+        step("answer to in", "to_uplink", leaves, |n| {
+            let arrives = into(n).answer();
+            (arrives.from(socket("a1", 80)), arrives)
+        }),
+        first("switch", "from_container", from_container("a2"), |n| {
+            (across(n), across_translated(n))
+        }),
+        step("answer to switch", "from_container", a1, |n| {
+            let arrives = across_translated(n).answer();
+            (arrives, arrives.from(across(n).destination))
+        }),
+    ]
+}
+
+/// Flows that open. A client's port is in its kernel's own range, which for what goes out means
+/// that another one is chosen.
+fn openings() -> [Step; 3] {
+    fn spread(n: u32, wire: fn(u32) -> Wire) -> Wire {
+        let wire = wire(n % 128);
+        wire.from(SocketAddrV4::new(*wire.source.ip(), 32_768 + (n / 128) as u16))
+    }
+    let first = |way, program, at, wires| Step { way, program, at, opens: true, wires };
+    [
+        first("out", "from_container", from_container("a1"), |n| {
+            let wire = spread(n, out);
+            let server = SocketAddrV4::new(Ipv4Addr::from(0x0b00_0001 + n % 128), 443);
+            (wire.to(server), wire.to(server))
+        }),
+        first("in", "from_uplink", from_uplink("up0"), |n| {
+            let wire = into(0).from(SocketAddrV4::new(
+                Ipv4Addr::from(0x0b00_0001 + n % 128),
+                32_768 + (n / 128) as u16,
+            ));
+            (wire, wire.to(socket("a1", 80)))
+        }),
+        first("switch", "from_container", from_container("a2"), |n| {
+            let source = socket("a2", 1024 + n as u16);
+            (across(n).from(source), across_translated(n).from(source))
+        }),
+    ]
+}
+
+/// A family, a transport, and what a packet of an established flow and of a new one carries.
+fn carriers() -> impl Iterator<Item = (Family, &'static str, Kind, Kind)> {
+    FAMILIES.iter().flat_map(|&family| {
+        PROTOCOLS.map(|(protocol, established, new)| (family, protocol, established, new))
+    })
+}
+
+impl Step {
+    /// How flow number n arrives.
+    fn arrives(&self, family: Family, kind: Kind, n: u32) -> Vec<u8> {
+        Datagram::new(kind, (self.wires)(n).0).frame(family)
+    }
+
+    fn case(
+        &self,
+        is_new: bool,
+        (family, protocol, kind): (Family, &'static str, Kind),
+        (flows, runs): (u32, u32),
+    ) -> Result<Case> {
+        let frames: Vec<_> = (0..flows).map(|n| self.arrives(family, kind, n)).collect();
+        // What lies behind the longest headers is the same in all packets.
+        let headers = ETHERNET_BYTES + if family == Family::V4 { 20 } else { 40 } + 20;
+        let last = (self.wires)((runs - 1) % flows).1;
+        Ok(Case {
+            place: Place {
+                is_new,
+                way: self.way,
+                family: family.name(),
+                protocol,
+                program: self.program,
+            },
+            at: self.at,
+            packets: Rotation::new(&frames, headers)?,
+            leaves: Datagram::new(kind, last).frame(family),
+        })
+    }
+}
+
+/// Opens the established flows and returns the cases about them.
+pub(crate) fn established(fixture: &mut Fixture) -> Result<Vec<Case>> {
+    let mut cases = Vec::new();
+    let mut flows = 0;
+    for (family, protocol, kind, _) in carriers() {
+        for step in ways() {
+            if step.opens {
+                for n in 0..ESTABLISHED {
+                    fixture.run(step.at, &step.arrives(family, kind, n))?;
+                }
+                flows += ESTABLISHED as usize;
+            }
+            cases.push(step.case(false, (family, protocol, kind), (ESTABLISHED, RUNS))?);
+        }
+    }
+    let halves = fixture.halves()?;
+    ensure!(halves == 2 * flows, "{flows} flows have {halves} halves");
+    Ok(cases)
+}
+
+/// The cases about flows that open; the table must be empty.
+pub(crate) fn new() -> Result<Vec<Case>> {
+    let mut cases = Vec::new();
+    for (family, protocol, _, kind) in carriers() {
+        for step in openings() {
+            cases.push(step.case(true, (family, protocol, kind), (NEW, NEW))?);
+        }
+    }
+    Ok(cases)
+}

@@ -1,0 +1,91 @@
+//! What a packet costs in the programs themselves, without the kernel around them.
+//!
+//! Every figure is nanoseconds for one packet in one program, over thousands of flows that take
+//! turns, less what the taking of turns costs. All cases run once in each round.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context, Result, bail};
+use cases::Case;
+use fixture::Fixture;
+use netdp_common::flow::FLOWS_DEFAULT;
+use netdp_tests::runtime::isolate;
+use nix::{
+    sched::{CpuSet, sched_getcpu, sched_setaffinity},
+    unistd::Pid,
+};
+use report::Series;
+
+mod cases;
+#[expect(dead_code, reason = "the suite that this belongs to uses the rest")]
+#[path = "../../tests/datapath/datagram.rs"]
+mod datagram;
+#[expect(dead_code, reason = "the suite that this belongs to uses the rest")]
+#[path = "../../tests/datapath/family.rs"]
+mod family;
+#[expect(dead_code, reason = "the suite that this belongs to uses the rest")]
+#[path = "../../tests/datapath/fixture.rs"]
+mod fixture;
+mod report;
+
+/// Rounds of a whole run.
+const ROUNDS: usize = 100;
+/// Rounds of a quick one.
+const QUICK_ROUNDS: usize = 15;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let (mut rounds, mut json) = (ROUNDS, None);
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--quick" => rounds = QUICK_ROUNDS,
+            "--json" => {
+                json = Some(PathBuf::from(arguments.next().context("--json wants a file")?))
+            }
+            // Cargo says this to every benchmark.
+            "--bench" => {}
+            other => bail!("unknown argument {other}"),
+        }
+    }
+    isolate()?;
+    stay_on_one_cpu()?;
+    let fixture = &mut Fixture::new(FLOWS_DEFAULT)?;
+    let established = cases::established(fixture)?;
+    let mut series = measure(fixture, &established, rounds)?;
+    fixture.remove_halves(|_| true)?;
+    series.extend(measure(fixture, &cases::new()?, rounds)?);
+    report::print(&series);
+    if let Some(path) = json {
+        report::write(&path, &series)?;
+    }
+    Ok(())
+}
+
+/// Keeps this thread where it is: another CPU has other caches.
+fn stay_on_one_cpu() -> Result<()> {
+    let mut here = CpuSet::new();
+    here.set(sched_getcpu()?)?;
+    sched_setaffinity(Pid::from_raw(0), &here).context("stay on one CPU")
+}
+
+/// Runs every case once in each round.
+fn measure(fixture: &mut Fixture, cases: &[Case], rounds: usize) -> Result<Vec<Series>> {
+    let mut series: Vec<_> = cases.iter().map(|case| Series::new(case.place())).collect();
+    for _ in 0..rounds {
+        for (case, series) in cases.iter().zip(&mut series) {
+            let nanos = case.measure(fixture).with_context(|| case.place().to_string())?;
+            series.add(nanos, case.runs());
+        }
+    }
+    Ok(series)
+}

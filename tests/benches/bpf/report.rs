@@ -1,0 +1,193 @@
+//! Figures of all rounds: their statistics, the table, the JSON file.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use crate::cases::Place;
+
+/// The figures of one case, one of each round.
+pub(crate) struct Series {
+    place: Place,
+    nanos: Vec<f64>,
+    /// Packets of all rounds.
+    packets: u64,
+}
+
+impl Series {
+    pub(crate) fn new(place: Place) -> Self {
+        Self { place, nanos: Vec::new(), packets: 0 }
+    }
+
+    /// Adds the figure of a round of so many packets.
+    pub(crate) fn add(&mut self, nanos: f64, packets: u32) {
+        self.nanos.push(nanos);
+        self.packets += u64::from(packets);
+    }
+
+    /// The whole way of a packet: the sum of its programs in each round.
+    fn whole_way(parts: &[&Self]) -> Option<Self> {
+        let (first, rest) = parts.split_first()?;
+        let mut whole = Self {
+            place: Place { program: WHOLE_WAY, ..first.place },
+            nanos: first.nanos.clone(),
+            packets: first.packets,
+        };
+        for part in rest {
+            for (sum, nanos) in whole.nanos.iter_mut().zip(&part.nanos) {
+                *sum += nanos;
+            }
+        }
+        Some(whole)
+    }
+}
+
+const WHOLE_WAY: &str = "whole way";
+
+/// What a series says, in nanoseconds. Percentiles are those of the rounds.
+#[derive(Clone, Debug, Serialize)]
+struct Figure {
+    metric: String,
+    system: &'static str,
+    unit: &'static str,
+    /// The round that was disturbed least.
+    min: f64,
+    median: f64,
+    p50: f64,
+    p99: f64,
+    /// Interval that holds the median with a probability of at least 95 %.
+    ci95: [f64; 2],
+    rounds: usize,
+    /// Packets.
+    n: u64,
+}
+
+impl Figure {
+    fn of(series: &Series, metric: String) -> Self {
+        let mut sorted = series.nanos.clone();
+        sorted.sort_by(f64::total_cmp);
+        let p50 = percentile(&sorted, 0.5);
+        let (low, high) = median_interval(sorted.len());
+        Self {
+            metric,
+            system: "netdp-ebpf",
+            unit: "ns",
+            min: percentile(&sorted, 0.0),
+            median: p50,
+            p50,
+            p99: percentile(&sorted, 0.99),
+            ci95: [sorted[low], sorted[high]],
+            rounds: sorted.len(),
+            n: series.packets,
+        }
+    }
+}
+
+/// The smallest value that is not below the share of values.
+fn percentile(sorted: &[f64], share: f64) -> f64 {
+    let rank = (sorted.len() as f64 * share).ceil() as usize;
+    sorted[rank.clamp(1, sorted.len()) - 1]
+}
+
+/// Ranks, from 0, between which the median of the distribution lies with 95 %: each value is on
+/// either side of it like a coin, so the ranks are those of the binomial distribution.
+fn median_interval(count: usize) -> (usize, usize) {
+    let mut probability = 0.5_f64.powi(count as i32);
+    let mut below = probability;
+    let mut low = 0;
+    while below + probability * (count - low) as f64 / (low + 1) as f64 <= 0.025 {
+        probability *= (count - low) as f64 / (low + 1) as f64;
+        below += probability;
+        low += 1;
+    }
+    (low, count - 1 - low)
+}
+
+fn metric(place: &Place) -> &'static str {
+    if place.is_new { "bpf_new_ns" } else { "bpf_established_ns" }
+}
+
+/// Every figure with its place: programs, and whole ways where they have more than one program.
+fn figures(series: &[Series]) -> Vec<(Place, Figure)> {
+    let mut figures = Vec::new();
+    let same_way = |a: &Place, b: &Place| {
+        (a.is_new, a.way, a.family, a.protocol) == (b.is_new, b.way, b.family, b.protocol)
+    };
+    for (index, one) in series.iter().enumerate() {
+        let parts: Vec<_> =
+            series.iter().filter(|other| same_way(&other.place, &one.place)).collect();
+        let mut add = |series: &Series| {
+            let Place { way, family, protocol, program, .. } = series.place;
+            let detail = [metric(&series.place), way, family, protocol, program].join(".");
+            figures.push((series.place, Figure::of(series, detail.replace(' ', "_"))));
+        };
+        add(one);
+        let is_last = !series[index + 1..].iter().any(|other| same_way(&other.place, &one.place));
+        if is_last && let Some(whole) = Series::whole_way(&parts) {
+            add(&whole);
+        }
+    }
+    figures
+}
+
+/// The figure that stands for all: the dearest whole way.
+fn headlines(figures: &[(Place, Figure)]) -> Vec<Figure> {
+    [false, true]
+        .into_iter()
+        .filter_map(|is_new| {
+            let whole = |(place, _): &&(Place, Figure)| {
+                place.is_new == is_new && place.program == WHOLE_WAY
+            };
+            let dearest = figures
+                .iter()
+                .filter(whole)
+                .max_by(|(_, a), (_, b)| a.median.total_cmp(&b.median))?;
+            Some(Figure { metric: metric(&dearest.0).to_owned(), ..dearest.1.clone() })
+        })
+        .collect()
+}
+
+/// Prints the table.
+pub(crate) fn print(series: &[Series]) {
+    println!("nanoseconds for one packet; the 99th percentile is that of the rounds\n");
+    let row = |words: [&str; 5], numbers: [&str; 6]| {
+        let [flow, way, family, protocol, program] = words;
+        let [min, median, p99, interval, rounds, packets] = numbers;
+        println!(
+            "{flow:<12}{way:<18}{family:<6}{protocol:<5}{program:<15}{min:>6}{median:>7}{p99:>7}{interval:>12}\
+             {rounds:>7}{packets:>10}"
+        );
+    };
+    row(
+        ["flow", "way", "over", "", "program"],
+        ["min", "median", "p99", "95 %", "rounds", "packets"],
+    );
+    let figures = figures(series);
+    for (Place { is_new, way, family, protocol, program }, figure) in &figures {
+        let Figure { min, median, p99, ci95: [low, high], rounds, n, .. } = figure;
+        let numbers = [
+            format!("{min:.0}"),
+            format!("{median:.0}"),
+            format!("{p99:.0}"),
+            format!("{low:.0}–{high:.0}"),
+            rounds.to_string(),
+            n.to_string(),
+        ];
+        let flow = if *is_new { "new" } else { "established" };
+        row([flow, way, family, protocol, program], numbers.each_ref().map(String::as_str));
+    }
+    println!();
+    for Figure { metric, median, .. } in headlines(&figures) {
+        println!("{metric} {median:.0} (the dearest whole way)");
+    }
+}
+
+/// Writes all figures, those that stand for all first.
+pub(crate) fn write(path: &Path, series: &[Series]) -> Result<()> {
+    let figures = figures(series);
+    let mut list = headlines(&figures);
+    list.extend(figures.into_iter().map(|(_, figure)| figure));
+    let text = serde_json::to_string_pretty(&list).context("encode the figures")?;
+    fs::write(path, text).with_context(|| format!("write the figures to {}", path.display()))
+}
