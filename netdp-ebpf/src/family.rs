@@ -206,7 +206,7 @@ impl Family for V6 {
         datagram.fragment_proto = 0;
         datagram.l4 = ip + Ipv6Hdr::LEN;
         datagram.end = datagram.l4 + usize::from(u16::from_be_bytes(header.payload_len));
-        for _ in 0..EXTENSIONS {
+        for _ in 0..=EXTENSIONS {
             if !skip_extension(skb, datagram)? {
                 return Some(());
             }

@@ -382,10 +382,10 @@ fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config)
         if ports == SourcePorts::Host && is_the_hosts::<F>(skb, &new.half.to, new.key.proto) {
             continue;
         }
-        match F::insert_flow(&new.reply_key, &new.reply) {
+        match insert_half::<F>(&new.reply_key, &new.reply) {
             Ok(()) => return finish(new),
             Err(EEXIST) => {}
-            Err(_) => return open_in_full_table(new),
+            Err(_) => return Opened::NoRoom,
         }
         // Taken: by another CPU for this very flow, or by a flow that lost its other half?
         if F::flow(&new.reply_key).is_some_and(|other| other.leads_where(&new.reply)) {
@@ -401,14 +401,16 @@ fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config)
     Opened::There
 }
 
-/// Opens a flow in place of one that nobody has answered.
+/// Inserts a half, in a full table in place of a flow that nobody has answered.
 #[inline(always)]
-fn open_in_full_table<F: Family>(new: &mut NewFlow<F>) -> Opened {
-    if !aging::make_room::<F>() || F::insert_flow(&new.reply_key, &new.reply).is_err() {
-        return Opened::NoRoom;
+fn insert_half<F: Family>(key: &FlowKey<F::Address>, half: &Flow<F::Address>) -> Result<(), i32> {
+    match F::insert_flow(key, half) {
+        Err(error) if error != EEXIST && aging::make_room::<F>() => {
+            maps::count(half.network, Reason::Reclaimed as u32, 0);
+            F::insert_flow(key, half)
+        }
+        outcome => outcome,
     }
-    maps::count(new.half.network, Reason::Reclaimed as u32, 0);
-    finish(new)
 }
 
 /// Sets a source port that no flow to the same destination has, looking from `next` on, which
@@ -445,7 +447,7 @@ const fn has_changeable_ports(proto: u8) -> bool {
 /// Inserts the original half after the reply half got its place.
 #[inline(always)]
 fn finish<F: Family>(new: &mut NewFlow<F>) -> Opened {
-    match F::insert_flow(&new.key, &new.half) {
+    match insert_half::<F>(&new.key, &new.half) {
         Ok(()) => Opened::New,
         Err(EEXIST) => {
             // Another CPU was faster and has a reply half of its own.
@@ -469,7 +471,7 @@ fn finish<F: Family>(new: &mut NewFlow<F>) -> Opened {
 /// Takes the reply half that is there for our own and sees to the original.
 #[inline(always)]
 fn adopt<F: Family>(new: &mut NewFlow<F>) -> Opened {
-    match F::insert_flow(&new.key, &new.half) {
+    match insert_half::<F>(&new.key, &new.half) {
         Ok(()) => Opened::New,
         Err(EEXIST) => {
             if let Some(winner) = F::flow(&new.key) {

@@ -74,10 +74,7 @@ pub(crate) fn on_link(packet: &Packet<'_, V6>, sender: &Sender) -> Option<Decisi
         // Nothing but the above is sent without an address.
         return Some(sender.drop(Reason::SpoofedSource));
     }
-    if container::poses_as_dhcp_server(packet) {
-        return Some(sender.drop(Reason::Impostor));
-    }
-    Some(between_link_locals(destination, sender))
+    Some(between_link_locals(packet, sender))
 }
 
 /// Whether it is a solicitation or advertisement.
@@ -89,13 +86,17 @@ pub(crate) fn is_discovery(headers: &Headers<V6>) -> bool {
 
 /// From or to a link-local address: a neighbour, or the host.
 #[inline(always)]
-fn between_link_locals(destination: Be128, sender: &Sender) -> Decision {
+fn between_link_locals(packet: &Packet<'_, V6>, sender: &Sender) -> Decision {
+    let destination = packet.destination;
     let is_multicast = destination.is_multicast_or_broadcast();
     if !is_multicast && !destination.is_link_local() {
         // From a link-local address to one behind a router (RFC 4291, 2.5.6).
         return sender.drop(Reason::Martian);
     }
     if is_multicast || sender.is_for_neighbour {
+        if container::poses_as_dhcp_server(packet) {
+            return sender.drop(Reason::Impostor);
+        }
         return if sender.network.has(flag::ICC) {
             Ok(Verdict::Pass)
         } else {

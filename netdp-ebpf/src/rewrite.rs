@@ -131,7 +131,14 @@ impl<F: Family> Writer<'_, F> {
         if from == to {
             return Ok(());
         }
-        self.update(checksum, Difference::of(from, to), self.udp_flag())?;
+        let difference = Difference::of(from, to);
+        if self.is(IPPROTO_UDP) && self.load(checksum)? == Be16::default() {
+            // Without a checksum nothing in the packet makes up for the ports. The addresses have
+            // been seen to: IPv4's own checksum makes up for them, IPv6's were accounted for.
+            kernel::account(self.skb.skb, difference);
+        } else {
+            self.update(checksum, difference, self.udp_flag())?;
+        }
         self.store(at, &to)
     }
 

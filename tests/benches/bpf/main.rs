@@ -26,6 +26,8 @@ mod family;
 #[expect(dead_code, reason = "the suite that this belongs to uses the rest")]
 #[path = "../../tests/datapath/fixture.rs"]
 mod fixture;
+#[path = "../../tests/datapath/host.rs"]
+mod host;
 mod report;
 
 /// Rounds of a whole run.

@@ -1,16 +1,23 @@
 //! The backend's side: how many writes a change costs, drift and repair.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Context, Result, ensure};
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{HashMap, Map};
 use netdp::model::Protocol;
+use netdp_common::{
+    addr::{Be32, Be128},
+    publish::{Published, PublishedKey},
+};
 
-use crate::fixture::{Fixture, id_of, published};
+use crate::{
+    family::Family,
+    fixture::{Fixture, id_of, published},
+};
 
 pub(crate) fn publishing_a_port_is_at_most_two_writes(fixture: &mut Fixture) -> Result<()> {
     let (key, target) =
-        published(fixture.family, Ipv4Addr::UNSPECIFIED, 9000, Protocol::Tcp, "a2", 90);
+        published(fixture.family, (Ipv4Addr::UNSPECIFIED, 9000), Protocol::Tcp, ("a2", 90));
     let writes = fixture.apply(|program| {
         program.published.insert(key, target);
     })?;
@@ -30,18 +37,39 @@ pub(crate) fn applying_twice_writes_nothing(fixture: &mut Fixture) -> Result<()>
     Ok(())
 }
 
+/// Deletes an entry of a hash map; returns its key.
+fn delete_one<const KEY: usize, const VALUE: usize>(
+    fixture: &Fixture,
+    name: &str,
+) -> Result<Vec<u8>> {
+    let mut map: HashMap<_, [u8; KEY], [u8; VALUE]> =
+        Map::HashMap(fixture.map(name)?).try_into()?;
+    let key = map.keys().next().with_context(|| format!("find an entry of {name}"))??;
+    map.remove(&key)?;
+    Ok(key.to_vec())
+}
+
+/// Makes an address one of the host's.
+fn add_local<const SIZE: usize>(fixture: &Fixture, name: &str, address: [u8; SIZE]) -> Result<()> {
+    let mut map: HashMap<_, [u8; SIZE], u32> = Map::HashMap(fixture.map(name)?).try_into()?;
+    Ok(map.insert(address, 1, 0)?)
+}
+
 pub(crate) fn an_entry_deleted_behind_our_back_is_found_and_put_back(
     fixture: &mut Fixture,
 ) -> Result<()> {
-    let endpoints: Vec<u8> = {
-        let data = MapData::from_pin(fixture.map_path("PUBLISHED4"))?;
-        let mut map: HashMap<_, [u8; 8], [u8; 12]> = Map::HashMap(data).try_into()?;
-        let key = map.keys().next().context("find an entry of PUBLISHED4")??;
-        map.remove(&key)?;
-        key.to_vec()
+    let published = match fixture.family {
+        Family::V4 => delete_one::<
+            { size_of::<PublishedKey<Be32>>() },
+            { size_of::<Published<Be32>>() },
+        >(fixture, "PUBLISHED4")?,
+        Family::V6 => delete_one::<
+            { size_of::<PublishedKey<Be128>>() },
+            { size_of::<Published<Be128>>() },
+        >(fixture, "PUBLISHED6")?,
     };
     let drift = fixture.drift()?;
-    ensure!(drift.len() == 1, "key {endpoints:02x?} deleted, drift {drift:?}");
+    ensure!(drift.len() == 1, "key {published:02x?} deleted, drift {drift:?}");
     ensure!(drift[0].what.contains("is missing"), "{drift:?}");
     ensure!(fixture.apply(|_| {})? == 1, "repairing one entry is one write");
     let drift = fixture.drift()?;
@@ -52,10 +80,9 @@ pub(crate) fn an_entry_deleted_behind_our_back_is_found_and_put_back(
 pub(crate) fn an_entry_added_behind_our_back_is_found_and_removed(
     fixture: &mut Fixture,
 ) -> Result<()> {
-    {
-        let data = MapData::from_pin(fixture.map_path("LOCAL4"))?;
-        let mut map: HashMap<_, [u8; 4], u32> = Map::HashMap(data).try_into()?;
-        map.insert([8, 8, 8, 8], 1, 0)?;
+    match fixture.family.address(Ipv4Addr::new(8, 8, 8, 8)) {
+        IpAddr::V4(address) => add_local(fixture, "LOCAL4", address.octets())?,
+        IpAddr::V6(address) => add_local(fixture, "LOCAL6", address.octets())?,
     }
     let drift = fixture.drift()?;
     ensure!(drift.len() == 1 && drift[0].what.contains("should not be there"), "{drift:?}");

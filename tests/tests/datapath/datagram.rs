@@ -25,6 +25,8 @@ const DESTINATION_OPTIONS: [u8; 7] = [0, 1, 4, 0, 0, 0, 0];
 /// Bytes of an IPv6 header, and of a fragment header.
 const IPV6_BYTES: usize = 40;
 const FRAGMENT_BYTES: usize = 8;
+/// Sequence number that both ends of a connection begin with, and acknowledge.
+pub(crate) const SEQUENCE: u32 = 0x0102_0304;
 /// Payload bytes of the first, second and last fragment end here. A TCP header fits in the first.
 const CUTS: [usize; 2] = [32, 56];
 
@@ -86,6 +88,10 @@ pub(crate) enum Kind {
     Udp,
     /// UDP without a checksum.
     BareUdp,
+    /// SCTP: its checksum covers no address, and its ports stay (RFC 9260, 3.1).
+    Sctp,
+    /// A protocol without ports: GRE.
+    Gre,
     /// ICMP echo request.
     Request,
     /// ICMP echo reply.
@@ -99,6 +105,8 @@ impl Kind {
     pub(crate) fn protocol(self, family: Family) -> IpNumber {
         match (self, family) {
             (Self::Udp | Self::BareUdp, _) => ip_number::UDP,
+            (Self::Sctp, _) => ip_number::SCTP,
+            (Self::Gre, _) => ip_number::GRE,
             (Self::Request | Self::Reply | Self::OtherIcmp, Family::V4) => ip_number::ICMP,
             (Self::Request | Self::Reply | Self::OtherIcmp, Family::V6) => ip_number::IPV6_ICMP,
             _ => ip_number::TCP,
@@ -146,14 +154,11 @@ pub(crate) struct Datagram {
     pub(crate) ttl: u8,
     /// IP identification.
     pub(crate) identification: u16,
-    /// Bytes by which TCP's sequence number is ahead of what the other end acknowledges.
-    pub(crate) ahead: u32,
+    /// TCP sequence number.
+    pub(crate) sequence: u32,
     /// What follows the transport header.
     pub(crate) payload: Vec<u8>,
 }
-
-/// Both ends' sequence number.
-pub(crate) const SEQUENCE: u32 = 0x0102_0304;
 
 impl Datagram {
     /// A datagram in one packet.
@@ -164,7 +169,7 @@ impl Datagram {
             shape: Shape::PLAIN,
             ttl: 64,
             identification: 0x1234,
-            ahead: 0,
+            sequence: SEQUENCE,
             payload: (0..75).collect(),
         }
     }
@@ -182,11 +187,6 @@ impl Datagram {
     /// The same datagram with another time to live.
     pub(crate) fn with_ttl(self, ttl: u8) -> Self {
         Self { ttl, ..self }
-    }
-
-    /// The same segment with another sequence number.
-    pub(crate) fn ahead_by(self, ahead: u32) -> Self {
-        Self { ahead, ..self }
     }
 
     /// The frames that carry it.
@@ -263,8 +263,10 @@ impl Datagram {
             next = ip_number::IPV6_HEADER_HOP_BY_HOP;
         }
         let length = ((extensions.len() + payload) as u16).to_be_bytes();
-        // Traffic class 0x28 and a flow label, which are nobody's to change.
-        let mut header = vec![0x62, 0x81, 0x23, 0x45, length[0], length[1], next.0, self.ttl];
+        // Traffic class 0x38 and a flow label, which are nobody's to change. The first byte is odd:
+        // a run on a device without Ethernet takes it for that of a MAC, and a packet to one
+        // station for another host's.
+        let mut header = vec![0x63, 0x81, 0x23, 0x45, length[0], length[1], next.0, self.ttl];
         for party in [self.wire.source, self.wire.destination] {
             header.extend_from_slice(&ipv6(*party.ip()).octets());
         }
@@ -278,6 +280,9 @@ impl Datagram {
         let reply = IcmpEchoHeader { id: destination.port(), seq: 1 };
         let header = match (self.kind, family) {
             (Kind::Udp | Kind::BareUdp, _) => self.udp_header(family),
+            (Kind::Sctp, _) => self.sctp_header(),
+            // Nothing optional, IPv4 inside (RFC 2784, 2).
+            (Kind::Gre, _) => vec![0, 0, 8, 0],
             (Kind::Request, Family::V4) => self.icmpv4_header(Icmpv4Type::EchoRequest(request)),
             (Kind::Request, Family::V6) => self.icmpv6_header(Icmpv6Type::EchoRequest(request)),
             (Kind::Reply, Family::V4) => self.icmpv4_header(Icmpv4Type::EchoReply(reply)),
@@ -322,13 +327,20 @@ impl Datagram {
         udp.to_bytes().to_vec()
     }
 
+    /// Ports, verification tag, checksum. Nobody else's programs look at the latter two.
+    fn sctp_header(&self) -> Vec<u8> {
+        let (source, destination) = (self.wire.source.port(), self.wire.destination.port());
+        let ports = [source.to_be_bytes(), destination.to_be_bytes()].concat();
+        [&ports[..], &[0xa1, 0xa2, 0xa3, 0xa4, 0xc1, 0xc2, 0xc3, 0xc4]].concat()
+    }
+
     fn tcp_header(&self, family: Family) -> Vec<u8> {
         let (source, destination) = (self.wire.source, self.wire.destination);
-        let mut tcp = TcpHeader::new(source.port(), destination.port(), SEQUENCE, 64_240);
-        tcp.sequence_number = SEQUENCE.wrapping_add(self.ahead);
+        let mut tcp = TcpHeader::new(source.port(), destination.port(), self.sequence, 64_240);
+        // What the other end has sent when it begins at the same number.
+        tcp.acknowledgment_number = SEQUENCE;
         tcp.syn = matches!(self.kind, Kind::Syn | Kind::SynAck);
         tcp.ack = matches!(self.kind, Kind::SynAck | Kind::Segment | Kind::Fin);
-        tcp.acknowledgment_number = if tcp.ack { SEQUENCE } else { 0 };
         tcp.psh = self.kind == Kind::Segment;
         tcp.fin = self.kind == Kind::Fin;
         tcp.rst = self.kind == Kind::Reset;

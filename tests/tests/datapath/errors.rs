@@ -17,7 +17,7 @@ use crate::{
     family::Family,
     fixture::{
         A, At, B, Fixture, HOST, OUTSIDE, ROUTER_MAC, TCX_DROP, TCX_NEXT, UPLINK_MAC, address,
-        bridge_mac, from_container, from_container_wire, from_outside_wire, from_uplink,
+        bridge_mac, from_container, from_container_wire, from_outside_wire, from_uplink, gateway,
         into_network, mac, pass, pass_as, socket, to_uplink,
     },
 };
@@ -332,7 +332,7 @@ fn expect_for_a1(
 pub(crate) fn errors_quote_as_much_as_they_like(fixture: &mut Fixture) -> Result<()> {
     let inside = from_container_wire("a1", 4000, SERVER);
     let mut kinds = vec![Kind::Segment, Kind::Udp, Kind::BareUdp, Kind::Request];
-    kinds.retain(|kind| fixture.carries(*kind));
+    kinds.retain(|kind| kind.is_of(fixture.family));
     for kind in kinds {
         let outside = dial_out(fixture, kind)?;
         let quoted = Datagram::new(kind, outside);
@@ -371,4 +371,62 @@ pub(crate) fn errors_that_quote_later_fragments_are_the_hosts(fixture: &mut Fixt
     let later = Datagram::new(Kind::Udp, outside).shaped(cut).frames(family).remove(1);
     let sent = Error::from_outside(ROUTER).quoting(family, &later[ETHERNET_BYTES..]);
     expect_made(fixture, from_uplink("up0"), &sent, &sent)
+}
+
+/// An error that the host itself sends to a client: it meets no hook before the one it leaves by.
+fn of_the_host(macs: ([u8; 6], [u8; 6]), source: Ipv4Addr, destination: Ipv4Addr) -> Error {
+    Error { macs, source, destination, fault: Fault::TooBig(1280), quoted_bytes: usize::MAX }
+}
+
+pub(crate) fn errors_of_the_host_quote_what_its_client_sent(fixture: &mut Fixture) -> Result<()> {
+    let family = fixture.family;
+    let leaves = to_uplink("up0", None);
+    for kind in [Kind::Segment, Kind::Udp] {
+        dial_in(fixture, kind)?;
+        for quoted_bytes in quoted(family) {
+            for fault in [Fault::TooBig(1280), Fault::TimeExceeded, Fault::PortUnreachable] {
+                let error = of_the_host((UPLINK_MAC, ROUTER_MAC), HOST, OUTSIDE);
+                let error = Error { fault, quoted_bytes, ..error };
+                let sent = error.about(family, kind, from_outside_wire(CLIENT, socket("a1", 80)));
+                let wanted = error.about(family, kind, from_outside_wire(CLIENT, DIALLED));
+                expect_made(fixture, leaves, &sent, &wanted)?;
+            }
+        }
+    }
+    // To a container that dialled a port of another network.
+    let dialled = from_container_wire("b1", 4000, DIALLED);
+    let inside = dialled.to(socket("a1", 80));
+    let opening = pass_as(inside).opening(A, Reason::FlowHairpin);
+    fixture.expect("across", from_container("b1"), &Datagram::new(Kind::Udp, dialled), opening)?;
+    let error = of_the_host((bridge_mac(B), mac("b1")), gateway(B), address("b1"));
+    let sent = error.about(family, Kind::Udp, inside);
+    let wanted = error.about(family, Kind::Udp, dialled);
+    expect_made(fixture, into_network(B, None), &sent, &wanted)?;
+    // An error shows nothing of a flow.
+    let states: Vec<_> = fixture.flows()?.iter().map(|flow| flow.state).collect();
+    ensure!(!states.contains(&"replied"), "an error counted as an answer: {states:?}");
+    Ok(())
+}
+
+pub(crate) fn errors_of_the_host_about_others_stay_as_they_are(
+    fixture: &mut Fixture,
+) -> Result<()> {
+    let family = fixture.family;
+    dial_in(fixture, Kind::Udp)?;
+    let error = of_the_host((UPLINK_MAC, ROUTER_MAC), HOST, OUTSIDE);
+    let other = SocketAddrV4::new(OUTSIDE, 5001);
+    for about in [
+        // To the host itself; to a container, by nobody's flow.
+        from_outside_wire(CLIENT, SocketAddrV4::new(HOST, 22)),
+        from_outside_wire(other, socket("a1", 80)),
+        from_outside_wire(CLIENT, socket("a1", 81)),
+    ] {
+        let sent = error.about(family, Kind::Udp, about);
+        expect_made(fixture, to_uplink("up0", None), &sent, &sent)?;
+    }
+    // About what a container sent: it reads of the packet as it was.
+    dial_out(fixture, Kind::Udp)?;
+    let error = of_the_host((bridge_mac(A), mac("a1")), gateway(A), address("a1"));
+    let sent = error.about(family, Kind::Udp, from_container_wire("a1", 4000, SERVER));
+    expect_made(fixture, into_network(A, None), &sent, &sent)
 }

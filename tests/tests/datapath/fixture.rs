@@ -6,19 +6,17 @@
 use std::{
     cell::{Cell, OnceCell, RefCell},
     collections::{BTreeMap, BTreeSet},
-    fs,
-    io::Write,
     net::{IpAddr, Ipv4Addr, SocketAddrV4},
     os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::{
-    maps::{HashMap, Map, MapData},
+    maps::{Array, HashMap, Map, MapData},
     programs::{SchedClassifier, TcAttachType},
 };
+use bytemuck::{Pod, bytes_of, pod_read_unaligned};
 use ipnet::{Ipv4Net, Ipv6Net};
 use netdp::{
     dataplane::{
@@ -29,11 +27,13 @@ use netdp::{
     model::{EndpointId, GatewayMode, MacAddress, NetworkId, Protocol},
 };
 use netdp_common::{
-    addr::{Be32, Be128},
+    addr::{Address, Be32, Be128},
+    aging::Collection,
     config::Timeouts,
     counter::Reason,
-    flow::{Flow, FlowKey},
+    flow::{Flow, FlowKey, flag},
     fragment::{FragmentKey, Ports},
+    network::Network,
 };
 use netdp_tests::{
     bpf::{self, Checksum, SkbContext},
@@ -41,14 +41,14 @@ use netdp_tests::{
 };
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
-    net::if_::if_nametoindex,
-    sched::{CloneFlags, unshare},
+    time::{ClockId, clock_gettime},
 };
 use tempfile::TempDir;
 
 use crate::{
-    datagram::{Datagram, Kind, Wire, verify},
-    family::{FAMILIES, Family, ipv6},
+    datagram::{Datagram, Wire, verify},
+    family::{Family, ipv6},
+    host::build_host,
 };
 
 /// An ordinary network: a1, a2.
@@ -106,7 +106,7 @@ const FLOWS: u32 = 4096;
 
 /// Endpoints, by the name of the host's end of their veth, and their networks. The n-th member of
 /// a network has address .1 + n.
-const MEMBERS: [(&str, NetworkId); 14] = [
+pub(crate) const MEMBERS: [(&str, NetworkId); 14] = [
     ("a1", A),
     ("a2", A),
     ("b1", B),
@@ -122,7 +122,7 @@ const MEMBERS: [(&str, NetworkId); 14] = [
     ("s1", FIXED_SOURCE),
     ("s2", FIXED_SOURCE),
 ];
-const BRIDGES: [(&str, NetworkId); 9] = [
+pub(crate) const BRIDGES: [(&str, NetworkId); 9] = [
     ("br-a", A),
     ("br-b", B),
     ("br-c", ICC_OFF),
@@ -133,7 +133,7 @@ const BRIDGES: [(&str, NetworkId); 9] = [
     ("br-m", UNMASQUERADED),
     ("br-s", FIXED_SOURCE),
 ];
-const UPLINKS: [(&str, Ipv4Addr); 4] =
+pub(crate) const UPLINKS: [(&str, Ipv4Addr); 4] =
     [("up0", HOST), ("up1", HOST_UP1), ("tun0", HOST_TUN), ("other0", Ipv4Addr::new(10, 3, 0, 2))];
 /// Without an Ethernet header.
 const TUN: &str = "tun0";
@@ -342,7 +342,7 @@ impl Fixture {
             None => build_host().map(|ifindexes| built.get_or_init(|| ifindexes).clone()),
         })?;
         let bpffs = Bpffs::mount()?;
-        let mut backend = Ebpf::open(options(&bpffs, flows))?;
+        let mut backend = Ebpf::open(options(bpffs.path(), flows))?;
         let program = standard_program(&ifindexes);
         backend.apply(&program)?;
         Ok(Self {
@@ -393,11 +393,46 @@ impl Fixture {
         self.backend().apply(&program)?;
         self.remove_halves(|_| true)?;
         self.forget_fragments::<{ size_of::<FragmentKey<Be32>>() }>("FRAGMENT4")?;
-        self.forget_fragments::<{ size_of::<FragmentKey<Be128>>() }>("FRAGMENT6")
+        self.forget_fragments::<{ size_of::<FragmentKey<Be128>>() }>("FRAGMENT6")?;
+        let mut usage = self.usage()?;
+        for endpoint in usage.keys().collect::<Result<Vec<_>, _>>()? {
+            usage.insert(endpoint, 0, 0)?;
+        }
+        self.set_collection(Timeouts::RFC, true)
+    }
+
+    /// Flows that each endpoint has opened.
+    fn usage(&self) -> Result<HashMap<MapData, u32, u64>> {
+        Ok(Map::HashMap(self.map("USAGE")?).try_into()?)
+    }
+
+    /// Flows on an endpoint's account.
+    pub(crate) fn used_by(&self, endpoint: &str) -> Result<u64> {
+        Ok(self.usage()?.get(&id_of(endpoint).0, 0)?)
+    }
+
+    /// Says how long idle flows are kept, and whether an agent collects them.
+    pub(crate) fn set_collection(&self, timeouts: Timeouts, is_agent_there: bool) -> Result<()> {
+        let now = clock_gettime(ClockId::CLOCK_BOOTTIME).context("read the boot clock")?;
+        let at = if is_agent_there { u32::try_from(now.tv_sec())? } else { 0 };
+        let mut map: Array<_, [u8; size_of::<Collection>()]> =
+            Map::Array(self.map("COLLECTION")?).try_into()?;
+        let value =
+            <[u8; size_of::<Collection>()]>::try_from(bytes_of(&Collection { timeouts, at }))?;
+        Ok(map.set(0, value, 0)?)
+    }
+
+    /// Says how many flows an endpoint of a network may have opened; 0 = any number.
+    pub(crate) fn limit_endpoints(&self, network: NetworkId, flows: u32) -> Result<()> {
+        const SIZE: usize = size_of::<Network>();
+        let mut map: Array<_, [u8; SIZE]> = Map::Array(self.map("NETWORK")?).try_into()?;
+        let mut value: Network = pod_read_unaligned(&map.get(&network.0, 0)?);
+        value.endpoint_flows = flows;
+        Ok(map.set(network.0, <[u8; SIZE]>::try_from(bytes_of(&value))?, 0)?)
     }
 
     fn forget_fragments<const KEY: usize>(&self, map: &str) -> Result<()> {
-        let data = MapData::from_pin(self.map_path(map))?;
+        let data = self.map(map)?;
         let mut fragments: HashMap<_, [u8; KEY], [u8; size_of::<Ports>()]> =
             Map::LruHashMap(data).try_into()?;
         for key in fragments.keys().collect::<Result<Vec<_>, _>>()? {
@@ -431,18 +466,11 @@ impl Fixture {
 
     /// Closes the backend as the end of the agent would, and opens it again.
     pub(crate) fn reopen(&mut self) -> Result<()> {
+        let options = options(self.bpffs.path(), FLOWS);
         self.backend = None;
-        self.backend = Some(Ebpf::open(options(&self.bpffs, FLOWS))?);
+        self.backend = Some(Ebpf::open(options)?);
         self.programs = attached_programs()?;
         Ok(())
-    }
-
-    /// Whether packets of this kind are part of the run. Without a checksum of its own, a UDP
-    /// datagram whose port changes is not in step with a sum of the whole packet; the kernel asks
-    /// that sum of none such.
-    pub(crate) fn carries(&self, kind: Kind) -> bool {
-        let is_summed = self.checksum == Checksum::Complete;
-        kind.is_of(self.family) && !(kind == Kind::BareUdp && is_summed)
     }
 
     /// ifindex of an interface of the fixture.
@@ -519,13 +547,14 @@ impl Fixture {
         at: At,
         frame: &[u8],
         verdict: i32,
-        counted: Option<Count>,
+        counted: impl IntoIterator<Item = Count>,
     ) -> Result<Vec<u8>> {
+        let counted = Vec::from_iter(counted);
         let before = self.backend().counters()?;
         let outcome = self.run(at, frame)?;
         let moved = moved(&before, &self.backend().counters()?);
         ensure!(
-            outcome.verdict == verdict && moved == Vec::from_iter(counted),
+            outcome.verdict == verdict && moved == counted,
             "verdict: wanted {verdict}, seen {}; counted: wanted {counted:?}, seen {moved:?}",
             outcome.verdict
         );
@@ -561,69 +590,54 @@ impl Fixture {
         Ok(())
     }
 
+    /// Shows every half of both tables to `visit`, which says what becomes of it; returns how many
+    /// were not kept as they were.
+    pub(crate) fn visit_halves(&self, mut visit: impl FnMut(&mut Half) -> Fate) -> Result<usize> {
+        const KEY4: usize = size_of::<FlowKey<Be32>>();
+        const KEY6: usize = size_of::<FlowKey<Be128>>();
+        const HALF4: usize = size_of::<Flow<Be32>>();
+        const HALF6: usize = size_of::<Flow<Be128>>();
+        let mut table4: HashMap<_, [u8; KEY4], [u8; HALF4]> =
+            Map::HashMap(self.map("FLOW4")?).try_into()?;
+        let mut table6: HashMap<_, [u8; KEY6], [u8; HALF6]> =
+            Map::HashMap(self.map("FLOW6")?).try_into()?;
+        Ok(visit_table::<Be32, KEY4, HALF4>(&mut table4, &mut visit)?
+            + visit_table::<Be128, KEY6, HALF6>(&mut table6, &mut visit)?)
+    }
+
     /// Removes every half of a flow for which `is_doomed`; returns how many.
-    pub(crate) fn remove_halves(&self, is_doomed: impl Fn(Zone) -> bool) -> Result<usize> {
-        Ok(self.remove_halves_of::<KEY4, HALF4>("FLOW4", &is_doomed)?
-            + self.remove_halves_of::<KEY6, HALF6>("FLOW6", &is_doomed)?)
+    pub(crate) fn remove_halves(&self, mut is_doomed: impl FnMut(Zone) -> bool) -> Result<usize> {
+        self.visit_halves(|half| if is_doomed(half.zone) { Fate::Gone } else { Fate::Kept })
     }
 
-    fn remove_halves_of<const KEY: usize, const HALF: usize>(
-        &self,
-        map: &str,
-        is_doomed: impl Fn(Zone) -> bool,
-    ) -> Result<usize> {
-        let mut table = self.flow_table::<KEY, HALF>(map)?;
-        let keys = table.keys().collect::<Result<Vec<_>, _>>()?;
-        let doomed: Vec<_> = keys.iter().filter(|key| is_doomed(Zone::of(*key))).collect();
-        for key in &doomed {
-            table.remove(key)?;
-        }
-        Ok(doomed.len())
-    }
-
-    /// Removes one half of those that arrive from outside.
-    pub(crate) fn remove_reply_half(&self) -> Result<()> {
-        let is_first = Cell::new(true);
-        self.remove_halves(|zone| zone == Zone(0) && is_first.replace(false))?;
+    /// Makes every half look as if it had been idle for so many seconds more.
+    pub(crate) fn age(&self, seconds: u32) -> Result<()> {
+        self.visit_halves(|half| {
+            half.last_seen = half.last_seen.saturating_sub(seconds);
+            Fate::Changed
+        })?;
         Ok(())
-    }
-
-    /// A pinned flow table.
-    pub(crate) fn flow_table<const KEY: usize, const HALF: usize>(
-        &self,
-        map: &str,
-    ) -> Result<HashMap<MapData, [u8; KEY], [u8; HALF]>> {
-        let data = MapData::from_pin(self.map_path(map))
-            .with_context(|| format!("open the pin of {map}"))?;
-        Ok(Map::HashMap(data).try_into()?)
     }
 
     /// Number of halves in the flow tables.
     pub(crate) fn halves(&self) -> Result<usize> {
-        let four =
-            self.flow_table::<KEY4, HALF4>("FLOW4")?.keys().collect::<Result<Vec<_>, _>>()?;
-        let six = self.flow_table::<KEY6, HALF6>("FLOW6")?.keys().collect::<Result<Vec<_>, _>>()?;
-        Ok(four.len() + six.len())
+        let mut halves = 0;
+        self.visit_halves(|_| {
+            halves += 1;
+            Fate::Kept
+        })?;
+        Ok(halves)
+    }
+
+    /// A pinned map.
+    pub(crate) fn map(&self, name: &str) -> Result<MapData> {
+        MapData::from_pin(self.map_path(name)).with_context(|| format!("open the pin of {name}"))
     }
 
     /// Pin of a map.
     pub(crate) fn map_path(&self, name: &str) -> PathBuf {
         self.bpffs.path().join(format!("netdp/v{}/maps", netdp_common::abi::ABI)).join(name)
     }
-}
-
-/// Bytes of keys and halves in FLOW4 and FLOW6.
-const KEY4: usize = size_of::<FlowKey<Be32>>();
-/// See [`KEY4`].
-const HALF4: usize = size_of::<Flow<Be32>>();
-/// See [`KEY4`].
-const KEY6: usize = size_of::<FlowKey<Be128>>();
-/// See [`KEY4`].
-const HALF6: usize = size_of::<Flow<Be128>>();
-
-/// How the backend is opened.
-fn options(bpffs: &Bpffs, flows: u32) -> EbpfOptions {
-    EbpfOptions { bpffs: bpffs.path().to_owned(), flows, timeouts: Timeouts::RFC, cgroup: None }
 }
 
 /// Who is at one end of a flow.
@@ -654,11 +668,62 @@ fn attached_programs() -> Result<BTreeMap<Hook, SchedClassifier>> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Zone(pub(crate) u32);
 
-impl Zone {
-    fn of(key: &[u8]) -> Self {
-        // The first field of `FlowKey`.
-        Self(u32::from_ne_bytes([key[0], key[1], key[2], key[3]]))
+/// See [`Zone`].
+pub(crate) const WORLD: Zone = Zone(0);
+
+/// A half of a flow in either table, as far as tests look at it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Half {
+    /// Where its packets arrive.
+    pub(crate) zone: Zone,
+    /// Of the direction that opened the flow.
+    pub(crate) is_original: bool,
+    /// See [`Flow::last_seen`].
+    pub(crate) last_seen: u32,
+}
+
+/// What becomes of a half that was looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    Kept,
+    /// Written back as it is now.
+    Changed,
+    Gone,
+}
+
+/// See [`Fixture::visit_halves`].
+fn visit_table<A: Address, const KEY: usize, const HALF: usize>(
+    table: &mut HashMap<MapData, [u8; KEY], [u8; HALF]>,
+    visit: &mut impl FnMut(&mut Half) -> Fate,
+) -> Result<usize>
+where
+    FlowKey<A>: Pod,
+    Flow<A>: Pod,
+{
+    let mut visited = 0;
+    for (key, value) in table.iter().collect::<Result<Vec<_>, _>>()? {
+        let mut flow: Flow<A> = pod_read_unaligned(&value);
+        let mut half = Half {
+            zone: Zone(pod_read_unaligned::<FlowKey<A>>(&key).zone),
+            is_original: flow.flags & flag::ORIGINAL != 0,
+            last_seen: flow.last_seen,
+        };
+        match visit(&mut half) {
+            Fate::Kept => continue,
+            Fate::Gone => table.remove(&key)?,
+            Fate::Changed => {
+                flow.last_seen = half.last_seen;
+                table.insert(key, <[u8; HALF]>::try_from(bytes_of(&flow))?, 0)?;
+            }
+        }
+        visited += 1;
     }
+    Ok(visited)
+}
+
+/// How the backend is opened.
+fn options(bpffs: &Path, flows: u32) -> EbpfOptions {
+    EbpfOptions { bpffs: bpffs.to_owned(), flows, timeouts: Timeouts::RFC, cgroup: None }
 }
 
 /// A bpffs of the test's own.
@@ -713,80 +778,6 @@ thread_local! {
     static HOST_INTERFACES: OnceCell<BTreeMap<&'static str, u32>> = const { OnceCell::new() };
 }
 
-/// Moves the thread to a new network namespace and builds the host in it.
-fn build_host() -> Result<BTreeMap<&'static str, u32>> {
-    unshare(CloneFlags::CLONE_NEWNET).context("create a network namespace")?;
-    let set = |key: &str, value: &str| {
-        fs::write(format!("/proc/sys/net/{key}"), value).with_context(|| format!("set {key}"))
-    };
-    // Nothing that a link says of itself may disturb the counters: no link-local address, and no
-    // IPv6 at all but where the host needs it.
-    set("ipv6/conf/default/disable_ipv6", "1")?;
-    set("ipv6/conf/default/addr_gen_mode", "1")?;
-    let mac = |bytes| MacAddress(bytes).to_string();
-    // Who joins a multicast group says so: bridges that snoop, routers, whoever has an address.
-    const QUIET: &str = "arp off multicast off";
-    let mut links = String::from("link set lo up\n");
-    for (name, id) in BRIDGES {
-        links += &format!(
-            "link add {name} address {} type bridge mcast_snooping 0\nlink set {name} {QUIET} up\n",
-            mac(bridge_mac(id)),
-        );
-    }
-    for (name, id) in MEMBERS {
-        links += &format!(
-            "link add {name} type veth peer name {name}-peer\nlink set {name} master {} up\nlink set {name}-peer up\n",
-            bridge(id)
-        );
-    }
-    for (name, _) in UPLINKS {
-        links += &format!(
-            "link add {name} address {} type veth peer name {name}-peer\nlink set {name} {QUIET} up\nlink set {name}-peer up\n",
-            mac(UPLINK_MAC)
-        );
-    }
-    ip_batch(&links)?;
-    // Now that links are quiet: a router joins a group on each that is not.
-    set("ipv4/ip_forward", "1")?;
-    set("ipv6/conf/all/forwarding", "1")?;
-    let own = BRIDGES.map(|(name, id)| (name, gateway(id)));
-    let own: Vec<_> = own.into_iter().chain(UPLINKS).collect();
-    let mut addresses = String::new();
-    for (name, party) in own.iter().copied().chain([("up0", HOST_SECOND), ("up0", SNAT)]) {
-        addresses += &format!("address add {party}/24 dev {name}\n");
-        if FAMILIES.contains(&Family::V6) {
-            set(&format!("ipv6/conf/{name}/disable_ipv6"), "0")?;
-            addresses += &format!("address add {}/64 dev {name} nodad\n", ipv6(party));
-        }
-    }
-    for family in FAMILIES {
-        addresses += &format!("route add default via {}\n", family.address(OUTSIDE));
-    }
-    ip_batch(&addresses)?;
-    let names = BRIDGES.iter().map(|(name, _)| *name);
-    let names = names.chain(MEMBERS.iter().map(|(name, _)| *name));
-    names
-        .chain(UPLINKS.iter().map(|(name, _)| *name))
-        .map(|name| {
-            Ok((name, if_nametoindex(name).with_context(|| format!("find interface {name}"))?))
-        })
-        .collect()
-}
-
-/// Runs lines of `ip` in this thread's namespace.
-fn ip_batch(script: &str) -> Result<()> {
-    let mut child = Command::new("ip")
-        .args(["-batch", "-"])
-        .stdin(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("start ip: install iproute2")?;
-    child.stdin.take().context("open ip's input")?.write_all(script.as_bytes())?;
-    let output = child.wait_with_output().context("run ip")?;
-    ensure!(output.status.success(), "build the host: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
-}
-
 fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
     let networks = BRIDGES.map(|(name, id)| {
         let gateway_mode = match id {
@@ -804,7 +795,7 @@ fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
                 snat_ip: (id == FIXED_SOURCE).then_some(SNAT),
             }),
             ipv6: Some(SubnetProgram {
-                subnet: Ipv6Net::new_assert(ipv6(host_in(id, 0)), 64).trunc(),
+                subnet: Ipv6Net::new_assert(ipv6(gateway(id)), 64).trunc(),
                 gateway: ipv6(gateway(id)),
                 snat_ip: (id == FIXED_SOURCE).then_some(ipv6(SNAT)),
             }),
@@ -857,7 +848,7 @@ fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
         let mut publish = |address, port, endpoint, container_port| {
             for family in [Family::V4, Family::V6] {
                 let (key, target) =
-                    published(family, address, port, protocol, endpoint, container_port);
+                    published(family, (address, port), protocol, (endpoint, container_port));
                 program.published.insert(key, target);
             }
         };
@@ -871,14 +862,12 @@ fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
     program
 }
 
-/// A published port.
+/// A published port: what is dialled, and where that leads.
 pub(crate) fn published(
     family: Family,
-    address: Ipv4Addr,
-    port: u16,
+    (address, port): (Ipv4Addr, u16),
     protocol: Protocol,
-    endpoint: &str,
-    container_port: u16,
+    (endpoint, container_port): (&str, u16),
 ) -> (PublishedKey, PublishedTarget) {
     (
         PublishedKey { address: family.address(address), port, protocol },

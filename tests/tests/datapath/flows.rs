@@ -1,6 +1,7 @@
 //! The life of flows: opening, following, ending, losing a half, losing what they rest on.
 
 use std::{
+    mem,
     net::{Ipv4Addr, SocketAddrV4},
     sync::Barrier,
     thread,
@@ -11,14 +12,14 @@ use netdp::{
     dataplane::{Dataplane, PublishedKey},
     model::{EndpointId, Protocol},
 };
-use netdp_common::counter::Reason;
+use netdp_common::{config::Timeouts, counter::Reason};
 use netdp_tests::bpf::{self, Checksum};
 
 use crate::{
-    datagram::{Datagram, Kind},
+    datagram::{Datagram, Kind, SEQUENCE},
     family::{Family, ipv6},
     fixture::{
-        A, Fixture, HOST, OUTSIDE, ROUTED, ROUTER_MAC, TCX_NEXT, UPLINK_MAC, Zone, address,
+        A, Fixture, HOST, OUTSIDE, ROUTED, ROUTER_MAC, TCX_NEXT, UPLINK_MAC, WORLD, Zone, address,
         bridge_mac, dropped, from_container, from_container_wire, from_outside_wire, from_uplink,
         id_of, into_network, mac, pass, pass_as, published, socket, to_uplink,
     },
@@ -66,11 +67,13 @@ pub(crate) fn a_tcp_flow_shows_its_state(fixture: &mut Fixture) -> Result<()> {
         (false, Kind::SynAck, "half-open"),
         (true, Kind::Segment, "established"),
         (false, Kind::Segment, "established"),
+        // Ended in one direction, the other may go on for as long as it likes.
         (false, Kind::Fin, "half-closed"),
         (true, Kind::Segment, "half-closed"),
         (true, Kind::Fin, "closing"),
         (false, Kind::Reset, "reset"),
         (true, Kind::Segment, "reset"),
+        // The end that was said to have reset it goes on: it has not.
         (false, Kind::Segment, "closing"),
     ] {
         if from_a1 {
@@ -100,27 +103,67 @@ pub(crate) fn a_syn_on_an_ending_flow_starts_afresh(fixture: &mut Fixture) -> Re
     expect_state(fixture, "established")
 }
 
-pub(crate) fn an_end_that_nobody_can_have_sent_ends_nothing(fixture: &mut Fixture) -> Result<()> {
+/// How far ahead of what was acknowledged an end is believed.
+const WINDOW: u32 = 1 << 20;
+
+/// An end of the connection of a1's port 4000, at a distance from what the other end expects.
+fn ends(fixture: &mut Fixture, kind: Kind, distance: u32) -> Result<()> {
+    let wire = from_outside_wire(SERVER, SocketAddrV4::new(HOST, 4000));
+    let packet =
+        Datagram { sequence: SEQUENCE.wrapping_add(distance), ..Datagram::new(kind, wire) };
+    let want = pass_as(wire.to(socket("a1", 4000)));
+    fixture.expect("ends", from_uplink("up0"), &packet, want)?;
+    Ok(())
+}
+
+/// Opens the connection of a1's port 4000.
+fn connects(fixture: &mut Fixture) -> Result<()> {
     asks(fixture, Kind::Syn, 4000, true)?;
     is_answered(fixture, Kind::SynAck, 4000)?;
     asks(fixture, Kind::Segment, 4000, false)?;
-    let wire = from_outside_wire(SERVER, SocketAddrV4::new(HOST, 4000));
-    let mut comes = |kind, ahead: i32, state| {
-        let packet = Datagram::new(kind, wire).ahead_by(ahead.cast_unsigned());
-        let want = pass_as(wire.to(socket("a1", 4000)));
-        fixture.expect("comes", from_uplink("up0"), &packet, want)?;
-        expect_state(fixture, state)
-    };
-    // Behind what a1 has acknowledged, and farther ahead than anybody sends.
-    for ahead in [-1, -1_000_000_000, 1_100_000, 1_000_000_000] {
-        comes(Kind::Reset, ahead, "established")?;
-        comes(Kind::Fin, ahead, "established")?;
+    expect_state(fixture, "established")
+}
+
+pub(crate) fn only_a_reset_in_the_window_ends_a_flow(fixture: &mut Fixture) -> Result<()> {
+    connects(fixture)?;
+    for distance in [WINDOW + 1, 1 << 31, u32::MAX - 1000, u32::MAX] {
+        ends(fixture, Kind::Reset, distance)?;
+        expect_state(fixture, "established")?;
     }
-    comes(Kind::Reset, 1_000_000, "reset")?;
-    // Who goes on was not reset.
-    comes(Kind::Segment, 0, "established")?;
-    comes(Kind::Fin, 0, "half-closed")?;
-    comes(Kind::Reset, 0, "reset")
+    for distance in [0, 1000, WINDOW] {
+        ends(fixture, Kind::Reset, distance)?;
+        expect_state(fixture, "reset")?;
+        // The end that is said to have gone goes on.
+        is_answered(fixture, Kind::Segment, 4000)?;
+        expect_state(fixture, "established")?;
+    }
+    // That the other one goes on says nothing of it.
+    ends(fixture, Kind::Reset, 0)?;
+    asks(fixture, Kind::Segment, 4000, false)?;
+    expect_state(fixture, "reset")?;
+    // A reset does not keep its flow: it is as old as the last packet before it.
+    fixture.age(Timeouts::RFC.tcp_transitory + 1)?;
+    ends(fixture, Kind::Reset, 0)?;
+    ensure!(fixture.backend().collect()? == 1, "kept by a reset");
+    Ok(())
+}
+
+pub(crate) fn a_fin_out_of_the_window_ends_nothing(fixture: &mut Fixture) -> Result<()> {
+    connects(fixture)?;
+    for distance in [WINDOW + 1, 1 << 31, u32::MAX] {
+        ends(fixture, Kind::Fin, distance)?;
+        expect_state(fixture, "established")?;
+    }
+    ends(fixture, Kind::Fin, WINDOW)?;
+    expect_state(fixture, "half-closed")?;
+    // Half-closed, it lives as long as any connection.
+    fixture.age(Timeouts::RFC.tcp_transitory + 1)?;
+    ensure!(fixture.backend().collect()? == 0, "collected half-closed");
+    asks(fixture, Kind::Fin, 4000, false)?;
+    expect_state(fixture, "closing")?;
+    fixture.age(Timeouts::RFC.tcp_transitory + 1)?;
+    ensure!(fixture.backend().collect()? == 1, "kept though both have ended");
+    Ok(())
 }
 
 pub(crate) fn a_connection_survives_the_loss_of_its_flow(fixture: &mut Fixture) -> Result<()> {
@@ -141,9 +184,10 @@ pub(crate) fn a_flow_that_lost_its_original_half_is_rebuilt(fixture: &mut Fixtur
 
 pub(crate) fn a_flow_that_lost_its_reply_half_is_rebuilt(fixture: &mut Fixture) -> Result<()> {
     asks(fixture, Kind::Syn, 4000, true)?;
-    ensure!(fixture.remove_halves(|zone| zone == Zone(0))? == 1);
-    // Nobody looks for the other half with every packet: the collector finds what is broken, and
-    // the next packet opens the flow again.
+    ensure!(fixture.remove_halves(|zone| zone == WORLD)? == 1);
+    // Nobody looks for the other half with every packet: the collector finds what is broken once
+    // it has been idle for a while, and the next packet opens the flow again.
+    fixture.age(Timeouts::RFC.tcp_transitory + 1)?;
     ensure!(fixture.backend().collect()? == 1, "an original half without its reply is no flow");
     asks(fixture, Kind::Segment, 4000, true)?;
     is_answered(fixture, Kind::Segment, 4000)
@@ -157,7 +201,6 @@ pub(crate) fn a_full_table_refuses_new_flows_and_keeps_old_ones(
     let mut opened = 0;
     for port in 4000..4000 + flows as u16 {
         asks(fixture, Kind::Udp, port, true)?;
-        // One that nobody has answered would make room.
         is_answered(fixture, Kind::Udp, port)?;
         opened += 1;
     }
@@ -176,7 +219,9 @@ pub(crate) fn a_full_table_refuses_new_flows_and_keeps_old_ones(
         is_answered(fixture, Kind::Udp, port)?;
     }
     // Room for one half is no room.
-    fixture.remove_reply_half()?;
+    let mut doomed = 1;
+    let removed = fixture.remove_halves(|zone| zone == Zone(A.0) && mem::take(&mut doomed) == 1)?;
+    ensure!(removed == 1, "{removed} halves removed");
     fixture.expect("half the room", from_container("a1"), &out, full(A))?;
     ensure!(fixture.halves()? == halves - 1, "a refused flow left a half");
     Ok(())
@@ -249,7 +294,8 @@ pub(crate) fn a_port_published_elsewhere_leads_there_at_once(fixture: &mut Fixtu
     is_dialled(fixture, Kind::Udp, true)?;
     let family = fixture.family;
     fixture.apply(|program| {
-        let (key, target) = published(family, Ipv4Addr::UNSPECIFIED, 8080, Protocol::Udp, "a2", 53);
+        let (key, target) =
+            published(family, (Ipv4Addr::UNSPECIFIED, 8080), Protocol::Udp, ("a2", 53));
         program.published.insert(key, target);
     })?;
     let wire = from_outside_wire(CLIENT, DIALLED);
@@ -282,13 +328,12 @@ pub(crate) fn flows_from_a_lost_address_of_the_host_end(fixture: &mut Fixture) -
     let up0 = fixture.ifindex("up0");
     let next = Ipv4Addr::new(10, 0, 0, 50);
     fixture.apply(|program| {
+        let up0 = program.uplinks.get_mut(&up0).unwrap();
+        (up0.masquerade4, up0.masquerade6) = (Some(next), Some(ipv6(next)));
         for family in [Family::V4, Family::V6] {
             program.local.remove(&family.address(HOST));
             program.local.insert(family.address(next));
         }
-        let uplink = program.uplinks.get_mut(&up0).unwrap();
-        uplink.masquerade4 = Some(next);
-        uplink.masquerade6 = Some(ipv6(next));
     })?;
     fixture.expect_flows(&[])?;
     asks(fixture, Kind::Udp, 4000, true)?;

@@ -22,8 +22,11 @@ use crate::{
 };
 
 /// `BPF_PROG_TEST_RUN` takes nothing shorter than an Ethernet and an IP header.
-fn shortest(frame: &[u8]) -> usize {
-    if frame[12..14] == [0x86, 0xdd] { 54 } else { 34 }
+fn shortest(family: Family) -> usize {
+    match family {
+        Family::V4 => 34,
+        Family::V6 => 54,
+    }
 }
 
 /// Every mutation follows from it.
@@ -102,7 +105,11 @@ fn check(family: Family, hook: usize, outcome: &Outcome) -> Result<()> {
 fn run_everywhere(fixture: &Fixture, frame: &[u8]) -> Result<()> {
     for (hook, at) in hooks().into_iter().enumerate() {
         // Without Ethernet, the packet begins with its IP header.
-        let hidden = if hook == LEAVES_BY_TUN0 && frame.len() >= 54 + 14 { 14 } else { 0 };
+        let hidden = if hook == LEAVES_BY_TUN0 && frame.len() >= shortest(fixture.family) + 14 {
+            14
+        } else {
+            0
+        };
         let outcome = fixture.run(at, &frame[hidden..])?;
         check(fixture.family, hook, &outcome).with_context(|| format!("{at:?}: {}", hex(frame)))?;
     }
@@ -111,7 +118,7 @@ fn run_everywhere(fixture: &Fixture, frame: &[u8]) -> Result<()> {
 
 pub(crate) fn every_prefix_of_a_packet_is_survived(fixture: &mut Fixture) -> Result<()> {
     for frame in packets(fixture)? {
-        for length in shortest(&frame)..=frame.len() {
+        for length in shortest(fixture.family)..=frame.len() {
             run_everywhere(fixture, &frame[..length])?;
         }
     }
@@ -138,6 +145,7 @@ pub(crate) fn every_value_of_a_header_byte_is_survived(fixture: &mut Fixture) ->
 
 pub(crate) fn random_mutations_are_survived(fixture: &mut Fixture) -> Result<()> {
     let frames = packets(fixture)?;
+    let shortest = shortest(fixture.family);
     let config = Config {
         cases: MUTATIONS,
         rng_seed: RngSeed::Fixed(SEED),
@@ -149,7 +157,7 @@ pub(crate) fn random_mutations_are_survived(fixture: &mut Fixture) -> Result<()>
     let strategy = (
         any::<prop::sample::Index>(),
         prop::collection::vec(edit, 0..6),
-        prop_oneof![3 => Just(usize::MAX), 1 => 0..150_usize],
+        prop_oneof![3 => Just(usize::MAX), 1 => shortest..150_usize],
     );
     let runs = Cell::new(0_u32);
     TestRunner::new(config)
@@ -160,7 +168,7 @@ pub(crate) fn random_mutations_are_survived(fixture: &mut Fixture) -> Result<()>
                     *byte = value;
                 }
             }
-            frame.truncate(length.max(shortest(&frame)));
+            frame.truncate(length.max(shortest));
             runs.set(runs.get() + 1);
             run_everywhere(fixture, &frame)
                 .map_err(|error| TestCaseError::fail(format!("{error:#}")))

@@ -119,8 +119,8 @@ pub(crate) fn two_containers_with_one_port_get_two(fixture: &mut Fixture) -> Res
 }
 
 pub(crate) fn a_published_port_is_never_a_source(fixture: &mut Fixture) -> Result<()> {
-    let ports = NatPorts { reserved: (20_000, 20_003), ephemeral: (32_768, 60_999) };
     let family = fixture.family;
+    let ports = NatPorts { reserved: (20_000, 20_003), ephemeral: (32_768, 60_999) };
     fixture.apply(|program| {
         program.nat_ports = ports;
         // Three of the four reserved ports are published: on all addresses, on this one, and on
@@ -129,7 +129,7 @@ pub(crate) fn a_published_port_is_never_a_source(fixture: &mut Fixture) -> Resul
             [(Ipv4Addr::UNSPECIFIED, 20_000), (HOST, 20_001), (Ipv4Addr::new(10, 1, 0, 2), 20_002)]
         {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
-                let (key, target) = published(family, address, port, protocol, "a1", 80);
+                let (key, target) = published(family, (address, port), protocol, ("a1", 80));
                 program.published.insert(key, target);
             }
         }
@@ -168,7 +168,7 @@ pub(crate) fn a_port_of_a_host_socket_is_never_a_source(fixture: &mut Fixture) -
 
 /// Runs a container's datagram that is refused: the container is told, in a sound ICMP error
 /// from its gateway that quotes the packet.
-fn expect_refusal(
+pub(crate) fn expect_refusal(
     fixture: &mut Fixture,
     endpoint: &'static str,
     datagram: &Datagram,
@@ -231,9 +231,8 @@ pub(crate) fn without_a_free_port_a_new_flow_is_refused(fixture: &mut Fixture) -
 pub(crate) fn without_a_source_address_nothing_leaves(fixture: &mut Fixture) -> Result<()> {
     let up0 = fixture.ifindex("up0");
     fixture.apply(|program| {
-        let uplink = program.uplinks.get_mut(&up0).unwrap();
-        uplink.masquerade4 = None;
-        uplink.masquerade6 = None;
+        let up0 = program.uplinks.get_mut(&up0).unwrap();
+        (up0.masquerade4, up0.masquerade6) = (None, None);
     })?;
     let packet = Datagram::new(Kind::Syn, from_container_wire("a1", 4000, SERVER));
     let want = dropped(A, Reason::NoUplink);
@@ -328,7 +327,7 @@ pub(crate) fn containers_that_collide_behind_a_published_port_stay_apart(
 
 pub(crate) fn checksums_hold_for_every_carry(fixture: &mut Fixture) -> Result<()> {
     let mut kinds = vec![Kind::Segment, Kind::Udp, Kind::BareUdp, Kind::Request];
-    kinds.retain(|kind| fixture.carries(*kind));
+    kinds.retain(|kind| kind.is_of(fixture.family));
     let seed = 0x6e65_7464_7020_2026_u64;
     let mut random = Random(seed);
     for round in 0..400 {

@@ -1,6 +1,6 @@
 //! The user's rules: who may open, and keep, a flow into a network.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::Result;
 use netdp::{
@@ -11,7 +11,7 @@ use netdp_common::counter::Reason;
 
 use crate::{
     datagram::{Datagram, Kind, Shape},
-    family::ipv6,
+    family::Family,
     fixture::{
         A, B, Fixture, HOST, OUTSIDE, Want, address, bridge_mac, dropped, from_container,
         from_container_wire, from_outside_wire, from_uplink, mac, pass, pass_as, socket,
@@ -20,24 +20,21 @@ use crate::{
 
 const DIALLED: SocketAddrV4 = SocketAddrV4::new(HOST, 8080);
 
-fn rule(action: Action, first: [u8; 4], last: [u8; 4]) -> Rule {
-    let address = |octets: [u8; 4]| IpAddr::from(octets);
-    Rule { action, first: address(first), last: address(last) }
+/// A rule about the parties from the first to the last, in both families.
+fn rule(action: Action, first: [u8; 4], last: [u8; 4]) -> [Rule; 2] {
+    [Family::V4, Family::V6].map(|family| Rule {
+        action,
+        first: family.address(first.into()),
+        last: family.address(last.into()),
+    })
 }
 
 const EVERYONE: ([u8; 4], [u8; 4]) = ([0; 4], [255; 4]);
 
 /// Gives network a these rules.
-fn set(program: &mut Program, rules: Vec<Rule>) {
+fn set(program: &mut Program, rules: Vec<[Rule; 2]>) {
     let network = program.networks.get_mut(&A).unwrap();
-    // Each of them for both families, so that the order is the same in each.
-    let in_ipv6 = |address| match address {
-        IpAddr::V4(party) => IpAddr::from(ipv6(party)),
-        IpAddr::V6(_) => address,
-    };
-    let in_both =
-        |rule: Rule| [rule, Rule { first: in_ipv6(rule.first), last: in_ipv6(rule.last), ..rule }];
-    network.policy = rules.into_iter().flat_map(in_both).collect();
+    network.policy = rules.concat();
     network.policy_generation += 1;
 }
 

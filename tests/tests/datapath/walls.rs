@@ -6,10 +6,11 @@ use anyhow::Result;
 use etherparse::ArpOperation;
 use netdp::dataplane::Count;
 use netdp_common::counter::Reason;
-use netdp_tests::packet::{self, BROADCAST};
+use netdp_tests::packet::{self, BROADCAST, ETHERNET_BYTES};
 
 use crate::{
     datagram::{Datagram, Kind, Shape, Wire},
+    family::Family,
     fixture::{
         A, At, B, Fixture, HOST, HOST_SECOND, HOST_UP1, ICC_OFF, INTERNAL, ISOLATED, OUTSIDE,
         OUTSIDE_UNKNOWN, OUTSIDE_UP1, ROUTED, ROUTER_MAC, TCX_DROP, TCX_NEXT, UNMASQUERADED,
@@ -192,10 +193,12 @@ pub(crate) fn the_host_becomes_no_router_for_others(fixture: &mut Fixture) -> Re
     let want = dropped_for_nobody(Reason::NotRouted);
     fixture.expect("did not forward before", from_uplink("up0"), &packet, want)?;
     let up0 = fixture.ifindex("up0");
+    let family = fixture.family;
     fixture.apply(|program| {
-        let uplink = program.uplinks.get_mut(&up0).unwrap();
-        uplink.forwarded_before4 = true;
-        uplink.forwarded_before6 = true;
+        let up0 = program.uplinks.get_mut(&up0).unwrap();
+        // The other family's answer is its own.
+        up0.forwarded_before4 = family == Family::V4;
+        up0.forwarded_before6 = family == Family::V6;
     })?;
     fixture.expect("forwarded before", from_uplink("up0"), &packet, pass())?;
     fixture.expect("and on", to_uplink("up1", Some("up0")), &packet.with_ttl(63), pass())?;
@@ -487,6 +490,65 @@ pub(crate) fn only_what_can_open_a_flow_does(fixture: &mut Fixture) -> Result<()
         let reason = Reason::Fragment;
         let counted = Count { network: Some(network), reason, packets: 1, bytes };
         fixture.expect_frame(at, &frame, TCX_DROP, Some(counted))?;
+    }
+    fixture.expect_flows(&[])
+}
+
+pub(crate) fn a_container_is_no_dhcp_server(fixture: &mut Fixture) -> Result<()> {
+    let everybody = Ipv4Addr::BROADCAST;
+    let case = |name, endpoint: &'static str, from, to: (Ipv4Addr, u16), want| Case {
+        name,
+        at: from_container(endpoint),
+        packet: Datagram::new(
+            Kind::Udp,
+            Wire {
+                destination_mac: BROADCAST,
+                ..from_container_wire(endpoint, from, SocketAddrV4::new(to.0, to.1))
+            },
+        ),
+        want,
+    };
+    let impostor = || dropped(A, Reason::Impostor);
+    check(
+        fixture,
+        vec![
+            case("offers to everybody", "a1", 67, (everybody, 68), impostor()),
+            case("offers to a neighbour", "a1", 67, (address("a2"), 68), impostor()),
+            case("offers to everybody, IPv6", "a1", 547, (everybody, 546), impostor()),
+            case("offers to a neighbour, IPv6", "a1", 547, (address("a2"), 546), impostor()),
+            case("without icc", "c1", 67, (everybody, 68), dropped(ICC_OFF, Reason::Icc)),
+            case("asks", "a1", 68, (everybody, 67), pass()),
+            case("asks, IPv6", "a1", 546, (everybody, 547), pass()),
+            case("asks the host", "a1", 68, (gateway(A), 67), pass()),
+        ],
+    )
+}
+
+pub(crate) fn a_protocol_that_cannot_be_translated_stays_in(fixture: &mut Fixture) -> Result<()> {
+    // DCCP, UDP-Lite, AH: checksums or signatures over the addresses that nobody brings up to
+    // date.
+    for protocol in [33, 136, 51] {
+        for (to, refused) in [
+            (SocketAddrV4::new(OUTSIDE, 80), Some(Reason::Protocol)),
+            (socket("a2", 80), None),
+            (SocketAddrV4::new(HOST, 8080), None),
+        ] {
+            let wire = from_container_wire("a1", 4000, to);
+            let mut frame = Datagram::new(Kind::Gre, wire).frame(fixture.family);
+            match fixture.family {
+                Family::V4 => {
+                    // The header's checksum is the stack's to look at.
+                    frame[ETHERNET_BYTES + 9] = protocol;
+                }
+                Family::V6 => frame[ETHERNET_BYTES + 6] = protocol,
+            }
+            let bytes = frame.len() as u64;
+            let counted =
+                refused.map(|reason| Count { network: Some(A), reason, packets: 1, bytes });
+            let verdict = if refused.is_some() { TCX_DROP } else { TCX_NEXT };
+            let out = fixture.expect_frame(from_container("a1"), &frame, verdict, counted)?;
+            assert_eq!(out, frame, "protocol {protocol} to {to}");
+        }
     }
     fixture.expect_flows(&[])
 }

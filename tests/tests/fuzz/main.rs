@@ -39,6 +39,8 @@ mod family;
 #[expect(dead_code, reason = "shared with the datapath tests, which need more of it")]
 #[path = "../datapath/fixture.rs"]
 mod fixture;
+#[path = "../datapath/host.rs"]
+mod host;
 mod oracle;
 mod seeds;
 

@@ -138,8 +138,7 @@ impl Ebpf {
         let origins = Origins::new(object.take_map("SOCKET_ORIGIN")?)?;
         let counters =
             PerCpuHashMap::try_from(object.take_map("COUNTERS")?).context("open map COUNTERS")?;
-        let collection =
-            Array::try_from(object.take_map("COLLECTION")?).context("open map COLLECTION")?;
+        let collection = open_collection(&mut object, &options.timeouts)?;
         let usage = HashMap::try_from(object.take_map("USAGE")?).context("open map USAGE")?;
         let current = tables.read(&object)?;
         let mut backend = Self {
@@ -334,6 +333,21 @@ impl Ebpf {
         }
         Ok(writes)
     }
+}
+
+/// Opens COLLECTION. New, it gets the configured timeouts at once: with zeros in it, a flow would
+/// be over as soon as somebody looks at it.
+fn open_collection(
+    object: &mut Object,
+    timeouts: &Timeouts,
+) -> Result<Array<MapData, Wire<Collection>>> {
+    let mut map: Array<_, Wire<Collection>> =
+        Array::try_from(object.take_map("COLLECTION")?).context("open map COLLECTION")?;
+    if map.get(&0, 0).context("read map COLLECTION")?.0.timeouts == Timeouts::default() {
+        let collection = Collection { timeouts: *timeouts, at: flows::now()? };
+        map.set(0, Wire(collection), 0).context("write map COLLECTION")?;
+    }
+    Ok(map)
 }
 
 impl Tables {
