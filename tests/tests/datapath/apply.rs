@@ -7,6 +7,7 @@ use aya::maps::{HashMap, Map};
 use netdp::model::Protocol;
 use netdp_common::{
     addr::{Be32, Be128},
+    interface::Interface,
     publish::{Published, PublishedKey},
 };
 
@@ -89,6 +90,28 @@ pub(crate) fn an_entry_added_behind_our_back_is_found_and_removed(
     ensure!(fixture.apply(|_| {})? == 1, "repairing one entry is one write");
     let drift = fixture.drift()?;
     ensure!(drift.is_empty(), "{drift:?}");
+    Ok(())
+}
+
+/// Between the entry and the program, containers' packets would leave by it untranslated.
+pub(crate) fn an_uplink_is_no_way_out_before_it_has_its_programs(
+    fixture: &mut Fixture,
+) -> Result<()> {
+    /// No interface has it, so no program can be attached there.
+    const NOWHERE: u32 = 0x7fff_ffff;
+    let up0 = fixture.ifindex("up0");
+    let attached = fixture.apply(|program| {
+        let uplink = program.uplinks[&up0];
+        program.uplinks.insert(NOWHERE, uplink);
+    });
+    ensure!(attached.is_err(), "a program was attached to nowhere");
+    let interfaces: HashMap<_, u32, [u8; size_of::<Interface>()]> =
+        Map::HashMap(fixture.map("INTERFACE")?).try_into()?;
+    ensure!(interfaces.get(&NOWHERE, 0).is_err(), "it has an entry");
+    fixture.apply(|program| {
+        program.uplinks.remove(&NOWHERE);
+    })?;
+    ensure!(fixture.drift()?.is_empty(), "something of it stays");
     Ok(())
 }
 

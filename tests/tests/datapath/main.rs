@@ -135,6 +135,7 @@ const TRIALS: &[Promise] = trials! {
         applying_twice_writes_nothing,
         an_entry_deleted_behind_our_back_is_found_and_put_back,
         an_entry_added_behind_our_back_is_found_and_removed,
+        an_uplink_is_no_way_out_before_it_has_its_programs,
         a_container_that_goes_leaves_nothing;
     errors:
         errors_about_outgoing_packets_reach_the_container,

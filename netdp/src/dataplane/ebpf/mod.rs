@@ -293,13 +293,16 @@ impl Ebpf {
         writes += tables.networks.write(&mut current.networks, &wanted.networks)?;
         writes += tables.ipv4.write_addresses(&mut current.ipv4, &wanted.ipv4)?;
         writes += tables.ipv6.write_addresses(&mut current.ipv6, &wanted.ipv6)?;
-        writes += tables.interfaces.write(&mut current.interfaces, &wanted.interfaces)?;
+        // Programs before entries: without one a program lets nothing of a container pass, but
+        // towards an uplink with an entry `from_container` lets flows begin, and only the
+        // program there translates them.
         for &(hook, ifindex) in &wanted.hooks {
             if !self.object.attached.contains(&(hook, ifindex)) {
                 self.object.attach(hook, ifindex)?;
                 writes += 1;
             }
         }
+        writes += tables.interfaces.write(&mut current.interfaces, &wanted.interfaces)?;
         writes += tables.ipv4.write_published(&mut current.ipv4, &wanted.ipv4)?;
         writes += tables.ipv6.write_published(&mut current.ipv6, &wanted.ipv6)?;
         // A host without networks is left as it is.
