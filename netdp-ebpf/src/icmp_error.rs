@@ -13,7 +13,7 @@ use netdp_common::{
 
 use crate::{
     family::Family,
-    rewrite::{ICMP_CHECKSUM, ICMP_IDENTIFIER, Rewrite, Writer},
+    rewrite::{ICMP_CHECKSUM, ICMP_IDENTIFIER, NOWHERE, Rewrite, Writer},
 };
 
 /// Bytes of an error before what it quotes.
@@ -33,7 +33,7 @@ impl<F: Family> Writer<'_, F> {
             *ip,
             [source, &from.dst],
             [src, &to.dst],
-            F::ICMP_HAS_PSEUDO_HEADER.then_some((checksum, 0)),
+            (if F::ICMP_HAS_PSEUDO_HEADER { checksum } else { NOWHERE }, 0),
         )
     }
 

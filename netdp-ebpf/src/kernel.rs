@@ -1,10 +1,11 @@
 //! The kernel's helpers that touch neither packet nor map.
 
 use aya_ebpf::{
+    Global,
     bindings::__sk_buff,
     helpers::generated::{
-        bpf_csum_update, bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_redirect,
-        bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_change_tail,
+        bpf_csum_update, bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
+        bpf_redirect, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_change_tail,
         bpf_skb_load_bytes_relative,
     },
 };
@@ -17,12 +18,22 @@ use netdp_common::{
 /// `BPF_F_CURRENT_NETNS`, which the bindings lack as a 64-bit number.
 const CURRENT_NETNS: u64 = u64::MAX;
 
-/// Seconds of CLOCK_MONOTONIC_COARSE (Linux 5.11): read from memory, where the exact clocks cost as
-/// much as the lookup of a flow. 32 bits last for 136 years of uptime.
+/// Whether the kernel has `bpf_ktime_get_coarse_ns` (Linux 5.11). The agent writes it before it loads
+/// the programs: the verifier knows the number, and does not look at a call that is never reached.
+#[unsafe(no_mangle)]
+static COARSE_CLOCK: Global<u8> = Global::new(1);
+
+/// Seconds of CLOCK_MONOTONIC_COARSE: read from memory, where the exact clock, which is the same but
+/// for the last jiffy, costs as much as the lookup of a flow. 32 bits last for 136 years of uptime.
 #[inline(always)]
 pub(crate) fn now() -> u32 {
-    // SAFETY: takes nothing, returns a number.
-    let nanos = unsafe { bpf_ktime_get_coarse_ns() };
+    let nanos = if COARSE_CLOCK.load() != 0 {
+        // SAFETY: takes nothing, returns a number.
+        unsafe { bpf_ktime_get_coarse_ns() }
+    } else {
+        // SAFETY: as above.
+        unsafe { bpf_ktime_get_ns() }
+    };
     (nanos / 1_000_000_000) as u32
 }
 

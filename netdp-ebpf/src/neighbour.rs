@@ -1,11 +1,12 @@
 //! IPv6 on the link: neighbour discovery and multicast listeners, which say only what is true of
 //! their sender, and link-local addresses, which no router forwards.
 
-use aya_ebpf::programs::sk_buff::SkBuff;
+use aya_ebpf::{bindings::__sk_buff, programs::sk_buff::SkBuff};
 use netdp_common::{
     addr::{Address, Be128},
     counter::Reason,
     flow::IPPROTO_ICMPV6,
+    interface::Interface,
     network::flag,
 };
 
@@ -54,7 +55,7 @@ pub(crate) fn on_link(packet: &Packet<'_, V6>, sender: &Sender) -> Option<Decisi
                 return Some(sender.drop(Reason::Impostor));
             }
             NEIGHBOUR_SOLICITATION | NEIGHBOUR_ADVERTISEMENT => {
-                return Some(if is_true(packet, sender, &own, &link_local) {
+                return Some(if is_true(packet.skb(), packet, sender.interface) {
                     Ok(Verdict::Pass)
                 } else {
                     sender.drop(Reason::SpoofedNeighbour)
@@ -110,23 +111,22 @@ fn between_link_locals(packet: &Packet<'_, V6>, sender: &Sender) -> Decision {
 }
 
 /// Whether a solicitation or advertisement is about its sender, or asks for somebody.
-#[inline(always)]
-fn is_true(packet: &Packet<'_, V6>, sender: &Sender, own: &Be128, link_local: &Be128) -> bool {
-    let skb = SkBuff::new(packet.skb());
-    let Ok(target) = skb.load::<Be128>(packet.outer.l4 + TARGET) else { return false };
-    let is_own = target == *own || target == *link_local;
-    let advertises = packet.icmp_type == NEIGHBOUR_ADVERTISEMENT;
+///
+/// A sub-program of its own: kernels before Linux 6.8 count stacks in steps of 32 bytes, and that of
+/// its caller is as large as it may be.
+#[inline(never)]
+fn is_true(skb: *mut __sk_buff, headers: &Headers<V6>, sender: &Interface) -> bool {
+    let skb = SkBuff::new(skb);
+    let Ok(target) = skb.load::<Be128>(headers.outer.l4 + TARGET) else { return false };
+    let is_own = target == sender.ipv6 || target == Be128::link_local(sender.mac);
+    let advertises = headers.icmp_type == NEIGHBOUR_ADVERTISEMENT;
     // Without an address of its own, it asks whether its future one is taken (RFC 4862, 5.4.2).
-    let must_be_own = advertises || packet.source.is_unspecified();
+    let must_be_own = advertises || headers.source.is_unspecified();
     if must_be_own && !is_own {
         return false;
     }
-    has_true_options(
-        &skb,
-        packet.outer.l4 as u32 + FIXED,
-        packet.outer.end as u32,
-        &sender.interface.mac,
-    )
+    let (options, end) = (headers.outer.l4 as u32 + FIXED, headers.outer.end as u32);
+    has_true_options(&skb, options, end, &sender.mac)
 }
 
 /// Whether every MAC that the options hold is the sender's.

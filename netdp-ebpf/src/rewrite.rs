@@ -23,6 +23,11 @@ const UDP_CHECKSUM: u32 = 6;
 pub(crate) const ICMP_CHECKSUM: u32 = 2;
 pub(crate) const ICMP_IDENTIFIER: u32 = 4;
 
+/// An offset where no checksum stands. A number, for the compiler keeps the inside of an `Option` on
+/// the stack also where there is none, and kernels before Linux 6.3 refuse to read what was never
+/// written there.
+pub(crate) const NOWHERE: u32 = 0;
+
 /// What to rewrite. It lies in a map ([`crate::maps::Maps::rewrite`]): the stack is too small.
 /// Offsets are in bytes from the first header that the hook sees; booleans are 0 or 1.
 pub(crate) struct Rewrite<F: Family> {
@@ -70,12 +75,15 @@ impl<F: Family> Writer<'_, F> {
     fn rewrite_packet(&self) -> Result<(), Reason> {
         let Rewrite { from, to, ip, l4, headless, .. } = self.rewrite;
         let checksum = self.checksum_offset().filter(|_| *headless == 0);
-        let covers_addresses = self.has_ports() || F::ICMP_HAS_PSEUDO_HEADER;
+        let covering = match checksum {
+            Some(offset) if self.has_ports() || F::ICMP_HAS_PSEUDO_HEADER => l4 + offset,
+            _ => NOWHERE,
+        };
         self.set_addresses(
             *ip,
             [&from.src, &from.dst],
             [&to.src, &to.dst],
-            checksum.filter(|_| covers_addresses).map(|offset| (l4 + offset, self.udp_flag())),
+            (covering, self.udp_flag()),
         )?;
         let Some(checksum) = checksum else { return Ok(()) };
         if self.has_ports() {
@@ -87,18 +95,19 @@ impl<F: Family> Writer<'_, F> {
     }
 
     /// Sets source and destination in the header at `ip`, and brings up to date its own checksum
-    /// and the one that covers them, given with what [`Self::update`] has to know of it.
+    /// and the one that covers them, which is [`NOWHERE`] or stands at an offset and is given with
+    /// what [`Self::update`] has to know of it.
     #[inline(always)]
     pub(crate) fn set_addresses(
         &self,
         ip: u32,
         from: [&F::Address; 2],
         to: [&F::Address; 2],
-        covering: Option<(u32, u64)>,
+        (covering, flags): (u32, u64),
     ) -> Result<(), Reason> {
         let difference = self.store_addresses(ip, from, to)?;
-        if let Some((at, flags)) = covering {
-            self.update(at, difference, flags | u64::from(BPF_F_PSEUDO_HDR))?;
+        if covering != NOWHERE {
+            self.update(covering, difference, flags | u64::from(BPF_F_PSEUDO_HDR))?;
         }
         if F::HEADER_CHECKSUM.is_none() {
             // Nothing in the packet makes up for the addresses, but for the checksum that covers

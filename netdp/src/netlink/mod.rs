@@ -2,8 +2,8 @@
 //!
 //! Owns the socket, reading facts ([`read`]), making links and what hangs on them agree with a
 //! plan ([`link`]), work inside a container's namespace ([`namespace`]), the event stream
-//! ([`events`]), ending sockets ([`sockets`]) and sysctls ([`sysctl`]). Decides nothing: what has to exist comes from the
-//! planner.
+//! ([`events`]), ending sockets ([`sockets`]), filters ([`tc`]) and sysctls ([`sysctl`]). Decides
+//! nothing: what has to exist comes from the planner.
 
 use std::io;
 
@@ -16,6 +16,7 @@ pub mod namespace;
 mod read;
 pub mod sockets;
 pub mod sysctl;
+pub mod tc;
 
 /// A routing socket of the network namespace that the opening thread was in; it stays with that
 /// namespace wherever it is used from.

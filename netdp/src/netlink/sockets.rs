@@ -53,6 +53,16 @@ pub fn destroy(is_doomed: impl Fn(&Connected) -> bool) -> Result<usize> {
     Ok(destroyed)
 }
 
+/// Whether the kernel ends sockets when it is told to: asks it to end one that nobody has.
+///
+/// # Errors
+/// The kernel gives no socket to ask by.
+pub fn can_destroy() -> Result<bool> {
+    let mut diagnosis = Diagnosis::open().context("open a socket diagnosis netlink socket")?;
+    // Port 0 is nobody's.
+    Ok(diagnosis.destroy(AF_INET, IPPROTO_TCP, SocketId::new_v4()).is_ok())
+}
+
 struct Diagnosis(Socket);
 
 impl Diagnosis {
@@ -141,6 +151,14 @@ mod tests {
     };
 
     use super::*;
+
+    #[test]
+    fn asking_whether_sockets_can_be_ended_ends_none() {
+        let server = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
+        can_destroy().unwrap();
+        assert!(client.take_error().unwrap().is_none());
+    }
 
     #[test]
     fn nothing_ends_that_nobody_named() {

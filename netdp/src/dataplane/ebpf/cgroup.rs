@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use aya::{
     Ebpf,
     programs::{CgroupAttachMode, Program, ProgramError, ProgramFd, links::FdLink},
@@ -21,13 +21,14 @@ use tracing::{debug, warn};
 use super::{
     object::{refusal, remove_pin},
     pins::Pins,
+    probe::{Feature, Features},
     sys::{Attachment, CgroupLink, network_namespace},
 };
 use crate::dataplane::Drift;
 
 /// Names of the programs in the object, and of their pins. What names peers comes first, so that
 /// nobody is led to a container and then told of it.
-const HOOKS: [&str; 9] = [
+pub(super) const HOOKS: [&str; 9] = [
     "sock_release",
     "getpeername4",
     "getpeername6",
@@ -89,19 +90,24 @@ impl SocketHooks {
     ///
     /// # Errors
     /// There is no such cgroup, or the kernel refuses a program or does not say where we are.
-    pub(super) fn load(ebpf: &mut Ebpf, cgroup: &Path, pins: &Pins) -> Result<Self> {
+    pub(super) fn load(
+        ebpf: &mut Ebpf,
+        cgroup: &Path,
+        pins: &Pins,
+        features: &Features,
+    ) -> Result<Self> {
         let open = || format!("open the cgroup {}", cgroup.display());
         let cgroup = File::open(cgroup).with_context(open)?;
         let id = cgroup.metadata().with_context(open)?.st_ino();
-        let netns_cookie = network_namespace()
-            .context("read the cookie of the network namespace, which needs Linux 5.14")?;
+        if !features.has(Feature::SocketHooks) {
+            bail!("this kernel has no programs for sockets: boot one with CONFIG_CGROUP_BPF");
+        }
+        if !features.has(Feature::NamespaceCookie) {
+            bail!("this kernel does not name network namespaces, which came with Linux 5.14");
+        }
+        let netns_cookie = network_namespace().context("read the network namespace's cookie")?;
         for hook in HOOKS {
-            let loaded = match program(ebpf, hook)? {
-                Program::CgroupSockAddr(program) => program.load(),
-                Program::CgroupSock(program) => program.load(),
-                _ => Err(ProgramError::UnexpectedProgramType),
-            };
-            loaded.map_err(|error| refusal(hook, error))?;
+            load(ebpf, hook)?.map_err(|error| refusal(hook, error))?;
         }
         let mut hooks =
             Self { cgroup, id, pins: pins.clone(), netns_cookie, attached: BTreeSet::new() };
@@ -196,6 +202,18 @@ impl SocketHooks {
 /// Says once what does not work, and why.
 pub(super) fn warn_unavailable(error: &anyhow::Error) {
     warn!("programs of this host don't reach published ports: {error:#}");
+}
+
+/// Loads a socket hook. Returns what the kernel says.
+///
+/// # Errors
+/// The object has no such program.
+pub(super) fn load(ebpf: &mut Ebpf, hook: &str) -> Result<Result<(), ProgramError>> {
+    Ok(match program(ebpf, hook)? {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    })
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, hook: &str) -> Result<&'a mut Program> {

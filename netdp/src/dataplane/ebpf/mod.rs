@@ -1,4 +1,4 @@
-//! The `ebpf` backend: programs on tcx hooks that decide from maps.
+//! The `ebpf` backend: programs on tc hooks that decide from maps.
 //!
 //! Everything that works is pinned and goes on without the agent. Opening the backend adopts what
 //! is there; `apply` writes the difference between what the maps hold and what they should.
@@ -21,7 +21,7 @@ use netdp_common::{
     policy::{PolicyKey, PolicyVerdict},
     publish::{Published, PublishedKey},
 };
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use self::{
     family::Wired,
@@ -40,6 +40,7 @@ use crate::{
 };
 
 mod aging;
+mod attach;
 mod cgroup;
 mod drift;
 mod family;
@@ -49,10 +50,14 @@ mod object;
 mod origins;
 mod pins;
 mod policy;
+mod probe;
 mod sys;
 mod tables;
 
-pub use self::cgroup::cgroup2_mount;
+pub use self::{
+    cgroup::cgroup2_mount,
+    probe::{Description, FEATURES, Feature, Features},
+};
 
 /// An account of an endpoint's flows may be off by this many, and an eighth, before it is settled.
 const USAGE_TOLERANCE: u64 = 16;
@@ -122,10 +127,16 @@ impl Ebpf {
     /// No bpffs, no right to BPF, a kernel that refuses a program, pins of another layout; each
     /// with what to do.
     pub fn open(options: EbpfOptions) -> Result<Self> {
+        let features = Features::probe();
+        probe::require(&features)?;
+        for row in features.missing() {
+            info!(feature = row.name, "the kernel lacks it: {}", row.without);
+        }
         let pins = Pins::at(&options.bpffs);
         pins.prepare()?;
         let lock = pins.lock()?;
-        let mut object = Object::load(pins.clone(), options.flows, options.cgroup.as_deref())?;
+        let cgroup = options.cgroup.as_deref();
+        let mut object = Object::load(pins.clone(), &features, options.flows, cgroup)?;
         let tables = Tables {
             config: Table::new("CONFIG", object.take_map("CONFIG")?)?,
             networks: Table::new("NETWORK", object.take_map("NETWORK")?)?,
@@ -163,16 +174,26 @@ impl Ebpf {
         Ok(backend)
     }
 
-    /// Removes everything that is pinned under a bpffs, without loading anything. Returns whether
-    /// there was something.
+    /// Removes everything that is pinned under a bpffs, and every filter of ours in this network
+    /// namespace, without loading anything. Returns whether there was something.
     ///
     /// # Errors
-    /// A pin can't be removed.
+    /// A pin or a filter can't be removed.
     pub fn purge_pins(bpffs: &Path) -> Result<bool> {
         let pins = Pins::at(bpffs);
-        let there = pins.exist();
+        let there = pins.exist() | attach::remove_filters(&pins)?;
         pins.remove()?;
         Ok(there)
+    }
+
+    /// Loads every program by itself and returns, by name, what became of it.
+    ///
+    /// # Errors
+    /// No right to BPF, or a kernel that refuses a map.
+    pub fn load_each() -> Result<Vec<(&'static str, Result<()>)>> {
+        let features = Features::probe();
+        probe::require(&features)?;
+        object::load_each(&features)
     }
 
     /// Whether programs of the host are led to published ports, by whichever agent works with this
@@ -512,6 +533,7 @@ impl Dataplane for Ebpf {
     }
 
     fn purge(&mut self) -> Result<()> {
+        attach::remove_filters(&self.pins)?;
         self.pins.remove()
     }
 

@@ -6,11 +6,7 @@ use anyhow::{Context, Result, bail};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Map, MapInfo},
-    programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
-        links::{FdLink, PinnedLink},
-        tc::{SchedClassifierLink, TcAttachOptions},
-    },
+    programs::{ProgramError, SchedClassifier},
 };
 use aya_obj::{Object as Elf, generated::bpf_map_type};
 use nix::{
@@ -20,10 +16,12 @@ use nix::{
 use tracing::{debug, warn};
 
 use super::{
+    attach::{Place, TcHooks},
     cgroup::{self, SocketHooks},
     family::Wired,
     image::Hook,
     pins::Pins,
+    probe::{Feature, Features},
 };
 use crate::{
     dataplane::Drift,
@@ -36,21 +34,60 @@ pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("NETDP_EBPF_O
 /// Their sizes are the operator's to choose.
 const SIZED: [&str; 4] = [V4::MAPS.flow, V6::MAPS.flow, V4::MAPS.pending, V6::MAPS.pending];
 
-impl Hook {
-    fn attach_type(self) -> TcAttachType {
-        match self {
-            Self::FromContainer | Self::FromUplink => TcAttachType::Ingress,
-            Self::IntoNetwork | Self::ToUplink => TcAttachType::Egress,
-        }
+/// Loads each program by itself, on maps that nobody else sees: what a kernel refuses is refused
+/// by name. Returns what became of each; a refusal has the end of the verifier's log.
+///
+/// # Errors
+/// The kernel refuses a map.
+pub(super) fn load_each(features: &Features) -> Result<Vec<(&'static str, Result<()>)>> {
+    let judge =
+        |name, loaded: Result<(), ProgramError>| loaded.map_err(|error| explained(name, error));
+    let coarse_clock = coarse_clock(features);
+    let mut loader = EbpfLoader::new();
+    loader.override_global(COARSE_CLOCK, &coarse_clock, true);
+    for family in [&V4::MAPS, &V6::MAPS] {
+        loader.map_max_entries(family.flow, 2);
+        loader.map_max_entries(family.pending, 1);
     }
+    let mut ebpf = loader.load(OBJECT).context("create the maps")?;
+    let mut results = Vec::new();
+    for name in Hook::ALL.map(Hook::program).into_iter().chain(COLLECTORS) {
+        results.push((name, judge(name, program(&mut ebpf, name)?.load())));
+    }
+    for name in cgroup::HOOKS {
+        results.push((name, judge(name, cgroup::load(&mut ebpf, name)?)));
+    }
+    Ok(results)
 }
+
+/// A refusal with the end of the verifier's log, for whoever has to mend the program.
+fn explained(name: &str, error: ProgramError) -> anyhow::Error {
+    const LINES: usize = 60;
+    let log = match &error {
+        ProgramError::LoadError { verifier_log, .. } => verifier_log.to_string(),
+        _ => String::new(),
+    };
+    let lines: Vec<_> = log.lines().collect();
+    let end = lines[lines.len().saturating_sub(LINES)..].join("\n");
+    refusal(name, error).context(format!("the verifier's log ends with:\n{end}\n"))
+}
+
+/// The constant of the programs that says whether they may ask for the coarse clock.
+const COARSE_CLOCK: &str = "COARSE_CLOCK";
+
+fn coarse_clock(features: &Features) -> u8 {
+    u8::from(features.has(Feature::CoarseClock))
+}
+
+/// On no hook: the agent runs them.
+const COLLECTORS: [&str; 2] = [V4::MAPS.collector, V6::MAPS.collector];
 
 /// Programs and maps in the kernel.
 pub(super) struct Object {
     ebpf: Ebpf,
-    pins: Pins,
-    /// What is attached and pinned.
-    pub(super) attached: BTreeSet<(Hook, u32)>,
+    hooks: TcHooks,
+    /// What is attached.
+    pub(super) attached: BTreeSet<Place>,
     /// `None` where the host can't have them.
     sockets: Option<SocketHooks>,
 }
@@ -64,10 +101,17 @@ impl Object {
     ///
     /// # Errors
     /// A pinned map has another layout; the kernel refuses a map or a program.
-    pub(super) fn load(pins: Pins, flows: u32, cgroup: Option<&Path>) -> Result<Self> {
+    pub(super) fn load(
+        pins: Pins,
+        features: &Features,
+        flows: u32,
+        cgroup: Option<&Path>,
+    ) -> Result<Self> {
         let elf = Elf::parse(OBJECT).context("parse the eBPF object")?;
         let names: Vec<&str> = elf.maps.keys().map(String::as_str).collect();
+        let coarse_clock = coarse_clock(features);
         let mut loader = EbpfLoader::new();
+        loader.override_global(COARSE_CLOCK, &coarse_clock, true);
         for name in names {
             // The compiler's own sections are no maps of ours, and a per-CPU array is scratch of
             // one program run: it may look different in every version.
@@ -89,10 +133,11 @@ impl Object {
         for hook in Hook::ALL {
             classifier(&mut ebpf, hook)?.load().map_err(|error| refusal(hook.program(), error))?;
         }
-        for name in [V4::MAPS.collector, V6::MAPS.collector] {
+        for name in COLLECTORS {
             program(&mut ebpf, name)?.load().map_err(|error| refusal(name, error))?;
         }
-        let hooks = cgroup.map(|cgroup| SocketHooks::load(&mut ebpf, cgroup, &pins)).transpose();
+        let hooks =
+            cgroup.map(|cgroup| SocketHooks::load(&mut ebpf, cgroup, &pins, features)).transpose();
         let sockets = hooks.unwrap_or_else(|error| {
             cgroup::warn_unavailable(&error);
             None
@@ -101,9 +146,9 @@ impl Object {
             // Of an agent that could have them: nobody would look after them.
             cgroup::remove_pins(&pins)?;
         }
-        let mut object = Self { ebpf, pins, attached: BTreeSet::new(), sockets };
-        object.adopt_links()?;
-        Ok(object)
+        let mut hooks = TcHooks::new(pins, features);
+        let attached = hooks.adopt(&mut ebpf)?;
+        Ok(Self { ebpf, hooks, attached, sockets })
     }
 
     /// The kernel's name of the host's network namespace; 0 where no socket is the host's.
@@ -151,48 +196,12 @@ impl Object {
         program(&mut self.ebpf, F::MAPS.collector).map(|program| &*program)
     }
 
-    fn adopt_links(&mut self) -> Result<()> {
-        for (hook, ifindex) in self.pins.attachments()? {
-            let path = self.pins.link(hook, ifindex);
-            let pinned = PinnedLink::from_pin(&path)
-                .with_context(|| format!("open the pinned link {}", path.display()))?;
-            let link = SchedClassifierLink::try_from(FdLink::from(pinned))
-                .with_context(|| format!("recognise the pinned link {}", path.display()))?;
-            match classifier(&mut self.ebpf, hook)?.attach_to_link(link) {
-                Ok(id) => {
-                    // Still pinned: our descriptor may go.
-                    classifier(&mut self.ebpf, hook)?.take_link(id)?;
-                    self.attached.insert((hook, ifindex));
-                }
-                Err(error) => {
-                    // The interface has gone, and the kernel detached the link.
-                    debug!(path = %path.display(), %error, "dropping a pin without an interface");
-                    remove_pin(&path)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Attaches a program and pins the link, behind the programs of others at the hook.
+    /// Attaches a program, behind the programs of others at the hook.
     ///
     /// # Errors
-    /// The interface has gone, or the kernel has no tcx (before Linux 6.6).
+    /// The interface has gone, or somebody else is in the place.
     pub(super) fn attach(&mut self, hook: Hook, ifindex: u32) -> Result<()> {
-        let name = if_indextoname(ifindex)
-            .with_context(|| format!("find the interface with ifindex {ifindex}"))?;
-        let name = name.to_string_lossy().into_owned();
-        let action = || format!("attach {} to {name} (ifindex {ifindex})", hook.program());
-        let program = classifier(&mut self.ebpf, hook)?;
-        let order = TcAttachOptions::TcxOrder(LinkOrder::last());
-        let id = program
-            .attach_with_options(&name, hook.attach_type(), order)
-            .with_context(|| format!("{}: netdp needs tcx, Linux 6.6 or later", action()))?;
-        let link: FdLink = program.take_link(id)?.try_into().with_context(action)?;
-        let path = self.pins.link(hook, ifindex);
-        // A pin of an interface that had this ifindex before.
-        remove_pin(&path)?;
-        link.pin(&path).with_context(|| format!("pin the link {}", path.display()))?;
+        self.hooks.attach(classifier(&mut self.ebpf, hook)?, hook, ifindex)?;
         self.attached.insert((hook, ifindex));
         Ok(())
     }
@@ -201,30 +210,21 @@ impl Object {
     /// its entries in the maps the program drops them all.
     ///
     /// # Errors
-    /// The pin can't be removed.
+    /// The program can't be detached.
     pub(super) fn detach(&mut self, hook: Hook, ifindex: u32) -> Result<()> {
         if hook.guards() && is_up(ifindex) {
             warn!(ifindex, program = hook.program(), "staying attached: the interface is up");
             return Ok(());
         }
-        remove_pin(&self.pins.link(hook, ifindex))?;
+        self.hooks.detach(hook, ifindex)?;
         self.attached.remove(&(hook, ifindex));
         Ok(())
     }
 
-    /// Whether the kernel runs our program at the hook: someone may have detached it, or removed
-    /// the pin.
+    /// Whether the kernel runs our program at the hook.
     pub(super) fn is_attached(&mut self, hook: Hook, ifindex: u32) -> bool {
-        if !self.pins.link(hook, ifindex).exists() {
-            return false;
-        }
-        let ours = classifier(&mut self.ebpf, hook)
-            .ok()
-            .and_then(|program| program.info().ok())
-            .map(|info| info.id());
-        let Ok(name) = if_indextoname(ifindex) else { return false };
-        SchedClassifier::query_tcx(&name.to_string_lossy(), hook.attach_type())
-            .is_ok_and(|(_, programs)| programs.iter().any(|info| Some(info.id()) == ours))
+        classifier(&mut self.ebpf, hook)
+            .is_ok_and(|program| self.hooks.is_attached(program, hook, ifindex))
     }
 }
 
@@ -238,7 +238,7 @@ fn is_up(ifindex: u32) -> bool {
     })
 }
 
-fn classifier(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
+pub(super) fn classifier(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
     program(ebpf, hook.program())
 }
 

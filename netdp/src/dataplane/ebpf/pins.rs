@@ -21,6 +21,9 @@ use super::image::Hook;
 /// A directory of this name says that we mounted the bpffs ourselves, so that purge unmounts it.
 const MOUNTED_BY_US: &str = "mounted";
 
+/// A directory of this name and an ifindex says that we made the interface's clsact qdisc.
+const QDISC: &str = "clsact-";
+
 /// The pins of this host.
 #[derive(Clone, Debug)]
 pub(super) struct Pins {
@@ -128,6 +131,49 @@ impl Pins {
     /// Pin of the link that holds a socket hook on the cgroup hierarchy.
     pub(super) fn socket_link(&self, hook: &str) -> PathBuf {
         self.links().join(hook)
+    }
+
+    /// Notes that a qdisc of an interface was made by us.
+    ///
+    /// # Errors
+    /// The bpffs takes no directory.
+    pub(super) fn note_qdisc(&self, ifindex: u32) -> Result<()> {
+        let note = self.qdisc(ifindex);
+        fs::create_dir_all(&note).with_context(|| format!("create {}", note.display()))
+    }
+
+    /// Whether we made an interface's qdisc.
+    pub(super) fn has_qdisc(&self, ifindex: u32) -> bool {
+        self.qdisc(ifindex).exists()
+    }
+
+    /// Forgets that we made a qdisc: it has gone.
+    ///
+    /// # Errors
+    /// The note can't be removed.
+    pub(super) fn forget_qdisc(&self, ifindex: u32) -> Result<()> {
+        let note = self.qdisc(ifindex);
+        fs::remove_dir(&note).with_context(|| format!("remove {}", note.display()))
+    }
+
+    /// Forgets the qdiscs of all interfaces but these.
+    ///
+    /// # Errors
+    /// A note can't be removed.
+    pub(super) fn keep_qdiscs(&self, interfaces: &[u32]) -> Result<()> {
+        for name in list(&self.links())? {
+            let ifindex = name.strip_prefix(QDISC).and_then(|ifindex| ifindex.parse().ok());
+            if let Some(ifindex) = ifindex
+                && !interfaces.contains(&ifindex)
+            {
+                self.forget_qdisc(ifindex)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn qdisc(&self, ifindex: u32) -> PathBuf {
+        self.links().join(format!("{QDISC}{ifindex}"))
     }
 
     /// Every attachment to an interface that is pinned.

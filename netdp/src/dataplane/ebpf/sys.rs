@@ -11,7 +11,7 @@ use std::{
     path::Path,
 };
 
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info};
+use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
 use bytemuck::Pod;
 
 /// A key or value of a map, for aya.
@@ -62,6 +62,21 @@ pub(super) fn lookup_batch<K: Pod, V: Pod>(
         Err(end) if end.raw_os_error() == Some(libc::ENOENT) => Ok((count, None)),
         Err(error) => Err(error),
     }
+}
+
+/// A hash map from u32 to u32 with one row, to try things on.
+///
+/// # Errors
+/// The kernel's: EPERM where BPF is forbidden, ENOSYS where there is none.
+pub(super) fn trial_map() -> io::Result<OwnedFd> {
+    let mut attributes = no_attributes();
+    attributes.__bindgen_anon_1.map_type = bpf_map_type::BPF_MAP_TYPE_HASH as u32;
+    attributes.__bindgen_anon_1.key_size = size_of::<u32>() as u32;
+    attributes.__bindgen_anon_1.value_size = size_of::<u32>() as u32;
+    attributes.__bindgen_anon_1.max_entries = 1;
+    let descriptor = bpf(bpf_cmd::BPF_MAP_CREATE, &mut attributes)?;
+    // SAFETY: the kernel has just made the descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 /// The kernel's name of the network namespace that the calling thread is in (Linux 5.14).

@@ -1,0 +1,246 @@
+//! What a kernel may have or not: how we find out, and what netdp does without it.
+//!
+//! Owns the one table of it, which `doctor`, `status` and docs/kernels.md show. Never asks for a
+//! version: distributions take features back and switch them off. The versions in the table are for
+//! readers, and for the test that a kernel which should have a feature has it.
+
+use std::{collections::BTreeSet, env, os::fd::AsFd};
+
+use anyhow::{Result, bail};
+use aya::{
+    programs::{ProgramType, SchedClassifier, TcAttachType},
+    sys::{BpfHelper, is_helper_supported, is_program_supported},
+};
+use nix::net::if_::if_indextoname;
+
+use super::sys;
+use crate::netlink::{sockets, sysctl};
+
+/// Names features that the agent is to do without although the kernel has them, separated by commas:
+/// tests try every fall-back on one kernel.
+const WITHOUT_VARIABLE: &str = "NETDP_WITHOUT";
+
+/// The loopback interface of every network namespace.
+const LOOPBACK: u32 = 1;
+
+/// Something that netdp uses and not every kernel has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Feature {
+    /// bpf(2), for whoever runs netdp.
+    Bpf,
+    /// Programs for tc hooks.
+    TcPrograms,
+    /// Reading many rows of a map at once.
+    MapBatches,
+    /// tcx hooks.
+    Tcx,
+    /// A clock that is read from memory.
+    CoarseClock,
+    /// Programs for sockets.
+    SocketHooks,
+    /// Asking a socket for the name of its network namespace.
+    NamespaceCookie,
+    /// Ending sockets of the host.
+    SocketDestroy,
+    /// Forwarding IPv6 by interface.
+    Ipv6ForceForwarding,
+}
+
+/// A row of the table.
+#[derive(Debug)]
+pub struct Description {
+    /// What it is about.
+    pub feature: Feature,
+    /// Its name: in output, and for the variable `NETDP_WITHOUT`.
+    pub name: &'static str,
+    /// The version of Linux that brought it.
+    pub since: (u32, u32),
+    /// How we find out.
+    pub probe: &'static str,
+    /// What is lost, and what takes its place.
+    pub without: &'static str,
+    /// Whether netdp is nothing without it.
+    pub needed: bool,
+    is_there: fn() -> bool,
+}
+
+/// Everything that netdp asks a kernel for before it uses it.
+pub static FEATURES: [Description; 9] = [
+    Description {
+        feature: Feature::Bpf,
+        name: "bpf",
+        since: (4, 4),
+        probe: "makes a map",
+        without: "nothing works",
+        needed: true,
+        is_there: || sys::trial_map().is_ok(),
+    },
+    Description {
+        feature: Feature::TcPrograms,
+        name: "tc-programs",
+        since: (4, 1),
+        probe: "loads an empty program",
+        without: "nothing works",
+        needed: true,
+        is_there: || is_program_supported(ProgramType::SchedClassifier).unwrap_or(false),
+    },
+    Description {
+        feature: Feature::MapBatches,
+        name: "map-batches",
+        since: (5, 6),
+        probe: "reads a map that way",
+        without: "nothing works: idle flows could not be collected",
+        needed: true,
+        is_there: has_map_batches,
+    },
+    Description {
+        feature: Feature::Tcx,
+        name: "tcx",
+        since: (6, 6),
+        probe: "asks for the programs at a hook",
+        without: "programs are filters of clsact qdiscs: others can take the qdisc away, and with it \
+                  the filters, until the agent looks",
+        needed: false,
+        is_there: has_tcx,
+    },
+    Description {
+        feature: Feature::CoarseClock,
+        name: "coarse-clock",
+        since: (5, 11),
+        probe: "loads a program that calls the helper",
+        without: "the exact clock: tens of nanoseconds more for a packet",
+        needed: false,
+        is_there: has_coarse_clock,
+    },
+    Description {
+        feature: Feature::SocketHooks,
+        name: "socket-hooks",
+        since: (4, 17),
+        probe: "loads an empty program",
+        without: "programs of the host don't reach published ports",
+        needed: false,
+        is_there: || is_program_supported(ProgramType::CgroupSockAddr).unwrap_or(false),
+    },
+    Description {
+        feature: Feature::NamespaceCookie,
+        name: "namespace-cookie",
+        since: (5, 14),
+        probe: "asks a socket",
+        without: "programs of the host don't reach published ports",
+        needed: false,
+        is_there: || sys::network_namespace().is_ok(),
+    },
+    Description {
+        feature: Feature::SocketDestroy,
+        name: "socket-destroy",
+        since: (4, 5),
+        probe: "orders the end of a socket that nobody has",
+        without: "connections of the host to a container that has gone end by their own timeouts",
+        needed: false,
+        is_there: || sockets::can_destroy().unwrap_or(false),
+    },
+    Description {
+        feature: Feature::Ipv6ForceForwarding,
+        name: "ipv6-force-forwarding",
+        since: (6, 17),
+        probe: "looks for the setting of the loopback interface",
+        without: "with the first IPv6 network the host becomes a router on all of its interfaces",
+        needed: false,
+        is_there: has_force_forwarding,
+    },
+];
+
+/// What this kernel has.
+#[derive(Clone, Debug)]
+pub struct Features(BTreeSet<Feature>);
+
+impl Features {
+    /// Asks the kernel for everything in the table.
+    #[must_use]
+    pub fn probe() -> Self {
+        let found = FEATURES.iter().filter(|row| !Self::is_declined(row) && (row.is_there)());
+        Self(found.map(|row| row.feature).collect())
+    }
+
+    /// Whether `NETDP_WITHOUT` names it.
+    #[must_use]
+    pub fn is_declined(row: &Description) -> bool {
+        let without = env::var(WITHOUT_VARIABLE).unwrap_or_default();
+        without.split(',').any(|name| name == row.name)
+    }
+
+    /// Whether the kernel has it.
+    #[must_use]
+    pub fn has(&self, feature: Feature) -> bool {
+        self.0.contains(&feature)
+    }
+
+    /// The rows of what it has not.
+    pub fn missing(&self) -> impl Iterator<Item = &'static Description> {
+        FEATURES.iter().filter(|row| !self.has(row.feature))
+    }
+}
+
+/// Refuses a kernel that netdp can't work on.
+///
+/// # Errors
+/// In one line what is missing and what to do.
+pub(super) fn require(features: &Features) -> Result<()> {
+    if let Err(error) = sys::trial_map() {
+        match error.raw_os_error() {
+            Some(libc::ENOSYS) => {
+                bail!("this kernel has no BPF: boot one that is built with CONFIG_BPF_SYSCALL")
+            }
+            Some(libc::EPERM) => bail!(
+                "BPF is forbidden here: run the agent as root with CAP_BPF and CAP_NET_ADMIN, and \
+                 without a seccomp filter or a lockdown that forbids bpf(2)"
+            ),
+            _ => return Err(anyhow::Error::from(error).context("make a BPF map")),
+        }
+    }
+    match features.missing().find(|row| row.needed) {
+        None => Ok(()),
+        Some(row) => bail!(
+            "this kernel has no {} (Linux {}.{}): boot Linux 5.10 or later, built with \
+             CONFIG_NET_CLS_BPF",
+            row.name,
+            row.since.0,
+            row.since.1
+        ),
+    }
+}
+
+fn has_map_batches() -> bool {
+    let Ok(map) = sys::trial_map() else { return false };
+    let read = sys::lookup_batch::<u32, u32>(map.as_fd(), None, &mut [0], &mut [0]);
+    read.is_ok()
+}
+
+fn has_tcx() -> bool {
+    let Ok(loopback) = if_indextoname(LOOPBACK) else { return false };
+    SchedClassifier::query_tcx(&loopback.to_string_lossy(), TcAttachType::Ingress).is_ok()
+}
+
+fn has_coarse_clock() -> bool {
+    let helper = BpfHelper::BPF_FUNC_ktime_get_coarse_ns;
+    is_helper_supported(ProgramType::SchedClassifier, helper).unwrap_or(false)
+}
+
+fn has_force_forwarding() -> bool {
+    let Ok(loopback) = if_indextoname(LOOPBACK) else { return false };
+    let name = crate::plan::force_forwarding_sysctl(&loopback.to_string_lossy());
+    matches!(sysctl::read(&name), Ok(Some(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_has_a_row_for_each_feature_and_a_name_for_each_row() {
+        let features: BTreeSet<_> = FEATURES.iter().map(|row| row.feature).collect();
+        let names: BTreeSet<_> = FEATURES.iter().map(|row| row.name).collect();
+        assert_eq!(features.len(), FEATURES.len());
+        assert_eq!(names.len(), FEATURES.len());
+    }
+}
