@@ -186,10 +186,18 @@ impl<'a> Suite<'a> {
         Ok(listed.lines().filter_map(version).collect())
     }
 
+    /// The names of the packages that begin with `prefix`.
+    pub(crate) fn names(&self, prefix: &str) -> Result<Vec<String>> {
+        let title = format!("look for {prefix}… in {}", self.name);
+        let listed =
+            try_quiet(&title, self.tool("apt-cache").args(["pkgnames", prefix]), PATIENCE)?;
+        Ok(listed.lines().map(str::to_owned).collect())
+    }
+
     /// Downloads `version` of `package` and unpacks it, without installing, into `target`.
     pub(crate) fn unpack(&self, package: &str, version: &str, target: &Path) -> Result<()> {
         let wanted = format!("{package}={version}");
-        let downloads = self.directory.join("download");
+        let downloads = self.directory.join("download").join(package);
         fs::create_dir_all(&downloads).context("create a directory for downloads")?;
         let mut download = self.tool("apt-get");
         download.args(["download", &wanted]).current_dir(&downloads);

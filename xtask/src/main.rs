@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::error::ErrorKind;
@@ -19,6 +20,7 @@ mod rust_src;
 mod setup;
 mod test;
 mod tidy;
+mod vm;
 
 /// netdp's development commands.
 #[derive(Parser)]
@@ -42,6 +44,21 @@ enum Task {
         /// Write the conformance results to FILE: a list of {id, backend, family, result, reason}
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
+    },
+    /// Run suites on other kernels, in virtual machines
+    Vm {
+        /// The kernel's line
+        #[arg(long, value_enum)]
+        kernel: vm::Choice,
+        /// Suites to run (load by default)
+        #[arg(value_enum)]
+        suites: Vec<test::Suite>,
+        /// Run only tests whose names contain WORD
+        #[arg(long, value_name = "WORD")]
+        only: Vec<String>,
+        /// End a machine that is not over after this long
+        #[arg(long, value_name = "SECONDS")]
+        timeout: Option<u64>,
     },
     /// Measure, in namespaces of its own
     Bench {
@@ -93,6 +110,18 @@ fn run(cli: Cli) -> Result<ExitCode> {
                 Cli::command().error(ErrorKind::ArgumentConflict, message).exit()
             }
             return test::run(&suites, json.as_deref());
+        }
+        Task::Vm { kernel, mut suites, only, timeout } => {
+            if suites.is_empty() {
+                suites.push(test::Suite::Load);
+            }
+            if let Some(suite) = suites.iter().find(|suite| !suite.is_executable()) {
+                let message = format!("{} is no suite for a virtual machine", suite.name());
+                Cli::command().error(ErrorKind::InvalidValue, message).exit()
+            }
+            let limit = timeout.map(Duration::from_secs);
+            let options = vm::Options { suites: &suites, filter: &only, limit };
+            return vm::run(kernel, &options);
         }
         Task::Bench { what, json, quick } => bench::run(what, json.as_deref(), quick)?,
         Task::Fuzz { seconds, keep } => return test::fuzz(seconds, keep),

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::check::UNIT_TESTED;
 use crate::process::{Finished, as_root, ensure_root, run_quiet, run_shown};
-use crate::{cargo, demo, setup, tidy};
+use crate::{cargo, demo, setup, tidy, vm};
 
 /// A group of tests that is run and counted as one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -27,6 +27,8 @@ pub(crate) enum Suite {
     Tidy,
     /// The lab itself: namespaces, probes, sniffers
     Lab,
+    /// Every BPF program, loaded and attached
+    Load,
     /// BPF programs on single packets: verdicts, rewritten headers, checksums
     Datapath,
     /// Programs of the host and published ports
@@ -41,15 +43,22 @@ pub(crate) enum Suite {
     Lifecycle,
     /// The demo, as one test
     Demo,
+    /// The suite load, on the kernels of Debian's releases
+    Vm,
 }
 
 impl Suite {
-    fn name(self) -> String {
+    pub(crate) fn name(self) -> String {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
     fn needs_root(self) -> bool {
-        !matches!(self, Self::Unit | Self::Tidy)
+        !matches!(self, Self::Unit | Self::Tidy | Self::Vm)
+    }
+
+    /// Whether it is a test of the tests crate, and can run wherever its executable is.
+    pub(crate) fn is_executable(self) -> bool {
+        !matches!(self, Self::Unit | Self::Tidy | Self::Demo | Self::Vm)
     }
 }
 
@@ -67,6 +76,8 @@ pub(crate) fn run(suites: &[Suite], json: Option<&Path>) -> Result<ExitCode> {
     if suites.iter().any(|suite| suite.needs_root()) {
         setup::run(setup::Scope::Everything)?;
         ensure_root("testing in network namespaces")?;
+    } else if suites.contains(&Suite::Vm) {
+        setup::run(setup::Scope::Machines)?;
     } else {
         setup::run(setup::Scope::Toolchain)?;
     }
@@ -90,6 +101,7 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
         Suite::Unit => run_unit(),
         Suite::Tidy => run_tidy(),
         Suite::Lab
+        | Suite::Load
         | Suite::Datapath
         | Suite::Fuzz
         | Suite::Differential
@@ -106,7 +118,20 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
             }
             Ok(Counts::of_one(finished.status.success()))
         }
+        Suite::Vm => Ok(run_machines()),
     }
+}
+
+/// The gate of every kernel, one after the other, whatever fails.
+fn run_machines() -> Counts {
+    let options = vm::Options { suites: &[Suite::Load], filter: &[], limit: None };
+    let run = |line: vm::Line| {
+        vm::run_on(line, &options).unwrap_or_else(|error| {
+            eprintln!("{}: {error:#}", line.name());
+            Counts::of_one(false)
+        })
+    };
+    vm::GATE.into_iter().map(run).sum()
 }
 
 fn agent(built: &mut Option<PathBuf>) -> Result<&PathBuf> {
@@ -146,8 +171,7 @@ pub(crate) fn fuzz(seconds: u32, keep: bool) -> Result<ExitCode> {
     let mut environment: Vec<(&str, &OsStr)> = vec![("NETDP_FUZZ_SECONDS", seconds.as_ref())];
     environment.extend(keep.then_some(("NETDP_FUZZ_KEEP", corpus.as_os_str())));
     let counts = run_as_root(Suite::Fuzz, &environment)?;
-    let is_well = counts.failed == 0 && counts.passed > 0;
-    Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if counts.is_well() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Runs a suite of the tests crate that needs the agent.
@@ -159,13 +183,18 @@ fn run_packets(suite: Suite, netdp: &Path, json: Option<&Path>) -> Result<Counts
 
 /// Builds a suite of the tests crate and runs it as root.
 fn run_as_root(suite: Suite, environment: &[(&str, &OsStr)]) -> Result<Counts> {
-    let name = suite.name();
-    let arguments = ["test", "--no-run", "--package", "netdp-tests", "--test", &name];
-    let executable = cargo::build_one(&format!("build the suite {name}"), &name, &arguments)?;
+    let (name, executable) = (suite.name(), executable(suite)?);
     let seed = env::var_os("NETDP_SEED");
     let mut environment = environment.to_vec();
     environment.extend(seed.as_deref().map(|seed| ("NETDP_SEED", seed)));
     counted(&name, as_root(&executable, &environment)?.current_dir(cargo::root()))
+}
+
+/// Builds a suite of the tests crate.
+pub(crate) fn executable(suite: Suite) -> Result<PathBuf> {
+    let name = suite.name();
+    let arguments = ["test", "--no-run", "--package", "netdp-tests", "--test", &name];
+    cargo::build_one(&format!("build the suite {name}"), &name, &arguments)
 }
 
 fn run_conformance(netdp: &Path, json: &Path) -> Result<Counts> {
@@ -210,7 +239,7 @@ fn counted(title: &str, command: &mut Command) -> Result<Counts> {
 }
 
 /// Reads `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; …`.
-fn result_line(line: &str) -> Option<Counts> {
+pub(crate) fn result_line(line: &str) -> Option<Counts> {
     let numbers = line.strip_prefix("test result: ")?.split_once(". ")?.1;
     let count = |what: &str| -> Option<usize> {
         let mut parts = numbers.split(';');
@@ -220,15 +249,20 @@ fn result_line(line: &str) -> Option<Counts> {
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-struct Counts {
+pub(crate) struct Counts {
     passed: usize,
-    failed: usize,
+    pub(crate) failed: usize,
     skipped: usize,
 }
 
 impl Counts {
-    fn of_one(passed: bool) -> Self {
+    pub(crate) fn of_one(passed: bool) -> Self {
         Self { passed: usize::from(passed), failed: usize::from(!passed), skipped: 0 }
+    }
+
+    /// Whether tests ran and none failed.
+    pub(crate) fn is_well(self) -> bool {
+        self.passed > 0 && self.failed == 0
     }
 }
 

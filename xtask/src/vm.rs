@@ -1,0 +1,252 @@
+//! Suites on other kernels than this machine's, in virtual machines that have nothing but them.
+//!
+//! Owns what goes into a machine and what comes out of it. The suites are the same executables that
+//! run on this machine.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
+
+use self::initramfs::Initramfs;
+use self::kernel::Kernel;
+pub(crate) use self::kernel::Line;
+use self::machine::{Acceleration, Machine};
+use crate::process::find_program;
+use crate::test::{self, Counts, Suite};
+use crate::{cargo, demo, setup};
+
+mod initramfs;
+mod kernel;
+mod machine;
+
+/// For a question to a program of this machine.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The first program in a machine.
+const INIT: &str = include_str!("vm/init.sh");
+
+/// Programs of this machine that suites run.
+const PROGRAMS: [&str; 7] = ["ip", "nft", "tcpdump", "bpftool", "ping", "modprobe", "tc"];
+
+/// Modules that netdp or a suite needs; in some kernels they are built in.
+const MODULES: [&str; 24] = [
+    "veth",
+    "bridge",
+    "macvlan",
+    "tun",
+    "dummy",
+    "vxlan",
+    "sch_ingress",
+    "cls_bpf",
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+    "sctp",
+    "nf_tables",
+    "nft_chain_nat",
+    "nft_ct",
+    "nft_masq",
+    "nft_nat",
+    "nft_redir",
+    "nf_conntrack",
+    "nf_nat",
+    "ip_tables",
+    "ip6_tables",
+    "iptable_nat",
+    "af_packet_diag",
+];
+
+/// A kernel to run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Choice {
+    /// Debian 11's, the oldest that netdp works on
+    #[value(name = "5.10")]
+    V5_10,
+    /// Debian 12's
+    #[value(name = "6.1")]
+    V6_1,
+    /// Debian 13's
+    #[value(name = "6.12")]
+    V6_12,
+    /// Debian unstable's
+    #[value(name = "7.2")]
+    V7_2,
+    /// One after the other
+    All,
+}
+
+impl Choice {
+    fn lines(self) -> Vec<Line> {
+        match self {
+            Self::V5_10 => vec![Line::V5_10],
+            Self::V6_1 => vec![Line::V6_1],
+            Self::V6_12 => vec![Line::V6_12],
+            Self::V7_2 => vec![Line::V7_2],
+            Self::All => Line::value_variants().to_vec(),
+        }
+    }
+}
+
+/// The kernels whose gate every change has to pass: those of Debian's releases.
+pub(crate) const GATE: [Line; 3] = [Line::V5_10, Line::V6_1, Line::V6_12];
+
+/// How a run in machines is to be.
+pub(crate) struct Options<'a> {
+    pub(crate) suites: &'a [Suite],
+    /// Words for each suite's executable, such as a test's name.
+    pub(crate) filter: &'a [String],
+    pub(crate) limit: Option<Duration>,
+}
+
+/// Runs suites on the kernels chosen. Succeeds when every suite ran on each and none failed.
+pub(crate) fn run(choice: Choice, options: &Options) -> Result<ExitCode> {
+    setup::run(setup::Scope::Machines)?;
+    let mut all_well = true;
+    for line in choice.lines() {
+        match run_on(line, options) {
+            Ok(counts) => all_well &= counts.is_well(),
+            Err(error) => {
+                eprintln!("{}: {error:#}", line.name());
+                all_well = false;
+            }
+        }
+    }
+    Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Runs suites on one kernel and shows what they say, each line behind the kernel's name.
+pub(crate) fn run_on(line: Line, options: &Options) -> Result<Counts> {
+    let name = line.name();
+    let directory = cargo::side_target_dir("vm");
+    let kernel = Kernel::get(line, &directory)?;
+    let acceleration = machine::acceleration(&kernel.image)?;
+    let scratch = tempfile::tempdir_in(&directory).context("create a directory")?;
+    let initramfs = scratch.path().join("initramfs");
+    contents(&kernel, options, scratch.path())?.write(&initramfs)?;
+    let console = directory.join(format!("{name}.console"));
+    // What an earlier machine said must not pass for this one's last words.
+    fs::write(&console, "").with_context(|| format!("empty {}", console.display()))?;
+    let machine = Machine { image: &kernel.image, initramfs: &initramfs, console };
+    println!("{name}: Linux {} with {}", kernel.release, acceleration.name());
+
+    let started = Instant::now();
+    let mut report = Report::default();
+    let limit = options.limit.unwrap_or_else(|| limit(options.suites, acceleration));
+    machine.run(acceleration, limit, |text| {
+        if let Some(shown) = report.hear(text) {
+            println!("{name}: {shown}");
+        }
+    })?;
+    println!("{name}: over after {:.1} s", started.elapsed().as_secs_f32());
+    report.counts(options.suites).with_context(|| {
+        format!("the machine ended too early; its console ends with:\n{}", machine.last_words())
+    })
+}
+
+/// How long a machine may take, starting included.
+fn limit(suites: &[Suite], acceleration: Acceleration) -> Duration {
+    let is_gate = suites == [Suite::Load];
+    Duration::from_secs(match (is_gate, acceleration) {
+        (true, _) => 120,
+        (false, Acceleration::Kvm) => 1800,
+        (false, Acceleration::Emulation) => 7200,
+    })
+}
+
+fn contents(kernel: &Kernel, options: &Options, scratch: &Path) -> Result<Initramfs> {
+    let mut archive = Initramfs::new();
+    archive.add("/init", INIT.as_bytes());
+    let program = |name: &str| {
+        find_program(name).with_context(|| format!("find {name}: run `cargo xtask setup`"))
+    };
+    archive.add_program("/usr/bin/busybox", &program("busybox")?)?;
+    for name in PROGRAMS {
+        archive.add_program(Path::new("/usr/sbin").join(name), &program(name)?)?;
+    }
+    archive.add_stripped("/netdp", &demo::netdp_binary()?, scratch)?;
+    let mut list = String::new();
+    for suite in options.suites {
+        let name = suite.name();
+        ensure!(suite.is_executable(), "{name} is no suite for a machine of its own");
+        archive.add_stripped(format!("/suites/{name}"), &test::executable(*suite)?, scratch)?;
+        list.push_str(&format!("{name} {}\n", options.filter.join(" ")));
+    }
+    archive.add("/suites/list", list.as_bytes());
+    archive.add("/modules", MODULES.join("\n").as_bytes());
+    for file in kernel.module_files(&MODULES)? {
+        archive.add_file(PathBuf::from("/").join(&file), &kernel.path(&file))?;
+    }
+    Ok(archive)
+}
+
+/// What a machine has said so far.
+#[derive(Default)]
+struct Report {
+    counts: Counts,
+    /// Suites that ended, and how.
+    ended: Vec<(String, i32)>,
+    /// Failed tests before the suite at hand.
+    failed_before: usize,
+}
+
+impl Report {
+    /// Takes a line of the machine and returns what is to be shown of it.
+    fn hear<'a>(&mut self, text: &'a str) -> Option<&'a str> {
+        let Some(word) = text.strip_prefix("netdp-vm ") else {
+            if let Some(counts) = test::result_line(text) {
+                self.counts = self.counts + counts;
+            }
+            return Some(text);
+        };
+        if let Some((suite, code)) = word.strip_prefix("exit ").and_then(|end| end.split_once(' '))
+        {
+            let code = code.parse().unwrap_or(i32::MAX);
+            if code != 0 && self.counts.failed == self.failed_before {
+                // It crashed: there is no result line.
+                self.counts = self.counts + Counts::of_one(false);
+            }
+            self.failed_before = self.counts.failed;
+            self.ended.push((suite.to_owned(), code));
+            return None;
+        }
+        Some(word)
+    }
+
+    /// The counts, if every suite has ended.
+    fn counts(self, suites: &[Suite]) -> Result<Counts> {
+        for suite in suites {
+            if !self.ended.iter().any(|(name, _)| *name == suite.name()) {
+                bail!("{} did not end", suite.name());
+            }
+        }
+        Ok(self.counts)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machines_are_heard_line_by_line() {
+        let mut report = Report::default();
+        assert_eq!(report.hear("netdp-vm suite load"), Some("suite load"));
+        assert_eq!(report.hear("test a ... ok"), Some("test a ... ok"));
+        report.hear("test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out");
+        assert_eq!(report.hear("netdp-vm exit load 0"), None);
+        let counts = report.counts(&[Suite::Load]).unwrap();
+        assert!(counts.is_well());
+    }
+
+    #[test]
+    fn crashes_and_silence_are_failures() {
+        let mut report = Report::default();
+        report.hear("netdp-vm exit load 139");
+        assert!(!report.counts(&[Suite::Load]).unwrap().is_well());
+        assert!(Report::default().counts(&[Suite::Load]).is_err());
+    }
+}
