@@ -39,6 +39,7 @@ pub struct Agent {
     directory: PathBuf,
     uplinks: Vec<String>,
     flows: Option<u32>,
+    timeouts: Vec<(&'static str, u32)>,
     fate: Fate,
     child: Mutex<Option<Child>>,
 }
@@ -60,6 +61,7 @@ impl Agent {
             directory: directory.to_owned(),
             uplinks,
             flows: None,
+            timeouts: Vec::new(),
             fate,
             child: Mutex::new(None),
         })
@@ -69,6 +71,13 @@ impl Agent {
     #[must_use]
     pub fn with_flows(mut self, flows: u32) -> Self {
         self.flows = Some(flows);
+        self
+    }
+
+    /// Keeps idle flows of these kinds for as many seconds instead of the default.
+    #[must_use]
+    pub fn with_timeouts(mut self, timeouts: Vec<(&'static str, u32)>) -> Self {
+        self.timeouts = timeouts;
         self
     }
 
@@ -118,6 +127,9 @@ impl Agent {
         }
         if let Some(flows) = self.flows {
             command.args(["--flows", &flows.to_string()]);
+        }
+        for (kind, seconds) in &self.timeouts {
+            command.args(["--timeout", &format!("{kind}={seconds}")]);
         }
         for uplink in &self.uplinks {
             command.args(["--uplink", uplink]);

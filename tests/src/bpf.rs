@@ -1,17 +1,86 @@
-//! BPF programs run on packets with `BPF_PROG_TEST_RUN`, once or many times.
+//! BPF programs run on packets with `BPF_PROG_TEST_RUN`, once or many times, and maps that are
+//! pinned.
 //!
 //! Owns what no library offers: the run's flags, and [`Rotation`], which gives every run of a
 //! repeated one a packet of its own. Knows nothing of what the programs are for.
 
 use std::{
+    collections::BTreeSet,
+    ffi::CString,
     fmt::{self, Debug, Formatter},
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
 };
 
 use anyhow::{Context, Result, ensure};
 
 use crate::sys::{self, MapShape};
+
+/// A map that outlives whoever made it, as bytes.
+#[derive(Debug)]
+pub struct PinnedMap {
+    map: OwnedFd,
+    key_bytes: usize,
+    value_bytes: usize,
+}
+
+impl PinnedMap {
+    /// Opens the map that is pinned at `path`, whose keys and values have these sizes.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn open(path: &Path, key_bytes: usize, value_bytes: usize) -> Result<Self> {
+        let name = CString::new(path.as_os_str().as_bytes()).context("name a pin")?;
+        let map =
+            sys::bpf_pinned(&name).with_context(|| format!("open the pin {}", path.display()))?;
+        Ok(Self { map, key_bytes, value_bytes })
+    }
+
+    /// All keys that are there. One that comes or goes meanwhile may be missed.
+    ///
+    /// # Errors
+    /// When the map can't be read.
+    pub fn keys(&self) -> Result<BTreeSet<Vec<u8>>> {
+        let mut keys = BTreeSet::new();
+        let mut last: Option<Vec<u8>> = None;
+        loop {
+            let mut next = vec![0; self.key_bytes];
+            match sys::bpf_next_key(&self.map, last.as_deref(), &mut next) {
+                // From a key that is gone the kernel starts over.
+                Ok(()) => {
+                    keys.insert(next.clone());
+                    last = Some(next);
+                }
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(keys),
+                Err(error) => return Err(error).context("list the keys of a map"),
+            }
+        }
+    }
+
+    /// The value under `key`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn get(&self, key: &[u8]) -> Result<Vec<u8>> {
+        ensure!(key.len() == self.key_bytes, "a key of {} bytes", key.len());
+        let mut value = vec![0; self.value_bytes];
+        sys::bpf_lookup(&self.map, key, &mut value).context("read an entry of a map")?;
+        Ok(value)
+    }
+
+    /// Writes entry `index` of an array.
+    ///
+    /// # Errors
+    /// When there is no such entry.
+    pub fn set(&self, index: u32, value: &[u8]) -> Result<()> {
+        ensure!(value.len() == self.value_bytes, "a value of {} bytes", value.len());
+        sys::bpf_array_set(&self.map, index, value).context("write an entry of a map")
+    }
+}
 
 /// `BPF_F_TEST_SKB_CHECKSUM_COMPLETE` (Linux 6.10).
 const TEST_CHECKSUM_COMPLETE: u32 = 1 << 2;

@@ -77,6 +77,7 @@ pub struct LabBuilder {
     offload: Offload,
     agent: AgentState,
     flows: Option<u32>,
+    timeouts: Vec<(&'static str, u32)>,
     name: Option<String>,
     kept_in: Option<PathBuf>,
 }
@@ -107,6 +108,13 @@ impl LabBuilder {
     #[must_use]
     pub fn flows(mut self, flows: u32) -> Self {
         self.flows = Some(flows);
+        self
+    }
+
+    /// Has idle flows of a kind kept for `seconds` only.
+    #[must_use]
+    pub fn timeout(mut self, kind: &'static str, seconds: u32) -> Self {
+        self.timeouts.push((kind, seconds));
         self
     }
 
@@ -187,7 +195,8 @@ impl LabBuilder {
         mount(Some("bpffs"), &lab.bpffs(), Some("bpf"), MsFlags::empty(), None::<&str>)
             .context("mount a bpffs")?;
         if self.agent != AgentState::Missing {
-            let agent = Agent::new(&lab.host, &lab.directory, uplinks, fate)?;
+            let agent =
+                Agent::new(&lab.host, &lab.directory, uplinks, fate)?.with_timeouts(self.timeouts);
             lab.agent = Some(match self.flows {
                 Some(flows) => agent.with_flows(flows),
                 None => agent,
@@ -226,6 +235,7 @@ impl Lab {
             offload: Offload::On,
             agent: AgentState::Running,
             flows: None,
+            timeouts: Vec::new(),
             name: None,
             kept_in: None,
         }

@@ -2,6 +2,7 @@
 //!
 //! Each function is one call and knows nothing of its purpose.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::mem;
@@ -118,8 +119,11 @@ pub(crate) fn open_tun(name: &str) -> io::Result<File> {
 
 /// Calls of `bpf(2)` (`enum bpf_cmd` in linux/bpf.h).
 const BPF_MAP_CREATE: libc::c_long = 0;
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 
 /// What a BPF map is made of: `union bpf_attr` of `BPF_MAP_CREATE`, whose rest is zero.
@@ -148,9 +152,43 @@ pub(crate) fn bpf_map(mut shape: MapShape) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// Opens what is pinned at a path.
+pub(crate) fn bpf_pinned(path: &CStr) -> io::Result<OwnedFd> {
+    let mut attributes = [path.as_ptr().addr() as u64, 0];
+    let size = size_of_val(&attributes);
+    let attributes = (&raw mut attributes).cast::<libc::c_void>();
+    // SAFETY: the attributes and the path outlive the call.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, attributes, size) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is fresh and has no other owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
 /// Writes entry `index` of an array map; `value` has as many bytes as the map's values.
 pub(crate) fn bpf_array_set(map: &impl AsFd, index: u32, value: &[u8]) -> io::Result<()> {
-    /// `union bpf_attr` of `BPF_MAP_UPDATE_ELEM`.
+    let (key, value) = ((&raw const index).addr() as u64, value.as_ptr().addr() as u64);
+    bpf_element(BPF_MAP_UPDATE_ELEM, map, key, value)
+}
+
+/// Reads the entry of a map under `key` into `value`; both are as long as the map's.
+pub(crate) fn bpf_lookup(map: &impl AsFd, key: &[u8], value: &mut [u8]) -> io::Result<()> {
+    let (key, value) = (key.as_ptr().addr() as u64, value.as_mut_ptr().addr() as u64);
+    bpf_element(BPF_MAP_LOOKUP_ELEM, map, key, value)
+}
+
+/// Writes the key that follows `key` in a map, or its first, to `next`; both are as long as the
+/// map's keys. Error at the end: ENOENT.
+pub(crate) fn bpf_next_key(map: &impl AsFd, key: Option<&[u8]>, next: &mut [u8]) -> io::Result<()> {
+    let key = key.map_or(0, |key| key.as_ptr().addr() as u64);
+    bpf_element(BPF_MAP_GET_NEXT_KEY, map, key, next.as_mut_ptr().addr() as u64)
+}
+
+/// Gives a command about one entry of a map. Pointers have to be valid for as many bytes as the
+/// map's keys and values have.
+fn bpf_element(command: libc::c_long, map: &impl AsFd, key: u64, value: u64) -> io::Result<()> {
+    /// `union bpf_attr` of `BPF_MAP_*_ELEM`.
     #[repr(C)]
     struct Attributes {
         map: u32,
@@ -159,18 +197,13 @@ pub(crate) fn bpf_array_set(map: &impl AsFd, index: u32, value: &[u8]) -> io::Re
         value: u64,
         flags: u64,
     }
-    let mut attributes = Attributes {
-        map: map.as_fd().as_raw_fd().cast_unsigned(),
-        pad: 0,
-        key: (&raw const index).addr() as u64,
-        value: value.as_ptr().addr() as u64,
-        flags: 0,
-    };
+    let map = map.as_fd().as_raw_fd().cast_unsigned();
+    let mut attributes = Attributes { map, pad: 0, key, value, flags: 0 };
     let size = size_of_val(&attributes);
     let attributes = (&raw mut attributes).cast::<libc::c_void>();
     // SAFETY: the attributes and what they point to outlive the call; key and value are as long
     // as those of the map, which is the caller's promise.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_UPDATE_ELEM, attributes, size) };
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 

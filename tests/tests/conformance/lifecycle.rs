@@ -1,6 +1,16 @@
 //! LIF: what remains when a container or netdp itself goes.
 
-use anyhow::{Result, ensure};
+use std::collections::BTreeSet;
+use std::mem::{offset_of, size_of};
+use std::ops::Range;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use netdp_common::abi::ABI;
+use netdp_common::addr::{Address, Be32, Be128};
+use netdp_common::aging::Collection;
+use netdp_common::flow::{Flow, FlowKey, ZONE_WORLD};
+use netdp_tests::bpf::PinnedMap;
 use netdp_tests::harness::{Outcome, Row};
 use netdp_tests::lab::Lab;
 use netdp_tests::probe::{PATIENCE, expect_same};
@@ -84,6 +94,113 @@ pub(crate) fn purge_leaves_the_host_as_before(row: &Row) -> Result<Outcome> {
             lab.agent()?.start()?;
             let networks = lab.json(&["network", "ls"])?;
             expect_same("networks", &networks, &serde_json::json!([]))
+        },
+    )
+}
+
+/// How long idle flows are kept in the lab of [`flows_age_out_without_the_agent`], in seconds.
+const SHORT_LIFE: u32 = 2;
+/// Time for flows to go once their life is over: each new one looks after the two oldest, in turn.
+const AGED_OUT: Duration = Duration::from_secs(20);
+/// Seconds that the agent is dead, as far as the programs can tell.
+const AN_HOUR: u32 = 3600;
+
+/// The pins of a lab, which need no agent to be read.
+struct Pinned {
+    flows: PinnedMap,
+    collection: PinnedMap,
+    /// Protocol and source port of what a key is about.
+    describe: fn(&[u8]) -> Option<(u8, u16)>,
+}
+
+impl Pinned {
+    fn of<A: Address>(lab: &Lab, flows: &str) -> Result<Self> {
+        let maps = lab.bpffs().join(format!("netdp/v{ABI}/maps"));
+        Ok(Self {
+            flows: PinnedMap::open(
+                &maps.join(flows),
+                size_of::<FlowKey<A>>(),
+                size_of::<Flow<A>>(),
+            )?,
+            collection: PinnedMap::open(&maps.join("COLLECTION"), 4, size_of::<Collection>())?,
+            describe: |key| {
+                let key: FlowKey<A> = bytemuck::try_pod_read_unaligned(key).ok()?;
+                (key.zone != ZONE_WORLD).then(|| (key.proto, key.tuple.sport.get()))
+            },
+        })
+    }
+
+    /// Flows that the containers have opened, by protocol and source port or echo identifier.
+    fn flows(&self) -> Result<BTreeSet<(u8, u16)>> {
+        Ok(self.flows.keys()?.iter().filter_map(|key| (self.describe)(key)).collect())
+    }
+
+    /// Puts the agent's last word an hour back.
+    fn pass_an_hour(&self) -> Result<()> {
+        let mut collection = self.collection.get(&0_u32.to_ne_bytes())?;
+        let at: Range<usize> = {
+            let start = offset_of!(Collection, at);
+            start..start + 4
+        };
+        let now = u32::from_ne_bytes(collection[at.clone()].try_into()?);
+        collection[at].copy_from_slice(&now.saturating_sub(AN_HOUR).to_ne_bytes());
+        self.collection.set(0, &collection)
+    }
+}
+
+pub(crate) fn flows_age_out_without_the_agent(row: &Row) -> Result<Outcome> {
+    let net = row.net();
+    let short = ["udp-replied", "udp-unreplied", "icmp"];
+    row.in_lab(
+        |builder| short.iter().fold(builder, |builder, kind| builder.timeout(kind, SHORT_LIFE)),
+        |lab| {
+            let containers = standard_containers(lab)?;
+            let (a1, a2, outside) = (&containers.a1, &containers.a2, lab.outside());
+            let _tcp = outside.tcp_server("outside", (net.outside, 7))?;
+            let _udp = outside.udp_server("outside", (net.outside, 7))?;
+            let mut out = a1.tcp((net.outside, 7)).from((net.a1, 3000)).open()?;
+            let mut published = outside.tcp((net.host, 8080)).open()?;
+            let mut packets_go_on = || -> Result<()> {
+                out.exchange(10_000)?.saw_client_at(net.host)?;
+                published.exchange(10_000)?.by("a1")?.saw_client_at(net.outside)?;
+                Ok(())
+            };
+            packets_go_on()?;
+
+            lab.agent()?.kill9()?;
+            let pinned = match net.is_ipv4() {
+                true => Pinned::of::<Be32>(lab, "FLOW4"),
+                false => Pinned::of::<Be128>(lab, "FLOW6"),
+            }?;
+            pinned.pass_an_hour()?;
+            let mut ports = 20_000_u16..;
+            let mut open = || -> Result<u16> {
+                let port = ports.next().context("find a port")?;
+                let seen = a1.udp((net.outside, 7)).from((net.a1, port)).exchange()?;
+                seen.by("outside")?.saw_client_at(net.host)?;
+                Ok(port)
+            };
+            let opened: BTreeSet<u16> = (0..20).map(|_| open()).collect::<Result<_>>()?;
+            a2.ping(net.outside).replied()?;
+            let (kept, old): (BTreeSet<_>, BTreeSet<_>) =
+                pinned.flows()?.into_iter().partition(|(_, port)| [3000, 80].contains(port));
+            expect_same("connections in the table", &kept, &[(6, 3000), (6, 80)].into())?;
+            expect_same("pings in the table", &old.iter().filter(|f| f.0 == net.icmp).count(), &1)?;
+            let datagrams = old.iter().filter(|f| f.0 == 17).map(|f| f.1).collect();
+            expect_same("datagrams in the table", &datagrams, &opened)?;
+
+            // Whoever opens a flow looks after the oldest: the table is never without a clean-up.
+            let left = poll_until(AGED_OUT, "the end of the old flows", || {
+                open()?;
+                packets_go_on()?;
+                let left = pinned.flows()?;
+                Ok(left.is_disjoint(&old).then_some(left))
+            })?;
+            ensure!(left.is_superset(&kept), "connections that are in use ended: {left:?}");
+            outside.tcp((net.host, 8080)).exchange()?.by("a1")?.saw_client_at(net.outside)?;
+            packets_go_on()?;
+            lab.agent()?.start()?;
+            packets_go_on()
         },
     )
 }

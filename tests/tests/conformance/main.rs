@@ -80,6 +80,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("POL-05", policy::allow_put_back_opens_again),
     ("POL-06", policy::narrower_rules_hold_where_they_are_written),
     ("POL-11", policy::bad_rule_file_is_refused_whole),
+    ("LIF-02", lifecycle::flows_age_out_without_the_agent),
     ("LIF-05", load::full_flow_table_breaks_nothing),
     ("LIF-06", load::syn_flood_leaves_open_flows_alone),
     ("LIF-07", lifecycle::vanished_container_leaves_nothing),
