@@ -1,5 +1,5 @@
 //! Telling a container that its packet was refused: an ICMP error in place of the packet, turned
-//! around at the veth, so that it need not wait (RFC 5508, REQ-8; RFC 6888, REQ-8).
+//! around at the veth, so that it need not wait (RFC 5508, REQ-8; RFC 6888, REQ-11).
 
 use aya_ebpf::{
     bindings::{__sk_buff, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
