@@ -30,6 +30,7 @@ impl Namespace {
             namespace: self.clone(),
             destination: destination.address(),
             source: None,
+            identifier: None,
             ttl: 64,
             packet_bytes: 84,
             dont_fragment: false,
@@ -44,6 +45,7 @@ pub struct Ping {
     namespace: Namespace,
     destination: IpAddr,
     source: Option<IpAddr>,
+    identifier: Option<u16>,
     ttl: u32,
     packet_bytes: usize,
     dont_fragment: bool,
@@ -82,6 +84,13 @@ impl Ping {
     #[must_use]
     pub fn from(mut self, source: impl Address) -> Self {
         self.source = Some(source.address());
+        self
+    }
+
+    /// Chooses the identifier, instead of one that no other probe of the process has.
+    #[must_use]
+    pub fn identifier(mut self, identifier: u16) -> Self {
+        self.identifier = Some(identifier);
         self
     }
 
@@ -133,7 +142,8 @@ impl Ping {
     }
 
     fn try_send(&self) -> Result<Answer, Failure> {
-        let id = NEXT_IDENTIFIER.fetch_add(1, Ordering::Relaxed);
+        let next = || NEXT_IDENTIFIER.fetch_add(1, Ordering::Relaxed);
+        let id = self.identifier.unwrap_or_else(next);
         let echo = IcmpEchoHeader { id, seq: 1 };
         let socket = match self.destination {
             IpAddr::V4(_) => {

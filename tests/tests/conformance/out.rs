@@ -205,6 +205,25 @@ pub(crate) fn host_answers_pings(row: &Row) -> Result<Outcome> {
     })
 }
 
+pub(crate) fn pings_with_one_identifier_stay_apart(row: &Row) -> Result<Outcome> {
+    let net = row.net();
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let everybody = [lab.host(), &containers.a1, &containers.a2, &containers.b1];
+        // What process ids and programs make of them, and both ends.
+        for identifier in [1, 7, 4711, 40_000, 65_535] {
+            // In every order: a flow outlives its question.
+            for first in 0..everybody.len() {
+                for turn in 0..everybody.len() {
+                    let one = everybody[(first + turn) % everybody.len()];
+                    one.ping(net.outside).identifier(identifier).replied()?;
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
 pub(crate) fn multicast_stays_on_the_bridge(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {

@@ -86,8 +86,8 @@ pub(crate) fn idle_flows_are_collected_after_the_timeout_of_their_state(
         (&[Kind::Segment, Kind::Reset], 4000, TIMEOUTS.tcp_transitory),
         (&[Kind::Udp], 4000, TIMEOUTS.udp_unreplied),
         (&[Kind::Udp, Kind::Udp], 4000, TIMEOUTS.udp_replied),
-        (&[Kind::Request], 4000, TIMEOUTS.icmp),
-        (&[Kind::Request, Kind::Reply], 4000, TIMEOUTS.icmp),
+        (&[Kind::Request], Kind::Request.kept(4000), TIMEOUTS.icmp),
+        (&[Kind::Request, Kind::Reply], Kind::Request.kept(4000), TIMEOUTS.icmp),
         (&[Kind::Gre], 0, TIMEOUTS.other),
         (&[Kind::Gre, Kind::Gre], 0, TIMEOUTS.other),
     ];

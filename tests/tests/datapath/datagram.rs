@@ -101,6 +101,15 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
+    /// A source port that translation keeps, made of a number below the host's ephemeral ports; for
+    /// a ping an identifier, of which it keeps those of the range that it chooses from.
+    pub(crate) const fn kept(self, number: u16) -> u16 {
+        match self {
+            Self::Request | Self::Reply => 50_000 + number,
+            _ => number,
+        }
+    }
+
     /// IP protocol number.
     pub(crate) fn protocol(self, family: Family) -> IpNumber {
         match (self, family) {

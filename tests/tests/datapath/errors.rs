@@ -144,10 +144,15 @@ fn expect_made(fixture: &mut Fixture, at: At, sent: &[u8], wanted: &[u8]) -> Res
 
 /// Opens a flow from a1 to the world; returns the wire of its packets outside.
 fn dial_out(fixture: &mut Fixture, kind: Kind) -> Result<Wire> {
-    let wire = from_container_wire("a1", 4000, SERVER);
+    let wire = dials_out(kind);
     let opening = pass().opening(A, Reason::FlowOut);
     fixture.expect("out", from_container("a1"), &Datagram::new(kind, wire), opening)?;
-    Ok(wire.from(SocketAddrV4::new(HOST, 4000)))
+    Ok(wire.from(SocketAddrV4::new(HOST, wire.source.port())))
+}
+
+/// Packets of a1 to the world.
+fn dials_out(kind: Kind) -> Wire {
+    from_container_wire("a1", kind.kept(4000), SERVER)
 }
 
 /// Opens a flow from outside to a1's published port.
@@ -163,7 +168,7 @@ pub(crate) fn errors_about_outgoing_packets_reach_the_container(
 ) -> Result<()> {
     for kind in KINDS {
         let outside = dial_out(fixture, kind)?;
-        let inside = from_container_wire("a1", 4000, SERVER);
+        let inside = dials_out(kind);
         // A router on the way, and the server itself: both keep their addresses.
         for source in [ROUTER, OUTSIDE] {
             for quoted_bytes in quoted(fixture.family) {
@@ -184,7 +189,7 @@ pub(crate) fn errors_about_outgoing_packets_reach_the_container(
 
 pub(crate) fn errors_of_the_path_carry_its_mtu(fixture: &mut Fixture) -> Result<()> {
     let outside = dial_out(fixture, Kind::Segment)?;
-    let inside = from_container_wire("a1", 4000, SERVER);
+    let inside = dials_out(Kind::Segment);
     let error = Error { fault: Fault::TooBig(1280), ..Error::from_outside(ROUTER) };
     let wanted = Error { destination: address("a1"), ..error.clone() }.about(
         fixture.family,
@@ -330,11 +335,10 @@ fn expect_for_a1(
 }
 
 pub(crate) fn errors_quote_as_much_as_they_like(fixture: &mut Fixture) -> Result<()> {
-    let inside = from_container_wire("a1", 4000, SERVER);
     let mut kinds = vec![Kind::Segment, Kind::Udp, Kind::BareUdp, Kind::Request];
     kinds.retain(|kind| kind.is_of(fixture.family));
     for kind in kinds {
-        let outside = dial_out(fixture, kind)?;
+        let (inside, outside) = (dials_out(kind), dial_out(fixture, kind)?);
         let quoted = Datagram::new(kind, outside);
         // Through the transport header and its checksum, and some way into the payload.
         let least = ip_bytes(fixture.family) + 8;
@@ -351,9 +355,8 @@ pub(crate) fn errors_quote_as_much_as_they_like(fixture: &mut Fixture) -> Result
 }
 
 pub(crate) fn errors_quote_options_and_first_fragments(fixture: &mut Fixture) -> Result<()> {
-    let inside = from_container_wire("a1", 4000, SERVER);
     for kind in KINDS {
-        let outside = dial_out(fixture, kind)?;
+        let (inside, outside) = (dials_out(kind), dial_out(fixture, kind)?);
         for shape in Shape::ALL {
             let quoted = Datagram::new(kind, outside).shaped(shape);
             expect_for_a1(fixture, &Error::from_outside(ROUTER), &quoted, inside)

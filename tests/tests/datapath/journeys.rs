@@ -61,7 +61,7 @@ impl Talk {
 
     /// The port that is dialled from, or the identifier.
     fn own_port(self, port: u16) -> u16 {
-        if self == Self::Gre { 0 } else { port }
+        if self == Self::Gre { 0 } else { self.rounds()[0].0.kept(port) }
     }
 
     fn at(self, address: Ipv4Addr, port: u16) -> SocketAddrV4 {

@@ -76,6 +76,7 @@ const TRIALS: &[Promise] = trials! {
     nat:
         a_port_outside_the_ephemeral_range_is_kept,
         a_port_in_the_ephemeral_range_moves_to_the_reserved_one,
+        identifiers_of_pings_come_from_the_reserved_range,
         two_containers_with_one_port_get_two,
         a_published_port_is_never_a_source,
         a_port_of_a_host_socket_is_never_a_source,

@@ -74,10 +74,22 @@ pub(crate) fn a_port_outside_the_ephemeral_range_is_kept(fixture: &mut Fixture) 
             ensure!(source == SocketAddrV4::new(HOST, port), "{kind:?} from {port}: {source}");
         }
     }
-    for identifier in [0, 1, 4000, 61_000] {
-        let to = SocketAddrV4::new(OUTSIDE, 0);
+    Ok(())
+}
+
+pub(crate) fn identifiers_of_pings_come_from_the_reserved_range(
+    fixture: &mut Fixture,
+) -> Result<()> {
+    // The host's own pings have any, and nobody can look them up.
+    let to = SocketAddrV4::new(OUTSIDE, 0);
+    for identifier in [0, 1, 4000, 49_999, 61_000, 65_535] {
         let source = dial(fixture, Kind::Request, "a1", identifier, to)?;
-        ensure!(source.port() == identifier, "ping {identifier}: {source}");
+        ensure!((50_000..=60_999).contains(&source.port()), "ping {identifier}: {source}");
+    }
+    for identifier in [50_000, 55_555, 60_999] {
+        let other = SocketAddrV4::new(Ipv4Addr::new(10, 0, 0, 4), 0);
+        let source = dial(fixture, Kind::Request, "a1", identifier, other)?;
+        ensure!(source == SocketAddrV4::new(HOST, identifier), "ping {identifier}: {source}");
     }
     Ok(())
 }
@@ -105,10 +117,11 @@ pub(crate) fn two_containers_with_one_port_get_two(fixture: &mut Fixture) -> Res
     for (kind, to) in
         [(Kind::Syn, SERVER), (Kind::Udp, SERVER), (Kind::Request, SocketAddrV4::new(OUTSIDE, 0))]
     {
-        let first = dial(fixture, kind, "a1", 4000, to)?;
-        let second = dial(fixture, kind, "a2", 4000, to)?;
-        let third = dial(fixture, kind, "b1", 4000, to)?;
-        ensure!(first == SocketAddrV4::new(HOST, 4000), "{kind:?}: {first}");
+        let port = kind.kept(4000);
+        let first = dial(fixture, kind, "a1", port, to)?;
+        let second = dial(fixture, kind, "a2", port, to)?;
+        let third = dial(fixture, kind, "b1", port, to)?;
+        ensure!(first == SocketAddrV4::new(HOST, port), "{kind:?}: {first}");
         ensure!(ephemeral_free(second.port()) && ephemeral_free(third.port()), "{second}, {third}");
         ensure!(second != third, "{kind:?}: both are {second}");
     }
@@ -144,8 +157,8 @@ pub(crate) fn a_published_port_is_never_a_source(fixture: &mut Fixture) -> Resul
         ensure!(taken.is_subset(&BTreeSet::from([20_002, 20_003])), "{kind:?}: {taken:?}");
     }
     // An ICMP identifier is no port.
-    let ping = dial(fixture, Kind::Request, "a1", 8080, SocketAddrV4::new(OUTSIDE, 0))?;
-    ensure!(ping.port() == 8080, "{ping}");
+    let ping = dial(fixture, Kind::Request, "a1", 20_000, SocketAddrV4::new(OUTSIDE, 0))?;
+    ensure!(ping.port() == 20_000, "{ping}");
     Ok(())
 }
 
@@ -219,11 +232,14 @@ pub(crate) fn without_a_free_port_a_new_flow_is_refused(fixture: &mut Fixture) -
         let refused = Datagram::new(kind, from_container_wire("a1", 40_004, to));
         expect_refusal(fixture, "a1", &refused, Reason::PortsExhausted)?;
         ensure!(fixture.halves()? == halves, "a refused flow left a half");
-        // The others go on, and other destinations and kept ports are no part of it.
+        // The others go on, and other destinations and kept ports are no part of it; a ping has
+        // none of those.
         let established = Datagram::new(kind, from_container_wire("a1", 40_000, to));
         fixture.expect("an older one", from_container("a1"), &established, pass())?;
         dial(fixture, kind, "a1", 40_004, other)?;
-        dial(fixture, kind, "a1", 4000, to)?;
+        if kind != Kind::Request {
+            dial(fixture, kind, "a1", 4000, to)?;
+        }
     }
     Ok(())
 }
@@ -334,7 +350,8 @@ pub(crate) fn checksums_hold_for_every_carry(fixture: &mut Fixture) -> Result<()
         let kind = kinds[round % kinds.len()];
         let port = if kind == Kind::Request { 0 } else { random.next() as u16 | 1 };
         let outside = Ipv4Addr::from(0x0b00_0000 | (random.next() as u32 & 0x00ff_ffff));
-        let dials = from_container_wire("a1", 1 + round as u16, SocketAddrV4::new(outside, port));
+        let own = kind.kept(1 + round as u16);
+        let dials = from_container_wire("a1", own, SocketAddrV4::new(outside, port));
         let length = random.next() as usize % 1400;
         let mut packet = Datagram::new(kind, dials)
             .shaped(Shape { options: random.next().is_multiple_of(2), cut: false });
@@ -344,7 +361,7 @@ pub(crate) fn checksums_hold_for_every_carry(fixture: &mut Fixture) -> Result<()
         let name = format!("round {round} of seed {seed:#x}");
         fixture.expect(&name, from_container("a1"), &packet, opening)?;
         let routed = dials.on_link(UPLINK_MAC, ROUTER_MAC);
-        let seen = pass_as(routed.from(SocketAddrV4::new(HOST, 1 + round as u16)));
+        let seen = pass_as(routed.from(SocketAddrV4::new(HOST, own)));
         fixture.expect(&name, to_uplink("up0", Some("br-a")), &packet.with_wire(routed), seen)?;
     }
     Ok(())
