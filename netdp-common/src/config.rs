@@ -17,6 +17,11 @@ wire! {
         pub ephemeral_first: u16,
         /// Last one.
         pub ephemeral_last: u16,
+        /// Whether some network maps independently of endpoints: 0 or 1. Where none does, nobody
+        /// has to look for mappings.
+        pub has_mappings: u32,
+        /// Zero.
+        pub pad: u32,
     }
 }
 

@@ -108,6 +108,8 @@ reasons! {
     EndpointLimit = "endpoint_limit",
     /// A flow that nobody had answered made room in a full table (not a drop).
     Reclaimed = "reclaimed",
+    /// New mapping of an endpoint's port, whomever it talks to (not a drop).
+    Mapping = "mapping",
 }
 
 impl Reason {
@@ -118,7 +120,10 @@ impl Reason {
 
     /// Whether the packet was dropped.
     pub const fn is_drop(self) -> bool {
-        !matches!(self, Self::FlowOut | Self::FlowIn | Self::FlowHairpin | Self::Reclaimed)
+        !matches!(
+            self,
+            Self::FlowOut | Self::FlowIn | Self::FlowHairpin | Self::Reclaimed | Self::Mapping
+        )
     }
 }
 

@@ -7,8 +7,9 @@
 
 use crate::{
     abi::wire,
-    addr::{Address, Be32, Be128, Tuple},
+    addr::{Address, Be16, Be32, Be128, Tuple},
     config::Timeouts,
+    network::NETWORKS_MAX,
 };
 
 /// Default size of each flow table in flows; the map has two entries for each.
@@ -17,17 +18,24 @@ pub const FLOWS_DEFAULT: u32 = 262_144;
 /// Zone of packets that arrive from outside; other zones are network ids.
 pub const ZONE_WORLD: u32 = 0;
 
+/// Added to the zones of a mapping, in which no packet arrives.
+///
+/// A mapping is a flow to nobody in particular: it holds the port outside that an endpoint's port
+/// has whomever it talks to. The flows that leave by it are flows of their own.
+pub const ZONE_MAPPING: u32 = 0x8000;
+
 wire! {
     /// Key of FLOW4 and FLOW6.
     pub struct FlowKey<A> {
-        /// Where the packet arrives: a network id, or [`ZONE_WORLD`].
-        pub zone: u32,
         /// Addresses and ports on arrival.
         pub tuple: Tuple<A>,
+        /// Where the packet arrives: a network id, or [`ZONE_WORLD`]; of a mapping, with
+        /// [`ZONE_MAPPING`] added.
+        pub zone: u16,
         /// IP protocol number.
         pub proto: u8,
         /// Zero.
-        pub pad: [u8; 3],
+        pub pad: u8,
     }
 }
 
@@ -60,6 +68,9 @@ wire! {
     }
 }
 
+// A zone is 16 bits of a key: a table has two keys for each flow, so their bytes count.
+const _: () = assert!(NETWORKS_MAX <= ZONE_MAPPING && ZONE_MAPPING < 1 << 16);
+
 // The programs copy halves in words of 64 bits.
 const _: () = assert!(
     size_of::<Flow<Be32>>().is_multiple_of(8) && size_of::<Flow<Be128>>().is_multiple_of(8)
@@ -71,6 +82,8 @@ pub mod flag {
     pub const ORIGINAL: u8 = 1;
     /// The flow entered its network from elsewhere: the policy has a say.
     pub const INBOUND: u8 = 2;
+    /// The flow leaves by a mapping, which it keeps alive; with [`INBOUND`]: it came in by one.
+    pub const MAPPED: u8 = 4;
 }
 
 /// Values of [`Flow::stage`]: which hook rewrites the packet. Netfilter's order, for the stack's
@@ -105,7 +118,37 @@ impl<A: Address> FlowKey<A> {
     /// Key of packets with these addresses that arrive in `zone`.
     #[inline(always)]
     pub const fn new(zone: u32, tuple: Tuple<A>, proto: u8) -> Self {
-        Self { zone, tuple, proto, pad: [0; 3] }
+        Self { tuple, zone: zone as u16, proto, pad: 0 }
+    }
+
+    /// Makes it the key of the mapping that gives the sender of such packets its port outside: in
+    /// place, for a caller that has no stack for another.
+    #[inline(always)]
+    pub fn make_mapping(&mut self) {
+        self.tuple.dst = A::default();
+        self.tuple.dport = Be16::default();
+        self.zone |= ZONE_MAPPING as u16;
+    }
+
+    /// Key of the mapping, as the world sees it, of the port that such packets are for.
+    #[inline(always)]
+    pub fn mapping_of_destination(&self) -> Self {
+        let nobody = Tuple { src: A::default(), sport: Be16::default(), ..self.tuple };
+        Self::new(ZONE_WORLD | ZONE_MAPPING, nobody, self.proto)
+    }
+
+    /// The network whose endpoint sends such packets; `None` = they come from the world.
+    pub const fn network(&self) -> Option<u32> {
+        match self.zone as u32 & !ZONE_MAPPING {
+            ZONE_WORLD => None,
+            network => Some(network),
+        }
+    }
+
+    /// Whether it is of a mapping.
+    #[inline(always)]
+    pub const fn is_mapping(&self) -> bool {
+        self.zone as u32 & ZONE_MAPPING != 0
     }
 }
 
@@ -119,13 +162,13 @@ impl<A: Address> Flow<A> {
     /// Writes the key of the other half: field by field, for a caller that has no stack for it.
     #[inline(always)]
     pub fn write_peer_key(&self, proto: u8, key: &mut FlowKey<A>) {
-        key.zone = self.reply_zone;
+        key.zone = self.reply_zone as u16;
         key.tuple.src = self.to.dst;
         key.tuple.dst = self.to.src;
         key.tuple.sport = self.to.dport;
         key.tuple.dport = self.to.sport;
         key.proto = proto;
-        key.pad = [0; 3];
+        key.pad = 0;
     }
 }
 
@@ -235,7 +278,6 @@ mod tests {
     use core::net::Ipv4Addr;
 
     use super::*;
-    use crate::addr::Be16;
 
     #[test]
     fn halves_find_each_other() {

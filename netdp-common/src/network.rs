@@ -66,6 +66,10 @@ pub mod flag {
     pub const IPV4: u32 = 256;
     /// The network carries IPv6.
     pub const IPV6: u32 = 512;
+    /// Masquerade gives an endpoint's port one port outside, whomever it talks to (RFC 4787, REQ-1).
+    pub const MAPPING: u32 = 1024;
+    /// With [`MAPPING`]: whoever sends to that port reaches the endpoint (RFC 4787, REQ-8).
+    pub const FULL_CONE: u32 = 2048;
 }
 
 impl Network {

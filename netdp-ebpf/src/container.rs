@@ -14,7 +14,7 @@ use network_types::eth::EthHdr;
 use crate::{
     family::Family,
     flow::{self, SourcePorts},
-    maps, packet,
+    mapping, maps, packet,
     packet::{Arp, Frame, Packet},
     policy, publish, refuse,
     verdict::{Decision, Verdict, drop},
@@ -248,8 +248,12 @@ fn to_world<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision 
     // No route, a blackhole, forwarding off: the stack's to answer. `to_uplink` has no flow for
     // the packet then and would drop it.
     let Some(exit) = leave(packet, sender)? else { return Ok(Verdict::Pass) };
-    let source = F::address(exit);
     packet.require_opening(sender.id)?;
+    let snat = F::subnet(network).snat;
+    let source = if snat.is_unspecified() { F::address(exit) } else { snat };
+    let is_mapped =
+        network.has(flag::MASQUERADE | flag::MAPPING) && mapping::is_for(packet.transport);
+    let mapped = if is_mapped { mapping::source(packet, sender, source)? } else { None };
     let Some(new) = F::new_flow() else { return sender.drop(Reason::NotReady) };
     new.prepare(packet, sender.id, ZONE_WORLD, sender.id);
     new.reply.generation = 0;
@@ -259,12 +263,16 @@ fn to_world<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision 
     half.generation = sender.interface.generation;
     half.stage = stage::EGRESS;
     if network.has(flag::MASQUERADE) {
-        let snat = F::subnet(network).snat;
-        half.to.src = if snat.is_unspecified() { source } else { snat };
+        half.to.src = source;
         if half.to.src.is_unspecified() {
             return sender.drop(Reason::NoUplink);
         }
         new.ports = SourcePorts::Host;
+        if let Some(port) = mapped {
+            half.to.sport = port;
+            half.flags |= flow_flag::MAPPED;
+            new.ports = SourcePorts::Mapped;
+        }
     }
     flow::begin(packet, sender.id, Reason::FlowOut, network.endpoint_flows)?;
     Ok(Verdict::Pass)

@@ -14,7 +14,7 @@ use netdp_common::{
 use crate::{
     aging,
     family::Family,
-    kernel, maps,
+    kernel, mapping, maps,
     maps::FlowRef,
     packet::{Headers, Packet},
     policy, publish,
@@ -59,7 +59,7 @@ fn note<F: Family>(
     generation: u32,
     copy: &mut Flow<F::Address>,
 ) -> Decision<bool> {
-    let key = FlowKey::new(zone, headers.tuple, headers.proto);
+    let mut key = FlowKey::new(zone, headers.tuple, headers.proto);
     let Some(flow) = F::flow(&key) else { return Ok(false) };
     flow.copy_to(copy);
     let half = &*copy;
@@ -69,6 +69,11 @@ fn note<F: Family>(
     }
     if half.flags & flag::INBOUND != 0 {
         judge_again::<F>(&key, flow, half)?;
+    }
+    // Only what goes out keeps it alive (RFC 4787, REQ-6).
+    let goes_out = half.flags & (flag::MAPPED | flag::INBOUND) == flag::MAPPED;
+    if goes_out && headers.seen != 0 && half.last_seen != kernel::now() {
+        mapping::refresh::<F>(&mut key);
     }
     // An error shows nothing: it neither refreshes a flow nor ends it (RFC 5508, REQ-6).
     if headers.seen == 0 {
@@ -249,10 +254,10 @@ impl<F: Family> NewFlow<F> {
         reply_zone: u32,
         network: u32,
     ) {
-        self.key.zone = zone;
+        self.key.zone = zone as u16;
         self.key.tuple = packet.tuple;
         self.key.proto = packet.proto;
-        self.key.pad = [0; 3];
+        self.key.pad = 0;
         let half = &mut self.half;
         half.to = packet.tuple;
         half.reply_zone = reply_zone;
@@ -280,6 +285,8 @@ pub(crate) enum SourcePorts {
     /// The source becomes an address of the host: a port that no socket of the host and no
     /// published port can have.
     Host,
+    /// As `Host`, but first the port of the mapping by which the flow leaves, whatever it is.
+    Mapped,
 }
 
 /// Opens the flow that was prepared for `packet`, counting it as `kind` for `network`; the endpoint
@@ -362,16 +369,17 @@ fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config)
     new.reply.to.dst = new.key.tuple.src;
     new.reply.to.sport = new.key.tuple.dport;
     new.reply.to.dport = new.key.tuple.sport;
-    new.reply.reply_zone = new.key.zone;
+    new.reply.reply_zone = new.key.zone.into();
     new.reply.network = new.half.network;
     new.reply.policy_generation = new.half.policy_generation;
     new.reply.last_seen = new.half.last_seen;
     new.reply.acknowledged = 0;
-    new.reply.flags = new.half.flags & !flag::ORIGINAL;
+    new.reply.flags = new.half.flags & !(flag::ORIGINAL | flag::MAPPED);
     new.reply.pad = 0;
     new.half.write_peer_key(new.key.proto, &mut new.reply_key);
     let mut next = kernel::random();
     let mut is_chosen = may_keep(ports, new.key.proto, new.half.to.sport, config);
+    let mut is_mapped = ports == SourcePorts::Mapped;
     for _ in 0..ROUNDS {
         if !is_chosen && !choose_port(new, config, &mut next) {
             // Taken ports lie close together: on to somewhere else.
@@ -379,7 +387,14 @@ fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config)
             continue;
         }
         is_chosen = false;
-        if ports == SourcePorts::Host && is_the_hosts::<F>(skb, &new.half.to, new.key.proto) {
+        let is_own_mapping = is_mapped;
+        is_mapped = false;
+        if matches!(ports, SourcePorts::Host | SourcePorts::Mapped)
+            && (is_the_hosts::<F>(skb, &new.half.to, new.key.proto)
+                || config.has_mappings != 0
+                    && !is_own_mapping
+                    && mapping::has_port::<F>(&new.reply_key))
+        {
             continue;
         }
         match insert_half::<F>(&new.reply_key, &new.reply) {
@@ -488,7 +503,7 @@ fn adopt<F: Family>(new: &mut NewFlow<F>) -> Opened {
 fn may_keep(ports: SourcePorts, proto: u8, wish: Be16, config: &Config) -> bool {
     let wish = wish.get();
     match ports {
-        SourcePorts::Kept | SourcePorts::Preferred => true,
+        SourcePorts::Kept | SourcePorts::Preferred | SourcePorts::Mapped => true,
         // No lookup tells what identifiers the host pings with, and programs like the same ones:
         // process ids, 1. In our own range they hardly meet.
         SourcePorts::Host if matches!(proto, IPPROTO_ICMP | IPPROTO_ICMPV6) => {

@@ -14,6 +14,7 @@ mod family;
 mod flow;
 mod icmp_error;
 mod kernel;
+mod mapping;
 mod maps;
 mod neighbour;
 mod own_error;

@@ -436,7 +436,7 @@ impl<A: Address> FlowRef<A> {
             | found.to.dst.xor(key.tuple.src)
             | u32::from(found.to.sport.raw ^ key.tuple.dport.raw)
             | u32::from(found.to.dport.raw ^ key.tuple.sport.raw)
-            | (found.reply_zone ^ key.zone);
+            | (found.reply_zone ^ u32::from(key.zone));
         differences == 0
     }
 

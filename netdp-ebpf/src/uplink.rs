@@ -12,7 +12,7 @@ use netdp_common::{
 use crate::{
     family::Family,
     flow::{self, SourcePorts},
-    maps, own_error, packet,
+    mapping, maps, own_error, packet,
     packet::{Packet, Transport},
     policy, publish,
     verdict::{Decision, Verdict, drop},
@@ -56,8 +56,13 @@ fn decide<F: Family>(packet: &mut Packet<'_, F>, uplink: &Interface, ifindex: u3
     let destination = packet.destination;
     if F::is_local(destination) {
         return match publish::target(packet) {
-            Some(target) => admit(packet, target.address, target.port, target.network),
-            None => Ok(Verdict::Pass),
+            Some(target) => admit(packet, target.address, target.port, target.network, 0),
+            None => match mapping::admits(packet) {
+                Some(half) => {
+                    admit(packet, half.to.dst, half.to.dport, half.network, flow_flag::MAPPED)
+                }
+                None => Ok(Verdict::Pass),
+            },
         };
     }
     if destination.is_multicast_or_broadcast() || destination.is_link_local() {
@@ -86,16 +91,18 @@ fn to_container<F: Family>(packet: &mut Packet<'_, F>, id: u32) -> Decision {
     if !open {
         return drop(Reason::DirectAccess, id);
     }
-    admit(packet, packet.tuple.dst, packet.tuple.dport, id)
+    admit(packet, packet.tuple.dst, packet.tuple.dport, id, 0)
 }
 
-/// Opens a flow to a container's port in network `id`, if its policy lets the source in.
+/// Opens a flow to a container's port in network `id`, if its policy lets the source in; `by` is
+/// what its flags say besides.
 #[inline(always)]
 fn admit<F: Family>(
     packet: &mut Packet<'_, F>,
     address: F::Address,
     port: Be16,
     id: u32,
+    by: u8,
 ) -> Decision {
     let Some(network) = maps::network(id) else { return drop(Reason::NotReady, id) };
     let Some(endpoint) = F::endpoint(address) else { return drop(Reason::StaleFlow, id) };
@@ -113,7 +120,7 @@ fn admit<F: Family>(
     new.prepare(packet, ZONE_WORLD, id, id);
     new.half.to.dst = address;
     new.half.to.dport = port;
-    new.half.flags |= flow_flag::INBOUND;
+    new.half.flags |= flow_flag::INBOUND | by;
     new.half.policy_generation = policy_generation;
     new.half.stage = stage::INGRESS;
     new.reply.generation = endpoint.generation;

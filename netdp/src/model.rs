@@ -90,6 +90,8 @@ pub struct Network {
     pub icc: bool,
     /// Source NAT for what leaves through an uplink.
     pub masquerade: bool,
+    /// How much that depends on whom an endpoint talks to.
+    pub nat: NatBehaviour,
     /// MTU of bridge and endpoints in bytes; the kernel's 1500 where the user said nothing.
     pub mtu: u32,
     /// Most flows that one endpoint may have opened, in both families together; 0 = no limit.
@@ -131,6 +133,26 @@ pub enum GatewayMode {
     Routed,
     /// As an internal network, and the host is unreachable.
     Isolated,
+}
+
+/// How much source NAT depends on whom an endpoint talks to (RFC 4787, sections 4.1 and 5).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NatBehaviour {
+    /// Each flow gets a port of its own, and only its peer's packets come back by it.
+    #[default]
+    EndpointDependent,
+    /// An endpoint's port gets one port outside for all its flows; packets come back as above.
+    EndpointIndependentMapping,
+    /// The same, and whoever sends to that port reaches the endpoint, if the policy agrees.
+    EndpointIndependent,
+}
+
+impl NatBehaviour {
+    /// Whether an endpoint's port gets one port outside for all its flows.
+    #[must_use]
+    pub const fn maps(self) -> bool {
+        !matches!(self, Self::EndpointDependent)
+    }
 }
 
 /// One container's attachment to one network.

@@ -369,6 +369,7 @@ fn network_program(network: &Network, bridge: &BridgePlan, ifindex: u32) -> Netw
         internal: network.internal,
         icc: network.icc,
         masquerade: network.masquerade,
+        nat: network.nat,
         endpoint_flows: network.endpoint_flows,
         policy: network.policy.iter().flat_map(PolicyRule::rules).collect(),
         policy_generation: network.policy_generation,

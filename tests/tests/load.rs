@@ -16,7 +16,7 @@ use netdp::dataplane::ebpf::{Ebpf, EbpfOptions, FEATURES, Feature, Features};
 use netdp::dataplane::{
     Dataplane, Drift, EndpointProgram, NatPorts, NetworkProgram, Program, SubnetProgram, Uplink,
 };
-use netdp::model::{EndpointId, GatewayMode, MacAddress, NetworkId};
+use netdp::model::{EndpointId, GatewayMode, MacAddress, NatBehaviour, NetworkId};
 use netdp_common::config::Timeouts;
 use netdp_tests::harness::Outcome;
 use netdp_tests::namespace::Namespace;
@@ -245,6 +245,7 @@ impl Host {
             internal: false,
             icc: true,
             masquerade: true,
+            nat: NatBehaviour::EndpointIndependent,
             endpoint_flows: 0,
             policy: Vec::new(),
             policy_generation: 1,

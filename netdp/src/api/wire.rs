@@ -103,7 +103,7 @@ pub struct CreateNetwork {
     /// Source addresses towards the world, one per family at most; also `snat_ip`.
     #[serde(default, alias = "snat_ip", deserialize_with = "one_or_more")]
     pub snat_ips: Vec<String>,
-    /// Docker's bridge options, and `netdp.endpoint_flows`.
+    /// Docker's bridge options, `netdp.endpoint_flows` and `netdp.nat`.
     #[serde(default)]
     pub options: BTreeMap<String, String>,
 }
@@ -143,8 +143,9 @@ impl CreateNetwork {
             icc: self.icc,
             masquerade: self.masquerade,
             mtu: self.mtu,
-            // Comes as an option.
+            // These come as options.
             endpoint_flows: None,
+            nat: None,
             host_bindings: addresses("host binding", &self.host_bindings)?,
             snat_ips: addresses("SNAT address", &self.snat_ips)?,
             global_id,
@@ -275,6 +276,8 @@ pub struct Settings {
     pub icc: bool,
     /// Source NAT on the way out.
     pub masquerade: bool,
+    /// "endpoint-dependent", "endpoint-independent-mapping", "endpoint-independent".
+    pub nat: String,
     /// "nat", "nat-unprotected", "routed", "isolated".
     pub gateway_mode: String,
     /// In bytes.
@@ -474,6 +477,7 @@ impl From<&model::Network> for Settings {
             internal: network.internal,
             icc: network.icc,
             masquerade: network.masquerade,
+            nat: network.nat.to_string(),
             gateway_mode: network.gateway_mode.to_string(),
             mtu: network.mtu,
             endpoint_flows: network.endpoint_flows,
@@ -685,6 +689,7 @@ mod tests {
             "options": {
                 "com.docker.network.bridge.enable_icc": "false",
                 "netdp.endpoint_flows": "1000",
+                "netdp.nat": "endpoint-independent",
             },
         }))
         .unwrap();
@@ -693,6 +698,7 @@ mod tests {
             snat_ips: vec!["10.0.0.4".parse().unwrap()],
             icc: Some(false),
             endpoint_flows: Some(1000),
+            nat: Some(model::NatBehaviour::EndpointIndependent),
             global_id: [1, 2, 3, 4, 5],
             ..fixture::network_spec("a", "172.20.0.0/24")
         };
@@ -801,6 +807,7 @@ mod tests {
             "internal": false,
             "icc": true,
             "masquerade": true,
+            "nat": "endpoint-dependent",
             "gateway_mode": "nat",
             "mtu": 1500,
             "endpoint_flows": 0,

@@ -67,7 +67,8 @@ pub(super) struct Create {
     /// Source address towards the outside instead of the uplink's, one per family
     #[arg(long = "snat-ip", value_name = "IP")]
     snat_ips: Vec<String>,
-    /// One of Docker's bridge options, or netdp.endpoint_flows=N: most flows of one endpoint
+    /// One of Docker's bridge options; netdp.endpoint_flows=N: most flows of one endpoint;
+    /// netdp.nat=endpoint-independent[-mapping]: one port outside for each port of an endpoint
     #[arg(long = "opt", short = 'o', value_name = "K=V", value_parser = parse_option)]
     options: Vec<(String, String)>,
     /// Print the network as JSON
@@ -214,6 +215,9 @@ fn mode(settings: &wire::Settings) -> String {
     let translates = settings.gateway_mode.starts_with("nat") && !settings.internal;
     if translates && !settings.masquerade {
         words.push("no masquerade");
+    }
+    if settings.nat != "endpoint-dependent" {
+        words.push(&settings.nat);
     }
     words.join(", ")
 }

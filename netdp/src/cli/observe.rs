@@ -74,9 +74,10 @@ fn table(flows: Vec<wire::Flow>) -> Table {
     table
 }
 
-/// An end of a flow; port 0 stands for none.
+/// An end of a flow; port 0 stands for none, and no address at all for anybody: a mapping's peer.
 fn end(text: &str) -> String {
     match text.parse::<SocketAddr>() {
+        Ok(end) if end.port() == 0 && end.ip().is_unspecified() => "any".to_owned(),
         Ok(end) if end.port() == 0 => end.ip().to_string(),
         _ => text.to_owned(),
     }

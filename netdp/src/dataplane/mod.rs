@@ -15,7 +15,9 @@ use netdp_common::counter::Reason;
 
 use crate::{
     family::{Family, V4, V6},
-    model::{EndpointId, GatewayMode, MacAddress, NetworkId, Protocol, PublishedPort, Rule},
+    model::{
+        EndpointId, GatewayMode, MacAddress, NatBehaviour, NetworkId, Protocol, PublishedPort, Rule,
+    },
 };
 
 pub mod ebpf;
@@ -72,6 +74,8 @@ pub struct NetworkProgram {
     pub icc: bool,
     /// Source NAT on the way out.
     pub masquerade: bool,
+    /// How much that depends on whom an endpoint talks to.
+    pub nat: NatBehaviour,
     /// Most flows that one endpoint may have opened, in both families together; 0 = no limit.
     pub endpoint_flows: u32,
     /// The user's rules in order; first match decides, no match goes on.

@@ -6,7 +6,9 @@ use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv6Net};
 
-use super::{Endpoint, GatewayMode, MacAddress, Model, Network, NetworkId, Refusal, Subnet};
+use super::{
+    Endpoint, GatewayMode, MacAddress, Model, NatBehaviour, Network, NetworkId, Refusal, Subnet,
+};
 use crate::{
     facts::{HostFacts, Link},
     family::{Family, V4, V6},
@@ -52,6 +54,8 @@ pub struct NetworkSpec {
     pub icc: Option<bool>,
     /// See [`Network::masquerade`].
     pub masquerade: Option<bool>,
+    /// See [`Network::nat`].
+    pub nat: Option<NatBehaviour>,
     /// See [`Network::mtu`].
     pub mtu: Option<u32>,
     /// See [`Network::endpoint_flows`].
@@ -234,6 +238,13 @@ impl Model {
             ));
         }
         let masquerade = spec.masquerade.unwrap_or(translates && !spec.internal);
+        let nat = spec.nat.unwrap_or_default();
+        if nat.maps() && !(masquerade && translates && !spec.internal) {
+            return Err(Refusal::invalid(format!(
+                "option netdp.nat={nat} is of no use in a network without masquerade: \
+                 leave it out or enable masquerade"
+            )));
+        }
         for &address in &spec.host_bindings {
             check_host_address("host binding", address)?;
         }
@@ -275,6 +286,7 @@ impl Model {
             internal: spec.internal,
             icc: spec.icc.unwrap_or(true),
             masquerade,
+            nat,
             mtu,
             endpoint_flows: spec.endpoint_flows.unwrap_or_default(),
             policy: Vec::new(),

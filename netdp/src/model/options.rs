@@ -1,11 +1,11 @@
-//! Docker's bridge option keys and one of our own, laid over the options of a network that is to be made.
+//! Docker's bridge option keys and two of our own, laid over the options of a network that is to be made.
 //!
 //! Owns the keys and how their values read. Whether the options make sense together is
 //! `network`'s business.
 
 use std::{fmt, net::IpAddr, str::FromStr};
 
-use super::{GatewayMode, NetworkSpec, Refusal};
+use super::{GatewayMode, NatBehaviour, NetworkSpec, Refusal};
 use crate::family::{Family, V4, V6};
 
 impl NetworkSpec {
@@ -38,6 +38,7 @@ impl NetworkSpec {
             "com.docker.network.host_ipv6" => parsed.add::<V6>(&mut self.snat_ips),
             "com.docker.network.driver.mtu" => parsed.set(&mut self.mtu, parsed.number()?),
             "netdp.endpoint_flows" => parsed.set(&mut self.endpoint_flows, parsed.number()?),
+            "netdp.nat" => parsed.set(&mut self.nat, value.parse()?),
             "com.docker.network.bridge.gateway_mode_ipv4"
             | "com.docker.network.bridge.gateway_mode_ipv6" => {
                 let mode = value.parse()?;
@@ -55,7 +56,7 @@ impl NetworkSpec {
                  com.docker.network.bridge.{{name,enable_icc,enable_ip_masquerade,\
                  host_binding_ipv4,host_binding_ipv6,gateway_mode_ipv4,gateway_mode_ipv6}}, \
                  com.docker.network.{{enable_ipv4,enable_ipv6,host_ipv4,host_ipv6}}, \
-                 com.docker.network.driver.mtu and netdp.endpoint_flows"
+                 com.docker.network.driver.mtu, netdp.endpoint_flows and netdp.nat"
             ))),
         }
     }
@@ -142,6 +143,32 @@ impl FromStr for GatewayMode {
     }
 }
 
+impl fmt::Display for NatBehaviour {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::EndpointDependent => "endpoint-dependent",
+            Self::EndpointIndependentMapping => "endpoint-independent-mapping",
+            Self::EndpointIndependent => "endpoint-independent",
+        })
+    }
+}
+
+impl FromStr for NatBehaviour {
+    type Err = Refusal;
+
+    fn from_str(text: &str) -> Result<Self, Refusal> {
+        match text {
+            "endpoint-dependent" => Ok(Self::EndpointDependent),
+            "endpoint-independent-mapping" => Ok(Self::EndpointIndependentMapping),
+            "endpoint-independent" => Ok(Self::EndpointIndependent),
+            _ => Err(Refusal::invalid(format!(
+                "option netdp.nat={text:?}: give endpoint-dependent, endpoint-independent-mapping \
+                 or endpoint-independent"
+            ))),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,6 +191,7 @@ mod tests {
             ("com.docker.network.enable_ipv4", "0"),
             ("com.docker.network.enable_ipv6", "true"),
             ("netdp.endpoint_flows", "1000"),
+            ("netdp.nat", "endpoint-independent-mapping"),
         ] {
             spec.apply_option(key, value).unwrap();
         }
@@ -179,6 +207,7 @@ mod tests {
                 mtu: Some(1400),
                 gateway_mode: Some(GatewayMode::NatUnprotected),
                 endpoint_flows: Some(1000),
+                nat: Some(NatBehaviour::EndpointIndependentMapping),
                 snat_ips: ["10.0.0.9", "fd00::9"].map(|text| text.parse().unwrap()).into(),
                 ..NetworkSpec::default()
             }
@@ -205,6 +234,7 @@ mod tests {
             ("com.docker.network.bridge.gateway_mode_ipv4", "open", "is no gateway mode"),
             ("netdp.endpoint_flows", "many", "give a number"),
             ("netdp.endpoint_flow", "1", "is not known"),
+            ("netdp.nat", "full-cone", "give endpoint-dependent"),
             ("com.docker.network.bridge.inhibit_ipv4", "true", "is not known"),
         ] {
             let refusal = spec.apply_option(key, value).unwrap_err();

@@ -8,7 +8,7 @@ use super::*;
 use crate::{
     dataplane::PublishedTarget,
     facts::LinkAddress,
-    model::{GatewayMode, Protocol, PublishedPort, policy, tests::steady},
+    model::{GatewayMode, NatBehaviour, Protocol, PublishedPort, policy, tests::steady},
 };
 
 const A: NetworkId = NetworkId(1);
@@ -36,6 +36,7 @@ fn network(id: u32) -> Network {
         internal: false,
         icc: true,
         masquerade: true,
+        nat: NatBehaviour::EndpointIndependent,
         mtu: 1500,
         endpoint_flows: 1000,
         policy: Vec::new(),
@@ -234,6 +235,7 @@ fn the_program_names_what_exists() {
                 internal: false,
                 icc: true,
                 masquerade: true,
+                nat: NatBehaviour::EndpointIndependent,
                 endpoint_flows: 1000,
                 policy: Vec::new(),
                 policy_generation: 0,

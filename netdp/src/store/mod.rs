@@ -413,7 +413,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::model::{GatewayMode, NetworkSpec, policy, tests as fixture};
+    use crate::model::{GatewayMode, NatBehaviour, NetworkSpec, policy, tests as fixture};
 
     /// A model that uses every field.
     fn full_model() -> Model {
@@ -425,6 +425,7 @@ mod tests {
             gateway_mode: Some(GatewayMode::NatUnprotected),
             icc: Some(false),
             endpoint_flows: Some(1000),
+            nat: Some(NatBehaviour::EndpointIndependent),
             ..fixture::network_spec("b", "172.21.0.0/24")
         };
         model.create_network(spec, &fixture::host()).unwrap();

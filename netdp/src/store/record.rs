@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use crate::{
     family::Family,
     model::{
-        Action, Endpoint, EndpointId, GatewayMode, MacAddress, NetnsIdentity, Network, NetworkId,
-        PolicyRule, Protocol, PublishedPort, Source, Subnet,
+        Action, Endpoint, EndpointId, GatewayMode, MacAddress, NatBehaviour, NetnsIdentity,
+        Network, NetworkId, PolicyRule, Protocol, PublishedPort, Source, Subnet,
     },
 };
 
@@ -29,6 +29,9 @@ pub(super) struct NetworkRecord {
     internal: bool,
     icc: bool,
     masquerade: bool,
+    /// Older records have none.
+    #[serde(default)]
+    nat: NatRecord,
     mtu: u32,
     /// Older records have none.
     #[serde(default)]
@@ -54,6 +57,35 @@ enum ModeRecord {
     NatUnprotected,
     Routed,
     Isolated,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum NatRecord {
+    #[default]
+    Dependent,
+    IndependentMapping,
+    Independent,
+}
+
+impl From<NatBehaviour> for NatRecord {
+    fn from(nat: NatBehaviour) -> Self {
+        match nat {
+            NatBehaviour::EndpointDependent => Self::Dependent,
+            NatBehaviour::EndpointIndependentMapping => Self::IndependentMapping,
+            NatBehaviour::EndpointIndependent => Self::Independent,
+        }
+    }
+}
+
+impl From<NatRecord> for NatBehaviour {
+    fn from(record: NatRecord) -> Self {
+        match record {
+            NatRecord::Dependent => Self::EndpointDependent,
+            NatRecord::IndependentMapping => Self::EndpointIndependentMapping,
+            NatRecord::Independent => Self::EndpointIndependent,
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -110,6 +142,7 @@ impl From<&Network> for NetworkRecord {
             internal: network.internal,
             icc: network.icc,
             masquerade: network.masquerade,
+            nat: network.nat.into(),
             mtu: network.mtu,
             endpoint_flows: network.endpoint_flows,
             policy: network.policy.iter().map(RuleRecord::from).collect(),
@@ -135,6 +168,7 @@ impl NetworkRecord {
             internal: self.internal,
             icc: self.icc,
             masquerade: self.masquerade,
+            nat: self.nat.into(),
             mtu: self.mtu,
             endpoint_flows: self.endpoint_flows,
             policy: self.policy.into_iter().map(RuleRecord::into_rule).collect::<Result<_>>()?,

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use netdp_common::abi::ABI;
 use netdp_common::addr::{Address, Be32, Be128};
 use netdp_common::aging::Collection;
-use netdp_common::flow::{Flow, FlowKey, ZONE_WORLD};
+use netdp_common::flow::{Flow, FlowKey};
 use netdp_tests::bpf::PinnedMap;
 use netdp_tests::harness::{Outcome, Row};
 use netdp_tests::lab::Lab;
@@ -125,7 +125,7 @@ impl Pinned {
             collection: PinnedMap::open(&maps.join("COLLECTION"), 4, size_of::<Collection>())?,
             describe: |key| {
                 let key: FlowKey<A> = bytemuck::try_pod_read_unaligned(key).ok()?;
-                (key.zone != ZONE_WORLD).then(|| (key.proto, key.tuple.sport.get()))
+                key.network().map(|_| (key.proto, key.tuple.sport.get()))
             },
         })
     }

@@ -64,6 +64,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("OUT-15", out::nothing_leaves_by_an_interface_without_program),
     ("OUT-16", out::uplink_on_an_uplink_works),
     ("OUT-17", out::pings_with_one_identifier_stay_apart),
+    ("OUT-19", out::one_port_is_one_port_outside),
     ("ISO-01", isolation::neighbours_talk_untranslated),
     ("ISO-02", isolation::icc_off_parts_neighbours),
     ("ISO-03", isolation::networks_are_walls),

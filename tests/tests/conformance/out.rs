@@ -224,6 +224,48 @@ pub(crate) fn pings_with_one_identifier_stay_apart(row: &Row) -> Result<Outcome>
     })
 }
 
+pub(crate) fn one_port_is_one_port_outside(row: &Row) -> Result<Outcome> {
+    /// In the host's own range, so that it is never kept.
+    const PORT: u16 = 40_001;
+    let net = row.net();
+    row.in_standard_lab(|lab| {
+        let options = |nat| ["--opt", nat];
+        lab.create_network("net-a", net.subnet_a, &options("netdp.nat=endpoint-independent"))?;
+        let only_mapping = options("netdp.nat=endpoint-independent-mapping");
+        lab.create_network("net-b", net.subnet_b, &only_mapping)?;
+        let outside = lab.outside();
+        let servers = [net.outside, net.guests[0], net.guests[1]];
+        let _tcp: Vec<_> = servers.map(|at| outside.tcp_server("outside", (at, 7))).into();
+        let _udp: Vec<_> = servers.map(|at| outside.udp_server("outside", (at, 7))).into();
+        for (network, name, address) in [("net-a", "a1", net.a1), ("net-b", "b1", net.b1)] {
+            let container = lab.attach(network, name, address, &[])?;
+            let (mut by_tcp, mut by_udp) = (Vec::new(), Vec::new());
+            for server in servers {
+                let local = (address, PORT);
+                by_tcp.push(container.tcp((server, 7)).from(local).exchange()?.peer);
+                by_udp.push(container.udp((server, 7)).from(local).exchange()?.peer);
+            }
+            for seen in [&by_tcp, &by_udp] {
+                expect_same("the address outside", &seen[0].ip(), &net.host)?;
+                ensure!(seen.iter().all(|one| *one == seen[0]), "one port is seen as {seen:?}");
+            }
+            let _tcp = container.tcp_server(name, (address, PORT))?;
+            let _udp = container.udp_server(name, (address, PORT))?;
+            let stranger = (net.guests[4], 5555);
+            let (tcp, udp) = (outside.tcp(by_tcp[0]), outside.udp(by_udp[0]));
+            let (tcp, udp) = (tcp.from(stranger), udp.from(stranger));
+            if name == "a1" {
+                tcp.exchange()?.by(name)?.saw_client_at(stranger.0)?;
+                udp.exchange()?.by(name)?.saw_client_at(stranger.0)?;
+            } else {
+                tcp.refused()?;
+                udp.refused()?;
+            }
+        }
+        Ok(())
+    })
+}
+
 pub(crate) fn multicast_stays_on_the_bridge(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::{
-    maps::{Array, HashMap, Map, MapData},
+    maps::{Array, HashMap, Map, MapData, MapError, Queue},
     programs::{SchedClassifier, TcAttachType},
 };
 use bytemuck::{Pod, bytes_of, pod_read_unaligned};
@@ -24,7 +24,7 @@ use netdp::{
         PublishedTarget, SubnetProgram, Uplink,
         ebpf::{Ebpf, EbpfOptions},
     },
-    model::{EndpointId, GatewayMode, MacAddress, NetworkId, Protocol},
+    model::{EndpointId, GatewayMode, MacAddress, NatBehaviour, NetworkId, Protocol},
 };
 use netdp_common::{
     addr::{Address, Be32, Be128},
@@ -392,6 +392,7 @@ impl Fixture {
         let program = self.program.clone();
         self.backend().apply(&program)?;
         self.remove_halves(|_| true)?;
+        self.forget_order()?;
         self.forget_fragments::<{ size_of::<FragmentKey<Be32>>() }>("FRAGMENT4")?;
         self.forget_fragments::<{ size_of::<FragmentKey<Be128>>() }>("FRAGMENT6")?;
         let mut usage = self.usage()?;
@@ -619,6 +620,12 @@ impl Fixture {
         Ok(())
     }
 
+    /// Empties the queues of keys: in a full one, whoever opens a flow looks after the oldest.
+    pub(crate) fn forget_order(&self) -> Result<()> {
+        forget_order::<{ size_of::<FlowKey<Be32>>() }>(self.map("PENDING4")?)?;
+        forget_order::<{ size_of::<FlowKey<Be128>>() }>(self.map("PENDING6")?)
+    }
+
     /// Number of halves in the flow tables.
     pub(crate) fn halves(&self) -> Result<usize> {
         let mut halves = 0;
@@ -637,6 +644,18 @@ impl Fixture {
     /// Pin of a map.
     pub(crate) fn map_path(&self, name: &str) -> PathBuf {
         self.bpffs.path().join(format!("netdp/v{}/maps", netdp_common::abi::ABI)).join(name)
+    }
+}
+
+/// See [`Fixture::forget_order`].
+fn forget_order<const KEY: usize>(map: MapData) -> Result<()> {
+    let mut order: Queue<_, [u8; KEY]> = Map::Queue(map).try_into()?;
+    loop {
+        match order.pop(0) {
+            Ok(_) => {}
+            Err(MapError::ElementNotFound) => return Ok(()),
+            Err(error) => return Err(error).context("take a flow out of the order"),
+        }
     }
 }
 
@@ -704,7 +723,7 @@ where
     for (key, value) in table.iter().collect::<Result<Vec<_>, _>>()? {
         let mut flow: Flow<A> = pod_read_unaligned(&value);
         let mut half = Half {
-            zone: Zone(pod_read_unaligned::<FlowKey<A>>(&key).zone),
+            zone: Zone(pod_read_unaligned::<FlowKey<A>>(&key).zone.into()),
             is_original: flow.flags & flag::ORIGINAL != 0,
             last_seen: flow.last_seen,
         };
@@ -803,6 +822,7 @@ fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
             internal: id == INTERNAL,
             icc: id != ICC_OFF,
             masquerade: id != UNMASQUERADED,
+            nat: NatBehaviour::EndpointDependent,
             endpoint_flows: 0,
             policy: Vec::new(),
             policy_generation: 1,

@@ -24,6 +24,7 @@ mod flows;
 mod host;
 mod hostile;
 mod journeys;
+mod mapping;
 mod nat;
 mod neighbours;
 mod policies;
@@ -87,6 +88,13 @@ const TRIALS: &[Promise] = trials! {
         checksums_hold_for_every_carry,
         a_udp_checksum_never_becomes_zero,
         a_packet_too_large_for_its_exit_is_the_stacks_to_answer;
+    mapping:
+        an_endpoints_port_has_one_port_outside,
+        a_mapped_port_is_nobody_elses,
+        strangers_come_in_where_that_is_asked_for,
+        a_socket_of_the_host_comes_before_a_mapping,
+        a_mapping_lives_as_long_as_something_leaves_by_it,
+        a_successor_inherits_no_mapping;
     flows:
         a_tcp_flow_shows_its_state,
         a_syn_on_an_ending_flow_starts_afresh,
@@ -204,6 +212,7 @@ fn is_for(name: &str, family: Family, checksum: Checksum) -> bool {
     // when an error takes the packet's place.
     let refusals = [
         "nat::without_a_free_port_a_new_flow_is_refused",
+        "mapping::a_mapped_port_is_nobody_elses",
         "aging::an_endpoint_opens_as_many_flows_as_its_network_allows",
     ];
     if checksum == Checksum::Complete && refusals.contains(&name) {

@@ -21,7 +21,7 @@ use crate::{
 const DIALLED: SocketAddrV4 = SocketAddrV4::new(HOST, 8080);
 
 /// A rule about the parties from the first to the last, in both families.
-fn rule(action: Action, first: [u8; 4], last: [u8; 4]) -> [Rule; 2] {
+pub(crate) fn rule(action: Action, first: [u8; 4], last: [u8; 4]) -> [Rule; 2] {
     [Family::V4, Family::V6].map(|family| Rule {
         action,
         first: family.address(first.into()),
@@ -32,7 +32,7 @@ fn rule(action: Action, first: [u8; 4], last: [u8; 4]) -> [Rule; 2] {
 const EVERYONE: ([u8; 4], [u8; 4]) = ([0; 4], [255; 4]);
 
 /// Gives network a these rules.
-fn set(program: &mut Program, rules: Vec<[Rule; 2]>) {
+pub(crate) fn set(program: &mut Program, rules: Vec<[Rule; 2]>) {
     let network = program.networks.get_mut(&A).unwrap();
     network.policy = rules.concat();
     network.policy_generation += 1;

@@ -9,7 +9,7 @@ use netdp_common::{
     addr::{Address, Be16, Be32, Be128},
     config::Config,
     endpoint::Endpoint,
-    flow::{Flow, FlowKey, IPPROTO_ICMP, IPPROTO_ICMPV6, ZONE_WORLD, flag as flow_flag},
+    flow::{Flow, FlowKey, IPPROTO_ICMP, IPPROTO_ICMPV6, flag as flow_flag},
     interface::{Interface, flag as interface_flag, role},
     network::{Network, Subnet, flag},
     policy::{PREFIX_BASE, PolicyKey, PolicyVerdict},
@@ -24,7 +24,7 @@ use super::{
 use crate::{
     dataplane::{NetworkProgram, Program},
     family::{V4, V6},
-    model::{Action, GatewayMode},
+    model::{Action, GatewayMode, NatBehaviour},
 };
 
 /// Where a program is attached.
@@ -106,6 +106,8 @@ impl Image {
             nat_last: ports.reserved.1,
             ephemeral_first: ports.ephemeral.0,
             ephemeral_last: ports.ephemeral.1,
+            has_mappings: program.networks.values().any(|network| network.nat.maps()).into(),
+            pad: 0,
         };
         image.config.insert(0, config);
         for (id, network) in &program.networks {
@@ -235,7 +237,7 @@ impl<A: Address> Footing<'_, A> {
     pub(super) fn is_lost(&self, key: &FlowKey<A>, half: &Flow<A>) -> bool {
         let Some(network) = self.networks.get(&half.network) else { return true };
         // A half that arrives from a container is that container's.
-        if key.zone != ZONE_WORLD {
+        if key.network().is_some() {
             let own = self.side.endpoints.get(&key.tuple.src);
             if own.is_none_or(|own| own.generation != half.generation) {
                 // A container that dials itself is seen as the gateway: its answer has the
@@ -251,6 +253,12 @@ impl<A: Address> Footing<'_, A> {
             let key = PublishedKey { address, port: from.dport, proto: key.proto, pad: 0 };
             self.side.published.get(&key)
         };
+        let came_by_mapping = flow_flag::INBOUND | flow_flag::MAPPED;
+        if half.flags & came_by_mapping == came_by_mapping {
+            return !network.has(flag::MAPPING | flag::FULL_CONE)
+                || !self.side.local.contains_key(&from.dst)
+                || !self.side.endpoints.contains_key(&to.dst);
+        }
         if from.dst != to.dst || from.dport != to.dport {
             let leads_there = |target: Option<&Published<A>>| {
                 target.is_some_and(|target| (target.address, target.port) == (to.dst, to.dport))
@@ -369,6 +377,8 @@ fn network_flags(network: &NetworkProgram) -> u32 {
     let mut set = |condition: bool, bit: u32| flags |= if condition { bit } else { 0 };
     set(network.icc, flag::ICC);
     set(network.masquerade && translates, flag::MASQUERADE);
+    set(network.nat.maps(), flag::MAPPING);
+    set(network.nat == NatBehaviour::EndpointIndependent, flag::FULL_CONE);
     set(network.internal, flag::INTERNAL);
     set(network.gateway_mode == GatewayMode::Isolated, flag::ISOLATED);
     let open_to = |mode| network.gateway_mode == mode && !network.internal;
@@ -396,6 +406,7 @@ mod tests {
             internal: false,
             icc: true,
             masquerade: true,
+            nat: NatBehaviour::EndpointDependent,
             endpoint_flows: 1000,
             policy: Vec::new(),
             policy_generation: 1,
