@@ -1,7 +1,8 @@
 //! What a packet costs in the programs themselves, without the kernel around them.
 //!
 //! Every figure is nanoseconds for one packet in one program, over thousands of flows that take
-//! turns, less what the taking of turns costs. All cases run once in each round.
+//! turns, less what the taking of turns costs. All cases run once in each round; with an argument
+//! like "established out, tcp over ipv4" only those whose names hold it.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -46,7 +47,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    let (mut rounds, mut json) = (ROUNDS, None);
+    let (mut rounds, mut json, mut only) = (ROUNDS, None, None);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
@@ -56,16 +57,20 @@ fn run() -> Result<()> {
             }
             // Cargo says this to every benchmark.
             "--bench" => {}
-            other => bail!("unknown argument {other}"),
+            other if other.starts_with('-') => bail!("unknown argument {other}"),
+            other => only = Some(other.to_owned()),
         }
     }
     isolate()?;
     stay_on_one_cpu()?;
     let fixture = &mut Fixture::new(FLOWS_DEFAULT)?;
-    let established = cases::established(fixture)?;
+    let wanted = |place: &cases::Place| {
+        only.as_ref().is_none_or(|only| place.to_string().contains(only.as_str()))
+    };
+    let established = cases::established(fixture, wanted)?;
     let mut series = measure(fixture, &established, rounds)?;
     fixture.remove_halves(|_| true)?;
-    series.extend(measure(fixture, &cases::new()?, rounds)?);
+    series.extend(measure(fixture, &cases::new(wanted)?, rounds)?);
     report::print(&series);
     if let Some(path) = json {
         report::write(&path, &series)?;
