@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MsFlags, mount};
@@ -79,6 +79,22 @@ pub fn poll_until<T>(
         }
         thread::sleep(POLL_INTERVAL);
     }
+}
+
+/// What random numbers start from: `NETDP_SEED`, or the time. Printed, so that a run can be repeated.
+///
+/// # Errors
+/// When `NETDP_SEED` is no number.
+pub fn seed() -> Result<u64> {
+    let seed = match std::env::var("NETDP_SEED") {
+        Ok(text) => text.parse().with_context(|| format!("read NETDP_SEED {text}"))?,
+        Err(_) => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).context("read the clock")?;
+            now.as_nanos() as u64
+        }
+    };
+    println!("seed {seed}: NETDP_SEED={seed} repeats this run");
+    Ok(seed)
 }
 
 /// Finds a program on `PATH`.

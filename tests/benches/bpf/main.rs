@@ -27,6 +27,9 @@ mod family;
 #[expect(dead_code, reason = "the suite that this belongs to uses the rest")]
 #[path = "../../tests/datapath/fixture.rs"]
 mod fixture;
+#[expect(dead_code, reason = "the suite that this belongs to uses the rest")]
+#[path = "../../tests/datapath/halves.rs"]
+mod halves;
 #[path = "../../tests/datapath/host.rs"]
 mod host;
 mod report;

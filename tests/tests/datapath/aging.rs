@@ -9,10 +9,11 @@ use netdp_common::{config::Timeouts, counter::Reason};
 use crate::{
     datagram::{Datagram, Kind},
     fixture::{
-        A, Fate, Fixture, HOST, OUTSIDE, TCX_NEXT, bridge_mac, dropped, from_container,
+        A, Fixture, HOST, OUTSIDE, TCX_NEXT, bridge_mac, dropped, from_container,
         from_container_wire, from_outside_wire, from_uplink, mac, network_of, pass, pass_as,
         socket,
     },
+    halves::Fate,
     nat::expect_refusal,
 };
 

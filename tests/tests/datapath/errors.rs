@@ -1,25 +1,21 @@
 //! ICMP errors about packets of flows: translated with what they quote, byte for byte.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::{Context, Result, ensure};
-use etherparse::{
-    Icmpv4Type, Icmpv6Type, PacketBuilder, icmpv4,
-    icmpv4::DestUnreachableHeader,
-    icmpv6::{DestUnreachableCode, TimeExceededCode},
-};
 use netdp::dataplane::Count;
 use netdp_common::counter::Reason;
 use netdp_tests::packet::ETHERNET_BYTES;
 
 use crate::{
-    datagram::{Datagram, Kind, Shape, Wire, octets},
+    datagram::{Datagram, Kind, Shape, Wire},
     family::Family,
     fixture::{
         A, At, B, Fixture, HOST, OUTSIDE, ROUTER_MAC, TCX_DROP, TCX_NEXT, UPLINK_MAC, address,
         bridge_mac, from_container, from_container_wire, from_outside_wire, from_uplink, gateway,
         into_network, mac, pass, pass_as, socket, to_uplink,
     },
+    icmp_error::{Error, Fault},
 };
 
 const SERVER: SocketAddrV4 = SocketAddrV4::new(OUTSIDE, 80);
@@ -27,6 +23,7 @@ const CLIENT: SocketAddrV4 = SocketAddrV4::new(OUTSIDE, 5000);
 const DIALLED: SocketAddrV4 = SocketAddrV4::new(HOST, 8080);
 /// A router somewhere on the way.
 const ROUTER: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+
 /// Bytes of an IP header without options.
 fn ip_bytes(family: Family) -> usize {
     match family {
@@ -41,25 +38,6 @@ fn quoted(family: Family) -> [usize; 2] {
 }
 
 const KINDS: [Kind; 3] = [Kind::Segment, Kind::Udp, Kind::Request];
-
-/// What is wrong with a packet.
-#[derive(Clone, Copy)]
-enum Fault {
-    TimeExceeded,
-    PortUnreachable,
-    /// The next hop's MTU.
-    TooBig(u16),
-}
-
-/// An error and where it goes.
-#[derive(Clone)]
-struct Error {
-    macs: ([u8; 6], [u8; 6]),
-    source: Ipv4Addr,
-    destination: Ipv4Addr,
-    fault: Fault,
-    quoted_bytes: usize,
-}
 
 impl Error {
     fn from_outside(source: Ipv4Addr) -> Self {
@@ -81,56 +59,6 @@ impl Error {
             destination,
             fault: Fault::PortUnreachable,
             quoted_bytes: usize::MAX,
-        }
-    }
-
-    /// The frame, quoting a packet of this kind between these.
-    fn about(&self, family: Family, kind: Kind, wire: Wire) -> Vec<u8> {
-        self.quoting(family, &Datagram::new(kind, wire).frame(family)[ETHERNET_BYTES..])
-    }
-
-    /// The frame, quoting this packet.
-    fn quoting(&self, family: Family, packet: &[u8]) -> Vec<u8> {
-        let quoted = &packet[..self.quoted_bytes.min(packet.len())];
-        let ethernet = PacketBuilder::ethernet2(self.macs.0, self.macs.1);
-        let mut frame = Vec::new();
-        match (family.address(self.source), family.address(self.destination)) {
-            (IpAddr::V4(source), IpAddr::V4(destination)) => ethernet
-                .ipv4(source.octets(), destination.octets(), 60)
-                .icmpv4(self.fault.icmpv4())
-                .write(&mut frame, quoted),
-            (source, destination) => ethernet
-                .ipv6(octets(source), octets(destination), 60)
-                .icmpv6(self.fault.icmpv6())
-                .write(&mut frame, quoted),
-        }
-        .unwrap();
-        frame
-    }
-}
-
-impl Fault {
-    fn icmpv4(self) -> Icmpv4Type {
-        match self {
-            Self::TimeExceeded => {
-                Icmpv4Type::TimeExceeded(icmpv4::TimeExceededCode::TtlExceededInTransit)
-            }
-            Self::PortUnreachable => {
-                Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port)
-            }
-            Self::TooBig(next_hop_mtu) => {
-                Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::FragmentationNeeded {
-                    next_hop_mtu,
-                })
-            }
-        }
-    }
-
-    fn icmpv6(self) -> Icmpv6Type {
-        match self {
-            Self::TimeExceeded => Icmpv6Type::TimeExceeded(TimeExceededCode::HopLimitExceeded),
-            Self::PortUnreachable => Icmpv6Type::DestinationUnreachable(DestUnreachableCode::Port),
-            Self::TooBig(mtu) => Icmpv6Type::PacketTooBig { mtu: mtu.into() },
         }
     }
 }

@@ -6,17 +6,20 @@
 use std::{
     cell::{Cell, OnceCell, RefCell},
     collections::{BTreeMap, BTreeSet},
+    hint,
     net::{IpAddr, Ipv4Addr, SocketAddrV4},
     os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::{
-    maps::{Array, HashMap, Map, MapData, MapError, Queue},
+    maps::{Array, HashMap, Map, MapData, Queue},
     programs::{SchedClassifier, TcAttachType},
 };
-use bytemuck::{Pod, bytes_of, pod_read_unaligned};
+use bytemuck::{bytes_of, pod_read_unaligned};
 use ipnet::{Ipv4Net, Ipv6Net};
 use netdp::{
     dataplane::{
@@ -27,11 +30,11 @@ use netdp::{
     model::{EndpointId, GatewayMode, MacAddress, NatBehaviour, NetworkId, Protocol},
 };
 use netdp_common::{
-    addr::{Address, Be32, Be128},
+    addr::{Be32, Be128},
     aging::Collection,
     config::Timeouts,
     counter::Reason,
-    flow::{Flow, FlowKey, flag},
+    flow::FlowKey,
     fragment::{FragmentKey, Ports},
     network::Network,
 };
@@ -41,13 +44,16 @@ use netdp_tests::{
 };
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     time::{ClockId, clock_gettime},
+    unistd::Pid,
 };
 use tempfile::TempDir;
 
 use crate::{
     datagram::{Datagram, Wire, verify},
     family::{Family, ipv6},
+    halves::{self, Fate, Half, Zone},
     host::build_host,
 };
 
@@ -402,14 +408,25 @@ impl Fixture {
         self.set_collection(Timeouts::RFC, true)
     }
 
-    /// Flows that each endpoint has opened.
-    fn usage(&self) -> Result<HashMap<MapData, u32, u64>> {
+    /// Flows that each endpoint has opened, by its generation.
+    pub(crate) fn usage(&self) -> Result<HashMap<MapData, u32, u64>> {
         Ok(Map::HashMap(self.map("USAGE")?).try_into()?)
     }
 
     /// Flows on an endpoint's account.
     pub(crate) fn used_by(&self, endpoint: &str) -> Result<u64> {
         Ok(self.usage()?.get(&id_of(endpoint).0, 0)?)
+    }
+
+    /// Forgets in which order flows were opened.
+    pub(crate) fn forget_order(&self) -> Result<()> {
+        let mut pending4: Queue<_, [u8; size_of::<FlowKey<Be32>>()]> =
+            Map::Queue(self.map("PENDING4")?).try_into()?;
+        while pending4.pop(0).is_ok() {}
+        let mut pending6: Queue<_, [u8; size_of::<FlowKey<Be128>>()]> =
+            Map::Queue(self.map("PENDING6")?).try_into()?;
+        while pending6.pop(0).is_ok() {}
+        Ok(())
     }
 
     /// Says how long idle flows are kept, and whether an agent collects them.
@@ -486,6 +503,41 @@ impl Fixture {
         let ran = bpf::run(self.loaded(at)?, frame, &self.context(at), checksum)
             .with_context(|| format!("run {} bytes through {at:?}", frame.len()))?;
         Ok(Outcome { verdict: ran.verdict, frame: ran.frame })
+    }
+
+    /// Runs a frame on two CPUs at once, where there are two.
+    pub(crate) fn run_twice(&self, at: At, frame: &[u8]) -> Result<[Outcome; 2]> {
+        /// Looks at the other CPU before giving it ours.
+        const LOOKS: usize = 10_000;
+        let (program, context) = (self.loaded(at)?, self.context(at));
+        let ready = AtomicUsize::new(0);
+        let run = |cpu| -> Result<Outcome> {
+            let mut here = CpuSet::new();
+            here.set(cpu)?;
+            sched_setaffinity(Pid::from_raw(0), &here).context("move to a CPU")?;
+            ready.fetch_add(1, Ordering::Relaxed);
+            // Whoever waits on a lock comes too late: a run takes a microsecond.
+            let mut looks = 0_usize;
+            while ready.load(Ordering::Relaxed) < 2 {
+                looks += 1;
+                if looks.is_multiple_of(LOOKS) {
+                    thread::yield_now();
+                }
+                hint::spin_loop();
+            }
+            let ran = bpf::run(program, frame, &context, self.checksum)?;
+            Ok(Outcome { verdict: ran.verdict, frame: ran.frame })
+        };
+        let allowed = sched_getaffinity(Pid::from_raw(0)).context("ask for CPUs")?;
+        let mut cpus = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap_or(false));
+        let first = cpus.next().context("find a CPU")?;
+        let second = cpus.next().unwrap_or(first);
+        thread::scope(|scope| {
+            let other = scope.spawn(|| run(second));
+            let one = scope.spawn(|| run(first)).join();
+            let [one, other] = [one, other.join()].map(|ran| ran.expect("no panic"));
+            Ok([one?, other?])
+        })
     }
 
     /// The program that the kernel runs there.
@@ -593,17 +645,8 @@ impl Fixture {
 
     /// Shows every half of both tables to `visit`, which says what becomes of it; returns how many
     /// were not kept as they were.
-    pub(crate) fn visit_halves(&self, mut visit: impl FnMut(&mut Half) -> Fate) -> Result<usize> {
-        const KEY4: usize = size_of::<FlowKey<Be32>>();
-        const KEY6: usize = size_of::<FlowKey<Be128>>();
-        const HALF4: usize = size_of::<Flow<Be32>>();
-        const HALF6: usize = size_of::<Flow<Be128>>();
-        let mut table4: HashMap<_, [u8; KEY4], [u8; HALF4]> =
-            Map::HashMap(self.map("FLOW4")?).try_into()?;
-        let mut table6: HashMap<_, [u8; KEY6], [u8; HALF6]> =
-            Map::HashMap(self.map("FLOW6")?).try_into()?;
-        Ok(visit_table::<Be32, KEY4, HALF4>(&mut table4, &mut visit)?
-            + visit_table::<Be128, KEY6, HALF6>(&mut table6, &mut visit)?)
+    pub(crate) fn visit_halves(&self, visit: impl FnMut(&mut Half) -> Fate) -> Result<usize> {
+        halves::visit(self.map("FLOW4")?, self.map("FLOW6")?, visit)
     }
 
     /// Removes every half of a flow for which `is_doomed`; returns how many.
@@ -618,12 +661,6 @@ impl Fixture {
             Fate::Changed
         })?;
         Ok(())
-    }
-
-    /// Empties the queues of keys: in a full one, whoever opens a flow looks after the oldest.
-    pub(crate) fn forget_order(&self) -> Result<()> {
-        forget_order::<{ size_of::<FlowKey<Be32>>() }>(self.map("PENDING4")?)?;
-        forget_order::<{ size_of::<FlowKey<Be128>>() }>(self.map("PENDING6")?)
     }
 
     /// Number of halves in the flow tables.
@@ -644,18 +681,6 @@ impl Fixture {
     /// Pin of a map.
     pub(crate) fn map_path(&self, name: &str) -> PathBuf {
         self.bpffs.path().join(format!("netdp/v{}/maps", netdp_common::abi::ABI)).join(name)
-    }
-}
-
-/// See [`Fixture::forget_order`].
-fn forget_order<const KEY: usize>(map: MapData) -> Result<()> {
-    let mut order: Queue<_, [u8; KEY]> = Map::Queue(map).try_into()?;
-    loop {
-        match order.pop(0) {
-            Ok(_) => {}
-            Err(MapError::ElementNotFound) => return Ok(()),
-            Err(error) => return Err(error).context("take a flow out of the order"),
-        }
     }
 }
 
@@ -681,63 +706,6 @@ fn attached_programs() -> Result<BTreeMap<Hook, SchedClassifier>> {
         programs.insert(hook, SchedClassifier::from_program_info(info, name.into())?);
     }
     Ok(programs)
-}
-
-/// Where packets of a half arrive: a network's id, or 0 for the world.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Zone(pub(crate) u32);
-
-/// See [`Zone`].
-pub(crate) const WORLD: Zone = Zone(0);
-
-/// A half of a flow in either table, as far as tests look at it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Half {
-    /// Where its packets arrive.
-    pub(crate) zone: Zone,
-    /// Of the direction that opened the flow.
-    pub(crate) is_original: bool,
-    /// See [`Flow::last_seen`].
-    pub(crate) last_seen: u32,
-}
-
-/// What becomes of a half that was looked at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fate {
-    Kept,
-    /// Written back as it is now.
-    Changed,
-    Gone,
-}
-
-/// See [`Fixture::visit_halves`].
-fn visit_table<A: Address, const KEY: usize, const HALF: usize>(
-    table: &mut HashMap<MapData, [u8; KEY], [u8; HALF]>,
-    visit: &mut impl FnMut(&mut Half) -> Fate,
-) -> Result<usize>
-where
-    FlowKey<A>: Pod,
-    Flow<A>: Pod,
-{
-    let mut visited = 0;
-    for (key, value) in table.iter().collect::<Result<Vec<_>, _>>()? {
-        let mut flow: Flow<A> = pod_read_unaligned(&value);
-        let mut half = Half {
-            zone: Zone(pod_read_unaligned::<FlowKey<A>>(&key).zone.into()),
-            is_original: flow.flags & flag::ORIGINAL != 0,
-            last_seen: flow.last_seen,
-        };
-        match visit(&mut half) {
-            Fate::Kept => continue,
-            Fate::Gone => table.remove(&key)?,
-            Fate::Changed => {
-                flow.last_seen = half.last_seen;
-                table.insert(key, <[u8; HALF]>::try_from(bytes_of(&flow))?, 0)?;
-            }
-        }
-        visited += 1;
-    }
-    Ok(visited)
 }
 
 /// How the backend is opened.

@@ -1,10 +1,9 @@
 //! The life of flows: opening, following, ending, losing a half, losing what they rest on.
 
 use std::{
+    collections::BTreeSet,
     mem,
     net::{Ipv4Addr, SocketAddrV4},
-    sync::Barrier,
-    thread,
 };
 
 use anyhow::{Result, ensure};
@@ -13,16 +12,16 @@ use netdp::{
     model::{EndpointId, Protocol},
 };
 use netdp_common::{config::Timeouts, counter::Reason};
-use netdp_tests::bpf::{self, Checksum};
 
 use crate::{
     datagram::{Datagram, Kind, SEQUENCE},
     family::{Family, ipv6},
     fixture::{
-        A, Fixture, HOST, OUTSIDE, ROUTED, ROUTER_MAC, TCX_NEXT, UPLINK_MAC, WORLD, Zone, address,
-        bridge_mac, dropped, from_container, from_container_wire, from_outside_wire, from_uplink,
-        id_of, into_network, mac, pass, pass_as, published, socket, to_uplink,
+        A, Fixture, HOST, OUTSIDE, ROUTED, ROUTER_MAC, TCX_NEXT, UPLINK_MAC, address, bridge_mac,
+        dropped, from_container, from_container_wire, from_outside_wire, from_uplink, id_of,
+        into_network, mac, pass, pass_as, published, socket, to_uplink,
     },
+    halves::{Fate, WORLD, Zone},
 };
 
 const SERVER: SocketAddrV4 = SocketAddrV4::new(OUTSIDE, 80);
@@ -365,25 +364,23 @@ pub(crate) fn two_cpus_that_open_one_flow_agree(fixture: &mut Fixture) -> Result
             Datagram::new(Kind::Syn, wire).frame(fixture.family)
         })
         .collect();
-    let at = from_container("a1");
-    let start = Barrier::new(2);
-    let (program, context) = (fixture.loaded(at)?, fixture.context(at));
-    let open_all = || -> Result<()> {
-        for frame in &frames {
-            start.wait();
-            let ran = bpf::run(program, frame, &context, Checksum::Unknown)?;
-            ensure!(ran.verdict == TCX_NEXT, "verdict {}", ran.verdict);
+    for frame in &frames {
+        for outcome in fixture.run_twice(from_container("a1"), frame)? {
+            ensure!(outcome.verdict == TCX_NEXT, "verdict {}", outcome.verdict);
         }
-        Ok(())
-    };
-    thread::scope(|scope| {
-        let other = scope.spawn(open_all);
-        let here = open_all();
-        other.join().expect("a thread that does not panic").and(here)
-    })?;
+    }
     let flows = fixture.flows()?;
     ensure!(flows.len() == frames.len(), "{} flows", flows.len());
-    ensure!(fixture.halves()? == 2 * frames.len(), "{} halves", fixture.halves()?);
+    let (mut arriving, mut answering) = (BTreeSet::new(), BTreeSet::new());
+    fixture.visit_halves(|half| {
+        if half.network == A.0 {
+            arriving.insert(half.arriving());
+            answering.insert(half.answering());
+        }
+        Fate::Kept
+    })?;
+    ensure!(arriving.len() == 2 * frames.len(), "{} halves", arriving.len());
+    ensure!(arriving == answering, "halves without their other one");
     // Whatever both did, each flow has the halves that belong together.
     ensure!(fixture.backend().collect()? == 0, "halves without their other one");
     Ok(())

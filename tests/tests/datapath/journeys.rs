@@ -11,10 +11,11 @@ use crate::{
     family::Family,
     fixture::{
         A, At, B, Fixture, HOST, HOST_SECOND, HOST_TUN, HOST_UP1, OUTSIDE, OUTSIDE_TUN,
-        OUTSIDE_UP1, ROUTER_MAC, SNAT, SeenFlow, UPLINK_MAC, Want, Zone, address, bridge,
-        bridge_mac, from_container, from_container_wire, from_outside_wire, from_uplink, gateway,
-        into_network, mac, network_of, pass, pass_as, to_uplink, turn_around_as,
+        OUTSIDE_UP1, ROUTER_MAC, SNAT, SeenFlow, UPLINK_MAC, Want, address, bridge, bridge_mac,
+        from_container, from_container_wire, from_outside_wire, from_uplink, gateway, into_network,
+        mac, network_of, pass, pass_as, to_uplink, turn_around_as,
     },
+    halves::Zone,
 };
 
 /// What two ends say to each other.

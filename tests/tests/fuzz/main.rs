@@ -12,7 +12,7 @@ use std::{
     fs::File,
     io::Write,
     process::ExitCode,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -27,7 +27,7 @@ use netdp::{
     model::NetworkId,
 };
 use netdp_common::counter::Reason;
-use netdp_tests::runtime::isolate;
+use netdp_tests::runtime::{isolate, seed};
 use seeds::{Random, SHORTEST, mutate};
 
 #[expect(dead_code, reason = "shared with the datapath tests, which need more of it")]
@@ -39,6 +39,9 @@ mod family;
 #[expect(dead_code, reason = "shared with the datapath tests, which need more of it")]
 #[path = "../datapath/fixture.rs"]
 mod fixture;
+#[expect(dead_code, reason = "shared with the datapath tests, which need more of it")]
+#[path = "../datapath/halves.rs"]
+mod halves;
 #[path = "../datapath/host.rs"]
 mod host;
 mod oracle;
@@ -304,11 +307,8 @@ fn known_inputs_break_no_promise() -> Result<()> {
 }
 
 fn mutations_break_no_promise() -> Result<()> {
-    let clock = || SystemTime::now().duration_since(UNIX_EPOCH);
-    let seed =
-        number("NETDP_SEED")?.map_or_else(|| clock().map(|now| now.as_nanos() as u64), Ok)?;
+    let seed = seed()?;
     let patience = Duration::from_secs(number("NETDP_FUZZ_SECONDS")?.unwrap_or(SECONDS));
-    println!("seed {seed}: NETDP_SEED={seed} repeats this run");
     let mut keep = match env::var_os("NETDP_FUZZ_KEEP") {
         Some(path) => {
             let file = File::options().create(true).append(true).open(&path);
