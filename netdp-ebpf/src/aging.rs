@@ -139,7 +139,7 @@ fn is_over<F: Family>(suspect: &Suspect<F>, kind: u32, collection: &Collection, 
     let Suspect { key, half, peer_key, .. } = suspect;
     let is_original = half.flags & flag::ORIGINAL != 0;
     let idle = now.saturating_sub(half.last_seen);
-    let Some(peer) = F::flow(peer_key).filter(|peer| peer.leads_to(key)) else {
+    let Some(peer) = flow::peer::<F>(key, peer_key) else {
         // Without its reply, which was there first, an original half is no flow: the next packet
         // opens a whole one.
         return is_original || idle > ORPHAN_SECONDS;

@@ -80,7 +80,7 @@ fn note<F: Family>(
         return Ok(true);
     }
     if headers.proto == IPPROTO_TCP {
-        follow_tcp(headers, flow, half);
+        follow_tcp(headers, &key, flow, half);
     } else {
         flow.touch(half, half.seen | headers.seen, kernel::now());
     }
@@ -89,13 +89,18 @@ fn note<F: Family>(
 
 /// Notes what a TCP packet shows.
 #[inline(always)]
-fn follow_tcp<F: Family>(headers: &Headers<F>, flow: FlowRef<F::Address>, half: &Flow<F::Address>) {
+fn follow_tcp<F: Family>(
+    headers: &Headers<F>,
+    key: &FlowKey<F::Address>,
+    flow: FlowRef<F::Address>,
+    half: &Flow<F::Address>,
+) {
     let mut shown = headers.seen;
-    if headers.opens && restarts::<F>(half) {
+    if headers.opens && restarts::<F>(key, half) {
         flow.restart(shown, kernel::now());
         return;
     }
-    if shown & seen::CLOSING != 0 && !is_plausible_end::<F>(headers, half) {
+    if shown & seen::CLOSING != 0 && !is_plausible_end::<F>(headers, key, half) {
         // Its receiver judges for itself; somebody who can't see the connection ends nothing here.
         shown &= !seen::CLOSING;
         if headers.seen & seen::RST != 0 {
@@ -117,10 +122,23 @@ fn follow_tcp<F: Family>(headers: &Headers<F>, flow: FlowRef<F::Address>, half: 
 /// Whether a FIN or RST can come from the end it claims to come from: what it says lies where the
 /// other end has acknowledged. Before that has said anything there is little to end.
 #[inline(always)]
-fn is_plausible_end<F: Family>(headers: &Headers<F>, half: &Flow<F::Address>) -> bool {
-    F::flow(&half.peer_key(IPPROTO_TCP))
+fn is_plausible_end<F: Family>(
+    headers: &Headers<F>,
+    key: &FlowKey<F::Address>,
+    half: &Flow<F::Address>,
+) -> bool {
+    peer::<F>(key, &half.peer_key(IPPROTO_TCP))
         .and_then(FlowRef::acknowledged)
         .is_none_or(|acknowledged| is_in_window(headers.sequence, acknowledged))
+}
+
+/// The other half of a flow. Where it was lost, another flow may stand in its place.
+#[inline(always)]
+pub(crate) fn peer<F: Family>(
+    key: &FlowKey<F::Address>,
+    peer_key: &FlowKey<F::Address>,
+) -> Option<FlowRef<F::Address>> {
+    F::flow(peer_key).filter(|peer| peer.leads_to(key))
 }
 
 /// Judges a flow again after its network's policy has changed.
@@ -152,8 +170,8 @@ fn judge_again<F: Family>(
 /// one may shorten its life (RFC 6191 lets clients reuse a port in TIME_WAIT). Makes the other half
 /// forget what it has seen, and returns whether this half has to.
 #[inline(always)]
-fn restarts<F: Family>(half: &Flow<F::Address>) -> bool {
-    let peer = F::flow(&half.peer_key(IPPROTO_TCP));
+fn restarts<F: Family>(key: &FlowKey<F::Address>, half: &Flow<F::Address>) -> bool {
+    let peer = peer::<F>(key, &half.peer_key(IPPROTO_TCP));
     let peer_seen = peer.map_or(0, FlowRef::seen);
     let is_reset = (half.seen | peer_seen) & seen::RST != 0;
     let is_closed = half.seen & peer_seen & seen::FIN != 0;
@@ -177,8 +195,7 @@ pub(crate) fn remove_halves<F: Family>(
     peer_key: &FlowKey<F::Address>,
 ) {
     let is_original = half.flags & flag::ORIGINAL != 0;
-    // Where the peer was lost, another flow may stand in its place.
-    let peer = F::flow(peer_key).filter(|peer| peer.leads_to(key));
+    let peer = peer::<F>(key, peer_key);
     let opener = if is_original { half.generation } else { peer.map_or(0, FlowRef::generation) };
     let was_peer_there = peer.is_some() && F::remove_flow(peer_key);
     let was_there = F::remove_flow(key);
@@ -487,7 +504,14 @@ fn finish<F: Family>(new: &mut NewFlow<F>) -> Opened {
 #[inline(always)]
 fn adopt<F: Family>(new: &mut NewFlow<F>) -> Opened {
     match insert_half::<F>(&new.key, &new.half) {
-        Ok(()) => Opened::New,
+        Ok(()) => {
+            // One that had lost its original half knows of the flow before.
+            if let Some(reply) = F::flow(&new.reply_key) {
+                reply.restart(0, new.reply.last_seen);
+                reply.approve(new.reply.policy_generation);
+            }
+            Opened::New
+        }
         Err(EEXIST) => {
             if let Some(winner) = F::flow(&new.key) {
                 winner.copy_to(&mut new.half);

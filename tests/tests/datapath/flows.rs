@@ -181,6 +181,27 @@ pub(crate) fn a_flow_that_lost_its_original_half_is_rebuilt(fixture: &mut Fixtur
     Ok(())
 }
 
+pub(crate) fn a_rebuilt_flow_remembers_nothing(fixture: &mut Fixture) -> Result<()> {
+    connects(fixture)?;
+    ends(fixture, Kind::Reset, 0)?;
+    ensure!(fixture.remove_halves(|zone| zone == Zone(A.0))? == 1);
+    asks(fixture, Kind::Syn, 4000, true)?;
+    expect_state(fixture, "half-open")?;
+    fixture.remove_halves(|_| true)?;
+    // One whose policy has changed meanwhile is approved as a whole.
+    is_dialled(fixture, Kind::Udp, true)?;
+    ensure!(fixture.remove_halves(|zone| zone == WORLD)? == 1);
+    fixture.apply(|program| program.networks.get_mut(&A).unwrap().policy_generation += 1)?;
+    is_dialled(fixture, Kind::Udp, true)?;
+    let mut approved = Vec::new();
+    fixture.visit_halves(|half| {
+        approved.push(half.policy_generation);
+        Fate::Kept
+    })?;
+    ensure!(approved == [2, 2], "approved by policies {approved:?}");
+    Ok(())
+}
+
 pub(crate) fn a_flow_that_lost_its_reply_half_is_rebuilt(fixture: &mut Fixture) -> Result<()> {
     asks(fixture, Kind::Syn, 4000, true)?;
     ensure!(fixture.remove_halves(|zone| zone == WORLD)? == 1);
@@ -190,6 +211,35 @@ pub(crate) fn a_flow_that_lost_its_reply_half_is_rebuilt(fixture: &mut Fixture) 
     ensure!(fixture.backend().collect()? == 1, "an original half without its reply is no flow");
     asks(fixture, Kind::Segment, 4000, true)?;
     is_answered(fixture, Kind::Segment, 4000)
+}
+
+pub(crate) fn what_lost_its_other_half_leaves_others_alone(fixture: &mut Fixture) -> Result<()> {
+    let dials = from_outside_wire(SERVER, DIALLED);
+    let inside = dials.to(socket("a1", 80));
+    let opening = pass_as(inside).opening(A, Reason::FlowIn);
+    fixture.expect("in", from_uplink("up0"), &Datagram::new(Kind::Fin, dials), opening)?;
+    ensure!(fixture.remove_halves(|zone| zone == Zone(A.0))? == 1);
+    // Where the answers would arrive, there is now another connection.
+    asks(fixture, Kind::Fin, 80, true)?;
+    let seen_of_it = |fixture: &Fixture| {
+        let mut seen = None;
+        fixture.visit_halves(|half| {
+            if half.zone == Zone(A.0) {
+                seen = Some(half.seen);
+            }
+            Fate::Kept
+        })?;
+        anyhow::Ok(seen)
+    };
+    let before = seen_of_it(fixture)?;
+    fixture.expect(
+        "again",
+        from_uplink("up0"),
+        &Datagram::new(Kind::Syn, dials),
+        pass_as(inside),
+    )?;
+    ensure!(before.is_some() && seen_of_it(fixture)? == before, "{before:?} was forgotten");
+    Ok(())
 }
 
 pub(crate) fn a_full_table_refuses_new_flows_and_keeps_old_ones(

@@ -33,6 +33,10 @@ pub(crate) struct Half {
     pub(crate) is_original: bool,
     /// See [`Flow::network`].
     pub(crate) network: u32,
+    /// See [`Flow::policy_generation`].
+    pub(crate) policy_generation: u32,
+    /// See [`Flow::seen`].
+    pub(crate) seen: u8,
     /// See [`Flow::generation`]; may be changed.
     pub(crate) generation: u32,
     /// See [`Flow::last_seen`]; may be changed.
@@ -107,6 +111,8 @@ where
             reply_zone: Zone(flow.reply_zone),
             is_original: flow.flags & flag::ORIGINAL != 0,
             network: flow.network,
+            policy_generation: flow.policy_generation,
+            seen: flow.seen,
             generation: flow.generation,
             last_seen: flow.last_seen,
         };
