@@ -323,10 +323,8 @@ pub(crate) fn begin<F: Family>(
 fn begin_counted<F: Family>(skb: *mut __sk_buff, network: u32, kind: u32, limit: u32) -> u32 {
     let Some(new) = F::new_flow() else { return Opened::NoRoom as u32 };
     let usage = maps::usage(new.half.generation);
-    if limit != 0 && usage.is_some_and(|usage| usage.get() >= u64::from(limit)) {
-        return Opened::TooMany as u32;
-    }
-    let opened = F::open(skb);
+    let is_exhausted = limit != 0 && usage.is_some_and(|usage| usage.get() >= u64::from(limit));
+    let opened = if is_exhausted { adopt_whole(new, Opened::TooMany) as u32 } else { F::open(skb) };
     if opened == Opened::New as u32 {
         if let Some(usage) = usage {
             usage.add(1);
@@ -427,8 +425,13 @@ fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config)
             break;
         }
     }
-    // The last port may have gone to this very flow, on another CPU.
-    let Some(winner) = F::flow(&new.key) else { return Opened::NoPort };
+    adopt_whole(new, Opened::NoPort)
+}
+
+/// What is used up may have gone to this very flow, on another CPU; `refusal` where it has not.
+#[inline(always)]
+fn adopt_whole<F: Family>(new: &mut NewFlow<F>, refusal: Opened) -> Opened {
+    let Some(winner) = F::flow(&new.key) else { return refusal };
     winner.copy_to(&mut new.half);
     Opened::There
 }

@@ -435,3 +435,15 @@ pub(crate) fn two_cpus_that_open_one_flow_agree(fixture: &mut Fixture) -> Result
     ensure!(fixture.backend().collect()? == 0, "halves without their other one");
     Ok(())
 }
+
+pub(crate) fn two_cpus_that_open_the_last_flow_agree(fixture: &mut Fixture) -> Result<()> {
+    for (flows, port) in (1..).zip(33_000..33_400) {
+        fixture.limit_endpoints(A, flows)?;
+        let packet = Datagram::new(Kind::Syn, from_container_wire("a1", port, SERVER));
+        let frame = packet.frame(fixture.family);
+        for outcome in fixture.run_twice(from_container("a1"), &frame)? {
+            ensure!(outcome.verdict == TCX_NEXT, "flow {flows}: verdict {}", outcome.verdict);
+        }
+    }
+    fixture.limit_endpoints(A, 0)
+}

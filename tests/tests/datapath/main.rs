@@ -115,7 +115,8 @@ const TRIALS: &[Promise] = trials! {
         other_ports_changes_leave_a_flow_alone,
         flows_from_a_lost_address_of_the_host_end,
         a_reopened_backend_keeps_flows_and_programs,
-        two_cpus_that_open_one_flow_agree;
+        two_cpus_that_open_one_flow_agree,
+        two_cpus_that_open_the_last_flow_agree;
     aging:
         idle_flows_are_collected_after_the_timeout_of_their_state,
         a_packet_in_either_direction_keeps_a_flow,
