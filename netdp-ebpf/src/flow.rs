@@ -5,10 +5,7 @@ use netdp_common::{
     addr::{Be16, Tuple},
     config::Config,
     counter::Reason,
-    flow::{
-        Flow, FlowKey, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, flag, is_in_window,
-        seen,
-    },
+    flow::{Flow, FlowKey, IPPROTO_TCP, IPPROTO_UDP, flag, is_in_window, seen},
 };
 
 use crate::{
@@ -379,7 +376,8 @@ pub(crate) fn open<F: Family>(skb: *mut __sk_buff) -> u32 {
 
 #[inline(always)]
 fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config) -> Opened {
-    let ports = if has_changeable_ports(new.key.proto) { new.ports } else { SourcePorts::Kept };
+    let ports =
+        if has_changeable_ports::<F>(new.key.proto) { new.ports } else { SourcePorts::Kept };
     new.reply.to.src = new.key.tuple.dst;
     new.reply.to.dst = new.key.tuple.src;
     new.reply.to.sport = new.key.tuple.dport;
@@ -475,8 +473,9 @@ fn is_the_hosts<F: Family>(skb: *mut __sk_buff, leaves: &Tuple<F::Address>, prot
 
 /// Whether the ports of a protocol can be changed with its checksum.
 #[inline(always)]
-const fn has_changeable_ports(proto: u8) -> bool {
-    matches!(proto, IPPROTO_TCP | IPPROTO_UDP | IPPROTO_ICMP | IPPROTO_ICMPV6)
+fn has_changeable_ports<F: Family>(proto: u8) -> bool {
+    // The other family's ICMP has no identifier here.
+    matches!(proto, IPPROTO_TCP | IPPROTO_UDP) || proto == F::ICMP
 }
 
 /// Inserts the original half after the reply half got its place.

@@ -81,6 +81,8 @@ fn verify_transport(addresses: &[u8], protocol: u8, body: &[u8], may_be_zero: bo
         // What their checksums cover is no part of what this project rewrites, nor of IP's
         // pseudo-header: SCTP's is a CRC over itself, GRE has none that would have to be there.
         ip_number::SCTP | ip_number::GRE => Ok(()),
+        // The other family's, which means nothing in this one.
+        ip_number::ICMP | ip_number::IPV6_ICMP => Ok(()),
         _ => bail!("verify checksums: IP protocol {protocol} is unknown"),
     }
 }

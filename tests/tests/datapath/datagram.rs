@@ -98,6 +98,8 @@ pub(crate) enum Kind {
     Reply,
     /// ICMP that is neither echo nor error.
     OtherIcmp,
+    /// ICMP of the other family: a protocol without ports in this one.
+    StrayIcmp,
 }
 
 impl Kind {
@@ -118,6 +120,8 @@ impl Kind {
             (Self::Gre, _) => ip_number::GRE,
             (Self::Request | Self::Reply | Self::OtherIcmp, Family::V4) => ip_number::ICMP,
             (Self::Request | Self::Reply | Self::OtherIcmp, Family::V6) => ip_number::IPV6_ICMP,
+            (Self::StrayIcmp, Family::V4) => ip_number::IPV6_ICMP,
+            (Self::StrayIcmp, Family::V6) => ip_number::ICMP,
             _ => ip_number::TCP,
         }
     }
@@ -292,6 +296,9 @@ impl Datagram {
             (Kind::Sctp, _) => self.sctp_header(),
             // Nothing optional, IPv4 inside (RFC 2784, 2).
             (Kind::Gre, _) => vec![0, 0, 8, 0],
+            // What would be an echo request with an identifier.
+            (Kind::StrayIcmp, Family::V4) => vec![128, 0, 1, 2, 3, 4, 5, 6],
+            (Kind::StrayIcmp, Family::V6) => vec![8, 0, 1, 2, 3, 4, 5, 6],
             (Kind::Request, Family::V4) => self.icmpv4_header(Icmpv4Type::EchoRequest(request)),
             (Kind::Request, Family::V6) => self.icmpv6_header(Icmpv6Type::EchoRequest(request)),
             (Kind::Reply, Family::V4) => self.icmpv4_header(Icmpv4Type::EchoReply(reply)),

@@ -84,6 +84,7 @@ const TRIALS: &[Promise] = trials! {
         a_published_port_is_never_a_source,
         a_port_of_a_host_socket_is_never_a_source,
         without_a_free_port_a_new_flow_is_refused,
+        what_has_no_ports_is_given_none,
         without_a_source_address_nothing_leaves,
         clients_that_collide_behind_a_published_port_stay_apart,
         containers_that_collide_behind_a_published_port_stay_apart,
@@ -218,6 +219,7 @@ fn is_for(name: &str, family: Family, checksum: Checksum) -> bool {
     let refusals = [
         "nat::without_a_free_port_a_new_flow_is_refused",
         "mapping::a_mapped_port_is_nobody_elses",
+        "nat::what_has_no_ports_is_given_none",
         "aging::an_endpoint_opens_as_many_flows_as_its_network_allows",
     ];
     if checksum == Checksum::Complete && refusals.contains(&name) {

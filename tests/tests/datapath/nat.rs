@@ -244,6 +244,18 @@ pub(crate) fn without_a_free_port_a_new_flow_is_refused(fixture: &mut Fixture) -
     Ok(())
 }
 
+pub(crate) fn what_has_no_ports_is_given_none(fixture: &mut Fixture) -> Result<()> {
+    let to = SocketAddrV4::new(OUTSIDE, 0);
+    for kind in [Kind::Gre, Kind::StrayIcmp] {
+        let source = dial(fixture, kind, "a1", 0, to)?;
+        ensure!(source == SocketAddrV4::new(HOST, 0), "{kind:?}: {source}");
+        // Nothing would tell its answers from those to the first.
+        let second = Datagram::new(kind, from_container_wire("a2", 0, to));
+        expect_refusal(fixture, "a2", &second, Reason::PortsExhausted)?;
+    }
+    Ok(())
+}
+
 pub(crate) fn without_a_source_address_nothing_leaves(fixture: &mut Fixture) -> Result<()> {
     let up0 = fixture.ifindex("up0");
     fixture.apply(|program| {
