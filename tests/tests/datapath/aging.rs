@@ -158,6 +158,26 @@ pub(crate) fn a_reply_half_alone_is_collected(fixture: &mut Fixture) -> Result<(
     expect_collected(fixture, 1, 0)
 }
 
+pub(crate) fn losses_of_different_flows_do_not_hide_each_other(
+    fixture: &mut Fixture,
+) -> Result<()> {
+    asks(fixture, "a1", Kind::Udp, 4000)?;
+    asks(fixture, "a1", Kind::Udp, 4001)?;
+    let mut gone = Vec::new();
+    fixture.visit_halves(|half| {
+        let [(_, source), (_, destination)] = half.from;
+        let is_doomed = if half.is_original { source == 4000 } else { destination == 4001 };
+        if !is_doomed {
+            return Fate::Kept;
+        }
+        gone.push(half.protocol);
+        Fate::Gone
+    })?;
+    ensure!(gone.len() == 2, "{gone:?} are gone");
+    // The original half is no flow, the reply half may have its original on the way.
+    expect_collected(fixture, 1, 1)
+}
+
 pub(crate) fn without_an_agent_new_flows_see_to_the_oldest(shared: &mut Fixture) -> Result<()> {
     // A table of its own: nothing is in the queue.
     let fixture = &mut shared.with_room_for(16)?;

@@ -23,6 +23,8 @@ pub(crate) const WORLD: Zone = Zone(0);
 pub(crate) struct Half {
     /// Where its packets arrive.
     pub(crate) zone: Zone,
+    /// IP protocol number.
+    pub(crate) protocol: u8,
     /// Source and destination of its packets when they arrive.
     pub(crate) from: [(IpAddr, u16); 2],
     /// The same when they leave.
@@ -106,6 +108,7 @@ where
         let arrives: FlowKey<A> = pod_read_unaligned(&key);
         let mut half = Half {
             zone: Zone(arrives.zone.into()),
+            protocol: arrives.proto,
             from: ends(&arrives.tuple),
             to: ends(&flow.to),
             reply_zone: Zone(flow.reply_zone),

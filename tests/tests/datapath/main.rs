@@ -123,6 +123,7 @@ const TRIALS: &[Promise] = trials! {
         a_packet_in_either_direction_keeps_a_flow,
         only_idle_flows_are_collected,
         a_reply_half_alone_is_collected,
+        losses_of_different_flows_do_not_hide_each_other,
         without_an_agent_new_flows_see_to_the_oldest,
         an_unanswered_flow_makes_room_in_a_full_table,
         room_for_one_half_is_made_room_for_two,

@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    hash::{BuildHasher, Hasher, RandomState},
     os::fd::{AsFd, OwnedFd},
     time::Duration,
 };
@@ -157,17 +158,16 @@ impl<F: Wired> Flows<F> {
         let now = now()?;
         let mut survey = Survey::default();
         let mut removed = 0;
-        let mut replies = 0;
+        let mut pairing = Pairing::default();
         self.for_each(|batch| {
             let mut suspects = Vec::new();
             for (key, half) in batch {
                 let idle = now.saturating_sub(half.last_seen);
                 let is_original = half.flags & flag::ORIGINAL != 0;
+                pairing.add(key, half);
                 if is_original {
                     survey.flows += 1;
                     *survey.by_endpoint.entry(half.generation).or_default() += 1;
-                } else {
-                    replies += 1;
                 }
                 // The collector asks the other half, too. A reply half is looked at only when even
                 // the longest-lived flow would be over: its original half tells sooner, as long
@@ -182,7 +182,7 @@ impl<F: Wired> Flows<F> {
             Ok(())
         })?;
         // Some flow may have lost a half: the collector knows which, if it is asked about all.
-        if survey.flows != replies {
+        if !pairing.is_whole() {
             self.for_each(|batch| {
                 let all: Vec<_> = batch.iter().map(|(key, _)| *key).collect();
                 removed += run(collector, order::EXPIRE, &all)?;
@@ -212,6 +212,36 @@ impl<F: Wired> Flows<F> {
             Ok(())
         })?;
         Ok(removed)
+    }
+}
+
+/// Whether each half has its other one, told without remembering any: what both halves say of their
+/// flow is hashed; originals add it, replies take it away.
+#[derive(Default)]
+struct Pairing {
+    /// Random, so that nobody can choose flows that hide each other's losses.
+    state: RandomState,
+    sum: u64,
+}
+
+impl Pairing {
+    fn add<A: Address>(&mut self, key: &FlowKey<A>, half: &Flow<A>) {
+        let peer_key = half.peer_key(key.proto);
+        let hash = |original: &FlowKey<A>, reply: &FlowKey<A>| {
+            let mut hasher = self.state.build_hasher();
+            hasher.write(bytemuck::bytes_of(original));
+            hasher.write(bytemuck::bytes_of(reply));
+            hasher.finish()
+        };
+        self.sum = if half.flags & flag::ORIGINAL != 0 {
+            self.sum.wrapping_add(hash(key, &peer_key))
+        } else {
+            self.sum.wrapping_sub(hash(&peer_key, key))
+        };
+    }
+
+    fn is_whole(&self) -> bool {
+        self.sum == 0
     }
 }
 
@@ -280,4 +310,41 @@ fn judge<A: Address>(
 pub(super) fn now() -> Result<u32> {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("read the clock")?;
     u32::try_from(now.tv_sec()).context("uptime in 32 bits of seconds")
+}
+
+#[cfg(test)]
+mod tests {
+    use netdp_common::{
+        addr::{Be32, Tuple},
+        flow::IPPROTO_UDP,
+    };
+
+    use super::*;
+
+    /// Both halves of a flow from this port.
+    fn flow(port: u16) -> [Half<Be32>; 2] {
+        let [container, host, world] = [0xac14_0002, 0x0a00_0002, 0x0a00_0003].map(Be32::new);
+        let arrives =
+            Tuple { src: container, dst: world, sport: Be16::new(port), dport: Be16::new(53) };
+        let key = FlowKey::new(7, arrives, IPPROTO_UDP);
+        let to = Tuple { src: host, ..arrives };
+        let half = Flow { to, flags: flag::ORIGINAL, ..Flow::default() };
+        let reply = Flow { to: arrives.reversed(), reply_zone: 7, ..Flow::default() };
+        [(key, half), (half.peer_key(key.proto), reply)]
+    }
+
+    #[test]
+    fn losses_of_different_flows_do_not_hide_each_other() {
+        let is_whole = |halves: &[Half<Be32>]| {
+            let mut pairing = Pairing::default();
+            halves.iter().for_each(|(key, half)| pairing.add(key, half));
+            pairing.is_whole()
+        };
+        let ([a, b], [c, d]) = (flow(4000), flow(4001));
+        assert!(is_whole(&[]) && is_whole(&[a, b]) && is_whole(&[d, a, c, b]));
+        assert!(!is_whole(&[a]) && !is_whole(&[b]) && !is_whole(&[a, b, d]));
+        assert!(!is_whole(&[a, d]), "a reply and an original are no flow");
+        let lost = (b.0, Flow { reply_zone: 8, ..b.1 });
+        assert!(!is_whole(&[a, lost]), "a reply that leads elsewhere");
+    }
 }
