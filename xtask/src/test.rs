@@ -35,6 +35,8 @@ pub(crate) enum Suite {
     Sockets,
     /// BPF programs on frames that make no sense, for a quarter of a minute
     Fuzz,
+    /// BPF programs beside a model of flow table and NAT, on 100,000 random events
+    Property,
     /// Promises of docs/behaviour.md, kept on real packets
     Conformance,
     /// The same traffic through netdp and through netfilter
@@ -104,6 +106,7 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
         | Suite::Load
         | Suite::Datapath
         | Suite::Fuzz
+        | Suite::Property
         | Suite::Differential
         | Suite::Sockets
         | Suite::Lifecycle => run_packets(suite, agent(netdp)?, None),
