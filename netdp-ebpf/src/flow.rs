@@ -391,7 +391,7 @@ fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config)
     new.reply.pad = 0;
     new.half.write_peer_key(new.key.proto, &mut new.reply_key);
     let mut next = kernel::random();
-    let mut is_chosen = may_keep(ports, new.key.proto, new.half.to.sport, config);
+    let mut is_chosen = may_keep::<F>(ports, new.key.proto, new.half.to.sport, config);
     let mut is_mapped = ports == SourcePorts::Mapped;
     for _ in 0..ROUNDS {
         if !is_chosen && !choose_port(new, config, &mut next) {
@@ -526,13 +526,13 @@ fn adopt<F: Family>(new: &mut NewFlow<F>) -> Opened {
 
 /// Whether the client's own port may stay.
 #[inline(always)]
-fn may_keep(ports: SourcePorts, proto: u8, wish: Be16, config: &Config) -> bool {
+fn may_keep<F: Family>(ports: SourcePorts, proto: u8, wish: Be16, config: &Config) -> bool {
     let wish = wish.get();
     match ports {
         SourcePorts::Kept | SourcePorts::Preferred | SourcePorts::Mapped => true,
         // No lookup tells what identifiers the host pings with, and programs like the same ones:
         // process ids, 1. In our own range they hardly meet.
-        SourcePorts::Host if matches!(proto, IPPROTO_ICMP | IPPROTO_ICMPV6) => {
+        SourcePorts::Host if proto == F::ICMP => {
             wish >= config.nat_first && wish <= config.nat_last
         }
         SourcePorts::Host => wish < config.ephemeral_first || wish > config.ephemeral_last,
