@@ -31,6 +31,42 @@ pub(crate) struct Sender {
 }
 
 impl Sender {
+    /// Who sends through the interface whose hook runs.
+    #[inline(always)]
+    fn at(ctx: &TcContext) -> Decision<Self> {
+        let Some(interface) = maps::interface(packet::ifindex(ctx)) else {
+            return drop(Reason::NotReady, 0);
+        };
+        let id = interface.network;
+        let Some(network) = maps::network(id) else { return drop(Reason::NotReady, id) };
+        if interface.role != role::ENDPOINT {
+            return drop(Reason::NotReady, id);
+        }
+        Ok(Self { interface, id, network, is_for_neighbour: false })
+    }
+
+    /// The same, of a frame that is not parsed any further.
+    #[inline(always)]
+    fn of_frame(ctx: &TcContext) -> Decision<Self> {
+        let mut sender = Self::at(ctx)?;
+        let frame = sender.check(Frame::parse(ctx))?;
+        sender.check_frame(ctx, &frame)?;
+        Ok(sender)
+    }
+
+    /// Drops a frame with another source MAC or a VLAN tag, and notes whom it is for.
+    #[inline(always)]
+    fn check_frame(&mut self, ctx: &TcContext, frame: &Frame) -> Decision<()> {
+        if frame.source != self.interface.mac {
+            return self.drop(Reason::SpoofedSource);
+        }
+        if packet::is_tagged(ctx) {
+            return self.drop(Reason::Family);
+        }
+        self.is_for_neighbour = frame.destination != self.network.mac;
+        Ok(())
+    }
+
     #[inline(always)]
     pub(crate) fn drop<T>(&self, reason: Reason) -> Decision<T> {
         drop(reason, self.id)
@@ -63,9 +99,12 @@ pub(crate) fn from_container<F: Family>(ctx: &TcContext) -> Decision {
 
 #[inline(always)]
 fn judge<F: Family>(ctx: &TcContext) -> Decision {
-    let sender = sender(ctx)?;
+    let mut sender = Sender::at(ctx)?;
+    // Who forges a MAC address may well forge the rest: the frame comes first.
+    let parsed = Packet::<F>::parse(ctx, EthHdr::LEN, sender.id);
+    let mut packet = sender.check(parsed)?;
+    sender.check_frame(ctx, &packet.frame())?;
     sender.require(F::CARRIED)?;
-    let mut packet = sender.check(Packet::<F>::parse(ctx, EthHdr::LEN, sender.id))?;
     if let Some(decision) = F::on_link(&packet, &sender) {
         return decision;
     }
@@ -94,7 +133,7 @@ fn judge<F: Family>(ctx: &TcContext) -> Decision {
 /// 5227).
 #[inline(always)]
 pub(crate) fn arp_from_container(ctx: &TcContext) -> Decision {
-    let sender = sender(ctx)?;
+    let sender = Sender::of_frame(ctx)?;
     sender.require(flag::IPV4)?;
     let arp = sender.check(Arp::parse(ctx))?;
     let address = Be32 { raw: u32::from_ne_bytes(arp.sender_address) };
@@ -108,28 +147,7 @@ pub(crate) fn arp_from_container(ctx: &TcContext) -> Decision {
 /// Anything else from a container.
 #[inline(always)]
 pub(crate) fn other_from_container(ctx: &TcContext) -> Decision {
-    sender(ctx)?.drop(Reason::Family)
-}
-
-/// Finds out who sends a frame, and drops one with another source MAC or a VLAN tag.
-#[inline(always)]
-fn sender(ctx: &TcContext) -> Decision<Sender> {
-    let Some(interface) = maps::interface(packet::ifindex(ctx)) else {
-        return drop(Reason::NotReady, 0);
-    };
-    let id = interface.network;
-    let Some(network) = maps::network(id) else { return drop(Reason::NotReady, id) };
-    if interface.role != role::ENDPOINT {
-        return drop(Reason::NotReady, id);
-    }
-    let frame = Frame::parse(ctx).or_else(|reason| drop(reason, id))?;
-    if frame.source != interface.mac {
-        return drop(Reason::SpoofedSource, id);
-    }
-    if packet::is_tagged(ctx) {
-        return drop(Reason::Family, id);
-    }
-    Ok(Sender { interface, id, network, is_for_neighbour: frame.destination != network.mac })
+    Sender::of_frame(ctx)?.drop(Reason::Family)
 }
 
 /// What becomes of a packet without a flow.

@@ -19,6 +19,8 @@ use crate::{
 
 /// A family of IP addresses.
 pub(crate) trait Family: Maps + Subprograms + Copy + 'static {
+    /// Its header without options.
+    type Header;
     /// [`Network::flags`]: the network carries the family.
     const CARRIED: u32;
     /// [`Interface::flags`]: the host forwarded the family before netdp did.
@@ -46,8 +48,14 @@ pub(crate) trait Family: Maps + Subprograms + Copy + 'static {
     /// Its address of an interface.
     fn address(interface: &Interface) -> Self::Address;
 
-    /// Reads the headers up to the transport. `None`: they contradict themselves or end too early.
-    fn parse(skb: &SkBuff, ip: usize, datagram: &mut Datagram<Self::Address>) -> Option<()>;
+    /// Reads a header at offset `ip` and what stands between it and the transport. `None`: they
+    /// contradict themselves or end too early.
+    fn parse(
+        skb: &SkBuff,
+        header: &Self::Header,
+        ip: usize,
+        datagram: &mut Datagram<Self::Address>,
+    ) -> Option<()>;
 
     /// Whether an ICMP type is that of an error about a packet that could belong to a flow.
     fn is_error(icmp_type: u8) -> bool;
@@ -97,6 +105,7 @@ const UDP_LITE: u8 = 136;
 const OSPF: u8 = 89;
 
 impl Family for V4 {
+    type Header = Ipv4Hdr;
     const CARRIED: u32 = flag::IPV4;
     const FORWARDED: u8 = interface_flag::FORWARDED_IPV4;
     const ADDRESS_FAMILY: u8 = 2;
@@ -119,8 +128,7 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn parse(skb: &SkBuff, ip: usize, datagram: &mut Datagram<Be32>) -> Option<()> {
-        let header: Ipv4Hdr = skb.load(ip).ok()?;
+    fn parse(_: &SkBuff, header: &Ipv4Hdr, ip: usize, datagram: &mut Datagram<Be32>) -> Option<()> {
         let header_length = usize::from(header.vihl & 0x0f) * 4;
         let length = usize::from(u16::from_be_bytes(header.tot_len));
         if header.vihl >> 4 != 4 || header_length < Ipv4Hdr::LEN || length < header_length {
@@ -169,6 +177,7 @@ impl Family for V4 {
 }
 
 impl Family for V6 {
+    type Header = Ipv6Hdr;
     const CARRIED: u32 = flag::IPV6;
     const FORWARDED: u8 = interface_flag::FORWARDED_IPV6;
     const ADDRESS_FAMILY: u8 = 10;
@@ -191,8 +200,12 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn parse(skb: &SkBuff, ip: usize, datagram: &mut Datagram<Be128>) -> Option<()> {
-        let header: Ipv6Hdr = skb.load(ip).ok()?;
+    fn parse(
+        skb: &SkBuff,
+        header: &Ipv6Hdr,
+        ip: usize,
+        datagram: &mut Datagram<Be128>,
+    ) -> Option<()> {
         if header.vcf[0] >> 4 != 6 {
             return None;
         }

@@ -9,7 +9,7 @@ use aya_ebpf::{
         __sk_buff, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH,
         BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibLookup,
     },
-    helpers::generated::bpf_fib_lookup,
+    helpers::generated::{bpf_fib_lookup, bpf_skb_load_bytes},
     programs::{TcContext, sk_buff::SkBuff},
 };
 use netdp_common::{
@@ -28,7 +28,7 @@ use network_types::{
 
 use crate::{
     family::Family,
-    maps,
+    kernel, maps,
     verdict::{Decision, drop},
 };
 
@@ -125,6 +125,56 @@ impl Carried {
     }
 }
 
+/// Where the IP header stands in a [`Start`]: aligned, with room for MAC addresses before it.
+const START_IP: usize = 16;
+/// IPv6's, and TCP's.
+const LONGEST_HEADERS: usize = 60;
+
+/// The first bytes of a packet: MAC addresses, where it has them, an IP header without options, and
+/// as much of a transport as flows care for. Read at once: a call costs more than what it reads.
+#[repr(C, align(8))]
+struct Start([u8; START_IP + LONGEST_HEADERS]);
+
+impl Start {
+    /// Reads what there is of a packet with its IP header at offset `ip`. Behind the packet's end
+    /// stands what was there before.
+    #[inline(always)]
+    fn load<F: Family>(&mut self, skb: *mut __sk_buff, ip: usize) -> bool {
+        // The verifier wants to know where it writes.
+        if ip == 0 { self.load_at::<F>(skb, 0) } else { self.load_at::<F>(skb, EthHdr::LEN) }
+    }
+
+    #[inline(always)]
+    fn load_at<F: Family>(&mut self, skb: *mut __sk_buff, ip: usize) -> bool {
+        let least = (ip + size_of::<F::Header>()) as u32;
+        let length = kernel::length(skb);
+        if length < least {
+            return false;
+        }
+        let length = length.min(least + TcpHdr::LEN as u32);
+        let to = self.0.as_mut_ptr().wrapping_add(START_IP - ip);
+        // SAFETY: from `to` on there is room for the most that is read.
+        unsafe { bpf_skb_load_bytes(skb.cast(), 0, to.cast(), length) == 0 }
+    }
+
+    /// A header, counted from the IP header on.
+    #[inline(always)]
+    fn header<T>(&self, offset: usize) -> &T {
+        const { assert!(align_of::<T>() == 1 && size_of::<T>() <= 40) };
+        let at = self.0.as_ptr().wrapping_add(START_IP + offset);
+        // SAFETY: all that is asked for are IP headers and transports right behind them, which
+        // lie in the bytes; any bytes are such a header.
+        unsafe { &*at.cast::<T>() }
+    }
+
+    #[inline(always)]
+    fn frame(&self) -> Frame {
+        let at = self.0.as_ptr().wrapping_add(START_IP - EthHdr::LEN);
+        // SAFETY: it lies in the bytes; any bytes are MAC addresses.
+        unsafe { at.cast::<Frame>().read() }
+    }
+}
+
 /// Offset of the IP header in what an interface sends and receives.
 #[inline(always)]
 pub(crate) fn ip_offset(interface: &Interface) -> usize {
@@ -211,6 +261,7 @@ pub(crate) enum Transport {
 /// What the headers of a packet say. It lies in a map ([`crate::maps::Maps::headers`]): the stack
 /// is too small.
 pub(crate) struct Headers<F: Family> {
+    start: Start,
     /// Offset of the IP header: 14, or 0 on interfaces without Ethernet.
     ip: u32,
     /// The packet itself.
@@ -286,6 +337,12 @@ impl<'a, F: Family> Packet<'a, F> {
                 &Ports { sport, dport, proto: self.proto, pad: [0; 3] },
             );
         }
+    }
+
+    /// The MAC addresses; Ethernet only.
+    #[inline(always)]
+    pub(crate) fn frame(&self) -> Frame {
+        self.headers.start.frame()
     }
 
     /// The context, for helpers that want it raw.
@@ -365,7 +422,10 @@ impl<F: Family> Headers<F> {
         self.opens = false;
         self.may_open = false;
         self.icmp_type = 0;
-        if F::parse(skb, ip, &mut self.outer).is_none() {
+        if !self.start.load::<F>(skb.skb, ip) {
+            return;
+        }
+        if F::parse(skb, self.start.header(0), ip, &mut self.outer).is_none() {
             return;
         }
         let (l4, end) = (self.outer.l4, self.outer.end);
@@ -399,18 +459,20 @@ impl<F: Family> Headers<F> {
         const UNTRACKED: Transport = Transport::Untracked(Reason::Protocol);
         let proto = self.proto;
         if proto == IPPROTO_TCP {
-            let Some(tcp) = load_whole::<TcpHdr>(skb, l4, payload) else { return MALFORMED };
+            let Some(tcp) = self.transport::<TcpHdr>(skb, l4, payload) else { return MALFORMED };
             self.parse_tcp(&tcp);
             Transport::Tcp
         } else if proto == IPPROTO_UDP {
-            let Some(udp) = load_whole::<UdpHdr>(skb, l4, payload) else { return MALFORMED };
+            let Some(udp) = self.transport::<UdpHdr>(skb, l4, payload) else { return MALFORMED };
             self.tuple.sport = Be16 { raw: u16::from_ne_bytes(udp.src) };
             self.tuple.dport = Be16 { raw: u16::from_ne_bytes(udp.dst) };
             self.seen |= seen::DATA;
             self.may_open = true;
             Transport::Udp
         } else if proto == F::ICMP {
-            let Some(icmp) = load_whole::<Icmpv4Hdr>(skb, l4, payload) else { return MALFORMED };
+            let Some(icmp) = self.transport::<Icmpv4Hdr>(skb, l4, payload) else {
+                return MALFORMED;
+            };
             self.icmp_type = icmp.type_;
             let identifier = Be16 { raw: u16::from_ne_bytes([icmp.data[0], icmp.data[1]]) };
             if icmp.type_ == F::ECHO {
@@ -426,9 +488,11 @@ impl<F: Family> Headers<F> {
             self.may_open = icmp.type_ == F::ECHO;
             Transport::Query
         } else if proto == IPPROTO_SCTP {
-            let Some(ports) = load_whole::<[Be16; 2]>(skb, l4, payload) else { return MALFORMED };
-            self.tuple.sport = ports[0];
-            self.tuple.dport = ports[1];
+            let Some([a, b, c, d]) = self.transport::<[u8; 4]>(skb, l4, payload) else {
+                return MALFORMED;
+            };
+            self.tuple.sport = Be16 { raw: u16::from_ne_bytes([a, b]) };
+            self.tuple.dport = Be16 { raw: u16::from_ne_bytes([c, d]) };
             self.seen |= seen::DATA;
             self.may_open = true;
             Transport::Sctp
@@ -439,6 +503,18 @@ impl<F: Family> Headers<F> {
         } else {
             UNTRACKED
         }
+    }
+
+    /// A transport's header, which must lie within the payload of what carries it.
+    #[inline(always)]
+    fn transport<T: Copy>(&self, skb: &SkBuff, at: usize, payload: usize) -> Option<T> {
+        if payload < size_of::<T>() {
+            return None;
+        }
+        if at == self.ip as usize + size_of::<F::Header>() {
+            return Some(*self.start.header(size_of::<F::Header>()));
+        }
+        skb.load(at).ok()
     }
 
     #[inline(always)]
@@ -469,7 +545,8 @@ impl<F: Family> Headers<F> {
     fn parse_quoted(&mut self, skb: &SkBuff, l4: usize) -> Option<()> {
         let ip = l4 + Icmpv4Hdr::LEN;
         let end = self.outer.end;
-        F::parse(skb, ip, &mut self.quoted)?;
+        let header: F::Header = skb.load(ip).ok()?;
+        F::parse(skb, &header, ip, &mut self.quoted)?;
         let (l4, proto) = (self.quoted.l4, self.quoted.proto);
         if l4 + QUOTED_TRANSPORT > end || self.quoted.headless || self.outer.heads_fragments {
             return None;
@@ -535,15 +612,6 @@ pub(crate) fn parse<F: Family>(skb: *mut __sk_buff, ip: u32, zone: u32) -> u32 {
     let Some(headers) = F::headers() else { return 0 };
     headers.parse(&SkBuff::new(skb), ip as usize, zone);
     u32::from(headers.transport != Transport::Untracked(Reason::Malformed))
-}
-
-/// Loads a header that must lie within the payload of what carries it.
-#[inline(always)]
-fn load_whole<T>(skb: &SkBuff, at: usize, payload: usize) -> Option<T> {
-    if payload < size_of::<T>() {
-        return None;
-    }
-    skb.load(at).ok()
 }
 
 /// A sub-program of its own, for its stack; 0 stands for none.

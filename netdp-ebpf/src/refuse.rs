@@ -48,20 +48,20 @@ impl<const N: usize> Words for [u32; N] {
 
 /// The error "administratively prohibited" of a family.
 pub(crate) trait Prohibited: Family {
-    /// An IP header without options.
-    type Header: Words;
+    /// An IP header without options, in words.
+    type HeaderWords: Words;
     /// ICMP type and code.
     const MESSAGE: [u8; 2];
 
     /// The header of a message of this many bytes.
-    fn header(from: Self::Address, to: Self::Address, message: usize) -> Self::Header;
+    fn header(from: Self::Address, to: Self::Address, message: usize) -> Self::HeaderWords;
 
     /// The sum of what the ICMP checksum covers besides the message.
     fn pseudo_header(from: Self::Address, to: Self::Address, message: usize) -> Difference;
 }
 
 impl Prohibited for V4 {
-    type Header = [u32; 5];
+    type HeaderWords = [u32; 5];
     // RFC 1812, 5.2.7.1.
     const MESSAGE: [u8; 2] = [3, 13];
 
@@ -85,7 +85,7 @@ impl Prohibited for V4 {
 }
 
 impl Prohibited for V6 {
-    type Header = [u32; 10];
+    type HeaderWords = [u32; 10];
     // RFC 4443, 3.1.
     const MESSAGE: [u8; 2] = [1, 1];
 
@@ -142,7 +142,7 @@ fn make_error<F: Prohibited>(skb: &SkBuff, ifindex: u32) -> Option<()> {
     let interface = maps::interface(ifindex)?;
     let network = maps::network(interface.network)?;
     // Options and extension headers are rare, and silence is allowed.
-    if headers.outer.l4 != EthHdr::LEN + size_of::<F::Header>() {
+    if headers.outer.l4 != EthHdr::LEN + size_of::<F::HeaderWords>() {
         return None;
     }
     let (from, to) = (F::subnet(network).gateway, headers.source);
@@ -160,7 +160,7 @@ fn write<F: Prohibited>(
     to: F::Address,
     transport: usize,
 ) -> Option<()> {
-    let header = size_of::<F::Header>();
+    let header = size_of::<F::HeaderWords>();
     let quote = header + transport;
     let message = ICMP + quote;
     let [kind, code] = F::MESSAGE;
