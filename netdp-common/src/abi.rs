@@ -64,7 +64,7 @@ mod tests {
         interface::Interface,
         network::Network,
         policy::{PolicyKey, PolicyVerdict},
-        publish::{Published, PublishedKey},
+        publish::{Published, PublishedKey, PublishedPort},
         socket::{SocketAddress, SocketPeer},
     };
 
@@ -97,6 +97,7 @@ mod tests {
             ("Interface", size_of::<Interface>(), 36),
             ("Network", size_of::<Network>(), 104),
             ("PolicyVerdict", size_of::<PolicyVerdict>(), 8),
+            ("PublishedPort", size_of::<PublishedPort>(), 4),
             ("Ports", size_of::<Ports>(), 8),
             ("SocketAddress", size_of::<SocketAddress>(), 20),
             ("SocketPeer", size_of::<SocketPeer>(), 32),

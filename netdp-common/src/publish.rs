@@ -1,4 +1,4 @@
-//! PUBLISHED4 and PUBLISHED6: which host ports lead to which container.
+//! PUBLISHED4, PUBLISHED6 and PUBLISHED_PORT: which host ports lead to which container.
 
 use crate::{abi::wire, addr::Be16};
 
@@ -29,3 +29,21 @@ wire! {
         pub network: u32,
     }
 }
+
+wire! {
+    /// Key of PUBLISHED_PORT: a port that is published on some addresses of the host, but not on
+    /// all. Who binds it on all addresses would have it on those, too.
+    pub struct PublishedPort {
+        /// The port.
+        pub port: Be16,
+        /// IP protocol number.
+        pub proto: u8,
+        /// [`AF_INET`] or [`AF_INET6`].
+        pub family: u8,
+    }
+}
+
+/// IPv4's address family (linux/socket.h).
+pub const AF_INET: u8 = 2;
+/// IPv6's.
+pub const AF_INET6: u8 = 10;

@@ -5,8 +5,8 @@ use aya_ebpf::{
     bindings::__sk_buff,
     helpers::generated::{
         bpf_csum_update, bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
-        bpf_redirect, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_change_tail,
-        bpf_skb_load_bytes_relative,
+        bpf_redirect, bpf_set_retval, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release,
+        bpf_skb_change_tail, bpf_skb_load_bytes_relative,
     },
 };
 use netdp_common::{
@@ -87,12 +87,41 @@ pub(crate) fn account(skb: *mut __sk_buff, difference: Difference) {
     unsafe { bpf_csum_update(skb, difference.get()) };
 }
 
+/// Makes the system call that a cgroup hook refuses fail with this error (Linux 5.18).
+#[inline(always)]
+pub(crate) fn fail_with(errno: i32) {
+    // SAFETY: takes a number.
+    unsafe { bpf_set_retval(-errno) };
+}
+
 /// Whether a socket of the host would take a packet that looks like this on arrival, listening or
 /// connected.
+#[inline(always)]
+pub(crate) fn has_socket<A: Address>(skb: *mut __sk_buff, arriving: &Tuple<A>, proto: u32) -> bool {
+    look_up(skb, arriving, proto) != NO_SOCKET
+}
+
+/// Whether a socket of the host is connected to the sender of a packet that looks like this on
+/// arrival.
+#[inline(always)]
+pub(crate) fn has_connection<A: Address>(
+    skb: *mut __sk_buff,
+    arriving: &Tuple<A>,
+    proto: u32,
+) -> bool {
+    look_up(skb, arriving, proto) == CONNECTED
+}
+
+/// What [`look_up`] finds.
+const NO_SOCKET: u32 = 0;
+const UNCONNECTED: u32 = 1;
+const CONNECTED: u32 = 2;
+
+/// Looks for the socket that would take a packet.
 ///
 /// A sub-program of its own: its callers have little stack left.
 #[inline(never)]
-pub(crate) fn has_socket<A: Address>(skb: *mut __sk_buff, arriving: &Tuple<A>, proto: u32) -> bool {
+fn look_up<A: Address>(skb: *mut __sk_buff, arriving: &Tuple<A>, proto: u32) -> u32 {
     // `Tuple` is laid out as the family's half of `bpf_sock_tuple`.
     let (tuple, size) = ((&raw const *arriving).cast_mut().cast(), size_of::<Tuple<A>>() as u32);
     let socket = if proto == u32::from(IPPROTO_TCP) {
@@ -102,12 +131,14 @@ pub(crate) fn has_socket<A: Address>(skb: *mut __sk_buff, arriving: &Tuple<A>, p
         // SAFETY: as above.
         unsafe { bpf_sk_lookup_udp(skb.cast(), tuple, size, CURRENT_NETNS, 0) }
     } else {
-        return false;
+        return NO_SOCKET;
     };
     if socket.is_null() {
-        return false;
+        return NO_SOCKET;
     }
+    // SAFETY: checked for null, and held until it is released.
+    let peer_port = unsafe { (*socket).dst_port };
     // SAFETY: the reference was taken above and is given back once.
     unsafe { bpf_sk_release(socket.cast()) };
-    true
+    if peer_port == 0 { UNCONNECTED } else { CONNECTED }
 }

@@ -1,5 +1,5 @@
 //! netdp's packet path. Four tc programs, each: parse → decide → act; and the socket hooks, which
-//! lead programs of the host to published ports before there is a packet.
+//! lead programs of the host to published ports before there is a packet, and keep them off.
 //!
 //! `docs/packet-walk.md` follows a packet through them, hook by hook. Each program parts into the
 //! families at once; what they do is written once, for both.
@@ -78,6 +78,18 @@ fn to_uplink(ctx: TcContext) -> i32 {
         Carried::Ipv6 => ip_to_uplink::<V6>(ctx.skb.skb),
         _ => uplink::other_to_uplink(&ctx).unwrap_or_else(Verdict::from).finish(&ctx),
     }
+}
+
+/// cgroup hook of `bind` (Linux 4.17).
+#[cgroup_sock_addr(bind4)]
+fn bind4(ctx: SockAddrContext) -> i32 {
+    socket::bind::<Inet4>(&ctx)
+}
+
+/// cgroup hook of `bind` with IPv6 addresses (Linux 4.17).
+#[cgroup_sock_addr(bind6)]
+fn bind6(ctx: SockAddrContext) -> i32 {
+    socket::bind::<Inet6>(&ctx)
 }
 
 /// cgroup hook of `connect`, and what libraries make of it.

@@ -23,7 +23,7 @@ use netdp_common::{
     interface::Interface,
     network::{NETWORKS_MAX, Network},
     policy::{PREFIX_BASE, PolicyKey, PolicyVerdict},
-    publish::{Published, PublishedKey},
+    publish::{Published, PublishedKey, PublishedPort},
     socket::{SocketAddress, SocketPeer},
 };
 
@@ -49,6 +49,11 @@ static NETWORK: Array<Network> = Array::with_max_entries(NETWORKS_MAX, 0);
 #[map]
 static SOCKET_ORIGIN: LruHashMap<SocketPeer, SocketAddress> =
     LruHashMap::with_max_entries(32_768, 0);
+
+/// Ports that are published on some addresses → 1. Full: the agent refuses to publish.
+#[map]
+static PUBLISHED_PORT: HashMap<PublishedPort, u32> =
+    HashMap::with_max_entries(524_288, BPF_F_NO_PREALLOC);
 
 /// The one [`Config`].
 #[map]
@@ -521,6 +526,12 @@ pub(crate) fn remember_socket_origin(peer: &SocketPeer, dialled: &SocketAddress)
 #[inline(always)]
 pub(crate) fn forget_socket_origin(peer: &SocketPeer) {
     let _ = SOCKET_ORIGIN.remove(peer);
+}
+
+/// Whether a port is published on some addresses; one that is published on all is not looked for.
+#[inline(always)]
+pub(crate) fn is_published_somewhere(port: &PublishedPort) -> bool {
+    PUBLISHED_PORT.get_ptr(port).is_some()
 }
 
 /// The host's port ranges.

@@ -8,6 +8,7 @@ use netdp_common::{
 
 use crate::{
     family::Family,
+    kernel, maps,
     packet::{Packet, Transport},
 };
 
@@ -17,8 +18,17 @@ pub(crate) fn target<F: Family>(packet: &Packet<'_, F>) -> Option<Published<F::A
     if !matches!(packet.transport, Transport::Tcp | Transport::Udp | Transport::Sctp) {
         return None;
     }
-    at::<F>(packet.tuple.dst, packet.tuple.dport, packet.proto)
-        .or_else(|| at::<F>(F::Address::default(), packet.tuple.dport, packet.proto))
+    let target = at::<F>(packet.tuple.dst, packet.tuple.dport, packet.proto)
+        .or_else(|| at::<F>(F::Address::default(), packet.tuple.dport, packet.proto))?;
+    // The kernel gives such ports to programs that dial, and asks nobody.
+    let is_ephemeral = maps::config().is_some_and(|config| {
+        let port = packet.tuple.dport.get();
+        port >= config.ephemeral_first && port <= config.ephemeral_last
+    });
+    if is_ephemeral && kernel::has_connection(packet.skb(), &packet.tuple, packet.proto.into()) {
+        return None;
+    }
+    Some(target)
 }
 
 /// The target of exactly this address.

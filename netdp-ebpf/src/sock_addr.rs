@@ -8,11 +8,14 @@ use core::ptr::{read_volatile, write_volatile};
 use aya_ebpf::{
     EbpfContext,
     bindings::{bpf_sock, bpf_sock_addr},
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie},
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_skc_to_tcp6_sock, bpf_skc_to_udp6_sock,
+    },
     programs::{SockAddrContext, SockContext},
 };
 use netdp_common::{
     addr::{Be16, Be32, Be128},
+    flow::IPPROTO_TCP,
     socket::SocketAddress,
 };
 
@@ -121,6 +124,25 @@ pub(crate) fn bound(ctx: &SockAddrContext) -> (Be32, Be128) {
     // Linux 5.3.
     let socket = read!(ctx.sock_addr, bpf_sock_addr, __bindgen_anon_1.sk);
     (Be32 { raw: read!(socket, bpf_sock, src_ip4) }, words!(socket, bpf_sock, src_ip6))
+}
+
+/// Whether an IPv6 socket of TCP or UDP takes no IPv4 packets (IPV6_V6ONLY). Needs the kernel's
+/// types (`CONFIG_DEBUG_INFO_BTF`) and Linux 5.9.
+#[inline(always)]
+pub(crate) fn is_ipv6_only(ctx: &SockAddrContext, proto: u8) -> bool {
+    /// Bit `skc_ipv6only` of `struct sock_common` (net/sock.h), at that place since Linux 3.18.
+    const PLACE: usize = 19;
+    const IPV6_ONLY: u8 = 1 << 5;
+    let socket = read!(ctx.sock_addr, bpf_sock_addr, __bindgen_anon_1.sk).cast();
+    let socket: *const u8 = if proto == IPPROTO_TCP {
+        // SAFETY: the hook's socket; the helper looks whether it is one of this kind.
+        unsafe { bpf_skc_to_tcp6_sock(socket) }.cast()
+    } else {
+        // SAFETY: as above.
+        unsafe { bpf_skc_to_udp6_sock(socket) }.cast()
+    };
+    // SAFETY: checked for null; `struct sock_common` comes first in both, and is longer.
+    !socket.is_null() && unsafe { read_volatile(socket.wrapping_add(PLACE)) } & IPV6_ONLY != 0
 }
 
 /// The kernel's name of a hook's socket.

@@ -1,6 +1,8 @@
 //! Programs of the host and published ports: the destination is chosen when it is named, so no
 //! packet has to be translated.
 //!
+//! And the other way round: nobody but the container gets a published port.
+//!
 //! Sockets of other network namespaces, containers' above all, are none of our business, although
 //! the hooks run for them, too.
 
@@ -8,11 +10,13 @@ use aya_ebpf::programs::{SockAddrContext, SockContext};
 use netdp_common::{
     addr::{Address, Be16, Be32, Be128},
     flow::{IPPROTO_TCP, IPPROTO_UDP},
+    publish::PublishedPort,
     socket::{SocketAddress, SocketPeer},
 };
 
 use crate::{
     family::{Family, V4, V6},
+    kernel,
     maps::{self, Maps},
     publish,
     sock_addr::{self, Form},
@@ -21,8 +25,45 @@ use crate::{
 /// What a hook returns to let the call go on.
 const GO_ON: i32 = 1;
 
-/// What `connect` and `sendmsg` hooks return to make the call fail with EPERM.
+/// What hooks return to make the call fail, with EPERM unless they say otherwise.
 const REFUSE: i32 = 0;
+
+/// asm-generic/errno.h.
+const EADDRINUSE: i32 = 98;
+
+/// A program asks for a port: one that is published is as good as taken. Where it leaves the choice
+/// to the kernel, the kernel does not ask.
+#[inline(always)]
+pub(crate) fn bind<F: Form>(ctx: &SockAddrContext) -> i32 {
+    let (asked, proto) = (F::read(ctx), sock_addr::protocol(ctx));
+    let has_ports = matches!(proto, IPPROTO_TCP | IPPROTO_UDP);
+    if !has_ports || asked.port.raw == 0 || !is_host(sock_addr::namespace(ctx)) {
+        return GO_ON;
+    }
+    let is_taken = match asked.ipv4() {
+        Some(address) => is_taken::<V4>(address, asked.port, proto),
+        None => {
+            is_taken::<V6>(asked.address, asked.port, proto)
+                // Who binds `::` has all IPv4 addresses as well, unless it said otherwise.
+                || asked.address.is_unspecified()
+                    && is_taken::<V4>(Be32::default(), asked.port, proto)
+                    && !sock_addr::is_ipv6_only(ctx, proto)
+        }
+    };
+    if is_taken {
+        kernel::fail_with(EADDRINUSE);
+        return REFUSE;
+    }
+    GO_ON
+}
+
+/// Whether a port of an address is published, or of any address if it is the unspecified one.
+#[inline(always)]
+fn is_taken<F: Family>(address: F::Address, port: Be16, proto: u8) -> bool {
+    let somewhere = PublishedPort { port, proto, family: F::ADDRESS_FAMILY };
+    publish::is_published::<F>(address, port, proto)
+        || address.is_unspecified() && maps::is_published_somewhere(&somewhere)
+}
 
 /// A program names whom it wants to talk to: a published port becomes the container's.
 #[inline(always)]

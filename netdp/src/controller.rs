@@ -32,7 +32,7 @@ use crate::{
     model::{EndpointId, Model, Refusal},
     netlink::{Netlink, events::Events, namespace},
     plan::{Setting, link_drift, plan, reservations},
-    ports::{PortError, Prepared, Reservations},
+    ports::{Keeper, PortError, Prepared, Reservations},
     store::Store,
 };
 
@@ -198,15 +198,17 @@ impl Controller {
             let value = operation(&mut model, &facts)?;
             match state.prepare_ports(&model).await? {
                 Ok(prepared) => break (value, model, prepared),
-                // The second time, the user gave the port.
-                Err(PortError::InUse { key, .. })
-                    if facts.ports_in_use.insert((key.protocol, key.port)) => {}
-                Err(error @ PortError::InUse { .. }) => {
-                    return Err(Refusal::conflict(error.to_string()).into());
+                Err(PortError::InUse(ports)) => {
+                    let known = facts.ports_in_use.len();
+                    let numbers = ports.iter().map(|port| (port.key.protocol, port.key.port));
+                    facts.ports_in_use.extend(numbers);
+                    // The second time, the user gave the ports.
+                    if facts.ports_in_use.len() == known {
+                        let error = PortError::InUse(ports);
+                        return Err(Refusal::conflict(error.to_string()).into());
+                    }
                 }
-                Err(error @ PortError::Refused { .. }) => {
-                    return Err(ChangeError::Failed(error.into()));
-                }
+                Err(error) => return Err(ChangeError::Failed(error.into())),
             }
         };
         // A task of its own: a caller who hangs up must not stop a change half-way.
@@ -270,8 +272,14 @@ impl Drop for Shared {
 impl State {
     /// Takes the host ports that a model wants and that are not held yet.
     async fn prepare_ports(&mut self, model: &Model) -> Result<Result<Prepared, PortError>> {
-        let wanted = reservations(model);
-        self.reservations.call(move |reservations| reservations.prepare(&wanted)).await
+        let (wanted, keeper) = (reservations(model), self.port_keeper().await?);
+        self.reservations.call(move |reservations| reservations.prepare(&wanted, keeper)).await
+    }
+
+    /// Who keeps programs of the host off published ports.
+    async fn port_keeper(&self) -> Result<Keeper> {
+        let is_backend = self.dataplane.call(|dataplane| dataplane.keeps_ports()).await?;
+        Ok(if is_backend { Keeper::Backend } else { Keeper::Sockets })
     }
 
     async fn change(&mut self, model: Model, prepared: Prepared) -> Result<(), ChangeError> {
@@ -283,10 +291,14 @@ impl State {
         let model = Arc::new(model);
         match self.enforce_and_store(&model, &before).await {
             Ok(failures) => {
-                self.report(lines(&failures));
-                self.reservations
-                    .call(move |reservations| reservations.commit(prepared, &wanted))
-                    .await?;
+                let keeper = self.port_keeper().await?;
+                let refused = self.reservations.call(move |reservations| {
+                    reservations.commit(prepared, &wanted);
+                    // The backend may have found out that it can't.
+                    reservations.hold(&wanted, keeper)
+                });
+                let refused = refused.await?;
+                self.report(troubles(&failures, refused));
                 self.model = model;
                 self.publish();
                 Ok(())
@@ -308,6 +320,8 @@ impl State {
         before: &Arc<Model>,
     ) -> Result<Vec<Failure>> {
         let failures = self.converge(model, Some(before)).await?;
+        let (wanted, keeper) = (reservations(model), self.port_keeper().await?);
+        self.reservations.call(move |reservations| reservations.check(&wanted, keeper)).await??;
         // The kernel first: killed in between, the next start takes back what nobody was told of.
         let (old, new) = (Arc::clone(before), Arc::clone(model));
         self.store
@@ -370,11 +384,9 @@ impl State {
         }
         let model = Arc::clone(&self.model);
         let failures = self.converge(&model, None).await?;
-        let wanted = reservations(&model);
-        let refused = self.reservations.call(move |ports| ports.hold(&wanted)).await?;
-        let mut troubles = lines(&failures);
-        troubles.extend(refused.into_iter().map(|error| format!("keep a published port: {error}")));
-        self.report(troubles);
+        let (wanted, keeper) = (reservations(&model), self.port_keeper().await?);
+        let refused = self.reservations.call(move |ports| ports.hold(&wanted, keeper)).await?;
+        self.report(troubles(&failures, refused));
         if model != before {
             self.store.call(move |store| store.save(&before, &model)).await??;
         }
@@ -415,7 +427,8 @@ impl State {
             Ok(failures) => failures.into_iter().map(Failure::into_error).collect(),
             Err(error) => vec![error],
         };
-        errors.extend(self.reservations.call(|ports| ports.hold(&BTreeSet::new())).await.err());
+        let emptied = self.reservations.call(|ports| ports.hold(&BTreeSet::new(), Keeper::Backend));
+        errors.extend(emptied.await.err());
         let purged = self.dataplane.call(|dataplane| dataplane.purge()).await.flatten();
         errors.extend(purged.context("purge the dataplane").err());
         // A sysctl that could not be given back is still remembered for the next attempt.
@@ -451,6 +464,12 @@ impl State {
             flow_tables: self.flow_tables.clone(),
         });
     }
+}
+
+/// What could not be done, and which ports not be kept.
+fn troubles(failures: &[Failure], refused: Vec<PortError>) -> Vec<String> {
+    let refused = refused.into_iter().map(|error| format!("keep a published port: {error}"));
+    lines(failures).into_iter().chain(refused).collect()
 }
 
 fn lines(failures: &[Failure]) -> Vec<String> {

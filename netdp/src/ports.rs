@@ -1,10 +1,11 @@
 //! Published ports, kept from the host's other programs.
 //!
-//! Owns a bound socket per published port: nobody else can bind it, and nobody answers on it.
-//! Packets to it are the dataplane's, this module never sees one.
+//! Owns the look at who has a port already, and, where the backend keeps nobody off a published port,
+//! a bound socket for each: nobody else can bind it, and nobody answers on it. Packets to it are the
+//! dataplane's, this module never sees one.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt, fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsRawFd, OwnedFd},
@@ -21,32 +22,61 @@ use nix::{
 };
 use thiserror::Error;
 
-use crate::{dataplane::PublishedKey, model::Protocol};
+use crate::{
+    dataplane::PublishedKey,
+    model::Protocol,
+    netlink::sockets::{self, Bound},
+};
 
 /// Enough for every TCP and UDP port of two addresses.
 const OPEN_FILES: u64 = 262_144 + 4096;
 
+/// Most ports in use that an error names with their holders.
+const NAMED: usize = 16;
+
+/// Who keeps programs of the host off published ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keeper {
+    /// The backend, those of TCP and UDP.
+    Backend,
+    /// We, with a socket for each.
+    Sockets,
+}
+
+impl Keeper {
+    /// Whether a port needs a socket of ours.
+    fn wants_socket(self, key: PublishedKey) -> bool {
+        // The kernel asks nobody when an SCTP socket is bound.
+        self == Self::Sockets || key.protocol == Protocol::Sctp
+    }
+}
+
 /// The ports that we hold.
 #[derive(Debug, Default)]
 pub struct Reservations {
-    held: BTreeMap<PublishedKey, OwnedFd>,
+    /// `None` where a socket is not needed, or can't be.
+    held: BTreeMap<PublishedKey, Option<OwnedFd>>,
 }
 
 /// Ports taken for a change that may still fail; dropped, they are free again.
 #[derive(Debug)]
-pub struct Prepared(BTreeMap<PublishedKey, OwnedFd>);
+pub struct Prepared(BTreeMap<PublishedKey, Option<OwnedFd>>);
 
-/// Why a port could not be had.
+/// A port that somebody else has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InUse {
+    /// The port.
+    pub key: PublishedKey,
+    /// Who has it, as far as `/proc` tells.
+    pub holder: Holder,
+}
+
+/// Why ports could not be had.
 #[derive(Debug, Error)]
 pub enum PortError {
-    /// Somebody else has it.
-    #[error("{} is in use by {holder}: choose another port or stop it", endpoint(.key))]
-    InUse {
-        /// The port.
-        key: PublishedKey,
-        /// Who has it, as far as `/proc` tells.
-        holder: Holder,
-    },
+    /// Somebody else has these.
+    #[error("{}", in_use(.0))]
+    InUse(Vec<InUse>),
     /// The kernel refused for another reason.
     #[error("reserve {}: {error}{}", endpoint(.key), advice(.error))]
     Refused {
@@ -55,6 +85,24 @@ pub enum PortError {
         /// Why.
         error: io::Error,
     },
+    /// The kernel does not say who has which port.
+    #[error("look for ports in use: {0:#}")]
+    Unknown(anyhow::Error),
+}
+
+/// Names all ports, and the holders of the first.
+fn in_use(ports: &[InUse]) -> String {
+    let named = |(index, InUse { key, holder }): (usize, &InUse)| {
+        let is_in = if index == 0 { "is in use" } else { "" };
+        [&endpoint(key), is_in, "by", &holder.to_string()].join(" ").replace("  ", " ")
+    };
+    let mut list: Vec<String> = ports.iter().take(NAMED).enumerate().map(named).collect();
+    list.extend(ports.iter().skip(NAMED).map(|port| endpoint(&port.key)));
+    let advice = match ports {
+        [_] => "choose another port or stop it",
+        _ => "choose other ports or stop them",
+    };
+    format!("{}: {advice}", list.join(", "))
 }
 
 /// Who holds a port.
@@ -87,7 +135,7 @@ impl fmt::Display for Holder {
 
 impl Reservations {
     /// Holds nothing yet. Raises the process's limit of open files as far as it may be: every port
-    /// takes one.
+    /// takes one where the backend keeps none.
     pub fn new() -> Self {
         // Where it can't be raised enough, `prepare` says so once it is reached.
         if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
@@ -101,11 +149,38 @@ impl Reservations {
     /// Takes those of `wanted` that are not held yet, all or none.
     ///
     /// # Errors
-    /// Names the first port that could not be had, and who has it.
-    pub fn prepare(&self, wanted: &BTreeSet<PublishedKey>) -> Result<Prepared, PortError> {
-        let missing = wanted.iter().filter(|key| !self.held.contains_key(key));
-        let taken = missing.filter_map(|&key| Some(reserve(key).transpose()?.map(|s| (key, s))));
-        taken.collect::<Result<_, _>>().map(Prepared)
+    /// Names the ports that could not be had, and who has them.
+    pub fn prepare(
+        &self,
+        wanted: &BTreeSet<PublishedKey>,
+        keeper: Keeper,
+    ) -> Result<Prepared, PortError> {
+        let (taken, mut failures) = take(self.missing(wanted, keeper), keeper);
+        let mut in_use = Vec::new();
+        while let Some(failure) = failures.pop() {
+            match failure {
+                PortError::InUse(ports) => in_use.extend(ports),
+                other => return Err(other),
+            }
+        }
+        if !in_use.is_empty() {
+            in_use.sort_by_key(|port| port.key);
+            return Err(PortError::InUse(in_use));
+        }
+        Ok(Prepared(taken))
+    }
+
+    /// Looks again whether somebody has one of those of `wanted` that are not held yet: between the
+    /// first look and the backend's word it was free to be had.
+    ///
+    /// # Errors
+    /// As [`Reservations::prepare`].
+    pub fn check(&self, wanted: &BTreeSet<PublishedKey>, keeper: Keeper) -> Result<(), PortError> {
+        let missing = self.missing(wanted, keeper).filter(|&key| !keeper.wants_socket(key));
+        match taken_by_others(&missing.collect::<Vec<_>>())? {
+            ports if ports.is_empty() => Ok(()),
+            ports => Err(PortError::InUse(ports)),
+        }
     }
 
     /// Holds exactly `wanted` from now on, as far as it was prepared or held before.
@@ -115,21 +190,82 @@ impl Reservations {
     }
 
     /// Holds as much of `wanted` as can be had, gives up the rest, and says what could not be had.
-    pub fn hold(&mut self, wanted: &BTreeSet<PublishedKey>) -> Vec<PortError> {
+    pub fn hold(&mut self, wanted: &BTreeSet<PublishedKey>, keeper: Keeper) -> Vec<PortError> {
         self.held.retain(|key, _| wanted.contains(key));
-        let mut failures = Vec::new();
-        for &key in wanted {
-            let Entry::Vacant(free) = self.held.entry(key) else { continue };
-            match reserve(key) {
-                Ok(Some(socket)) => {
-                    free.insert(socket);
-                }
-                Ok(None) => {}
-                Err(error) => failures.push(error),
-            }
-        }
+        let (taken, failures) = take(self.missing(wanted, keeper), keeper);
+        self.held.extend(taken);
         failures
     }
+
+    fn missing<'a>(
+        &'a self,
+        wanted: &'a BTreeSet<PublishedKey>,
+        keeper: Keeper,
+    ) -> impl Iterator<Item = PublishedKey> + 'a {
+        wanted.iter().copied().filter(move |key| match self.held.get(key) {
+            None => true,
+            Some(None) => keeper.wants_socket(*key) && key.protocol != Protocol::Sctp,
+            Some(Some(_)) => false,
+        })
+    }
+}
+
+/// Takes what can be had, and says what can't.
+fn take(
+    wanted: impl Iterator<Item = PublishedKey>,
+    keeper: Keeper,
+) -> (BTreeMap<PublishedKey, Option<OwnedFd>>, Vec<PortError>) {
+    let (ours, backends): (Vec<_>, Vec<_>) = wanted.partition(|&key| keeper.wants_socket(key));
+    let (mut taken, mut failures) = (BTreeMap::new(), Vec::new());
+    for key in ours {
+        match reserve(key) {
+            Ok(socket) => drop(taken.insert(key, socket)),
+            Err(error) => failures.push(error),
+        }
+    }
+    match taken_by_others(&backends) {
+        Ok(in_use) => {
+            let others: BTreeSet<_> = in_use.iter().map(|port| port.key).collect();
+            let free = backends.into_iter().filter(|key| !others.contains(key));
+            taken.extend(free.map(|key| (key, None)));
+            failures.extend((!in_use.is_empty()).then_some(PortError::InUse(in_use)));
+        }
+        Err(error) => failures.push(error),
+    }
+    (taken, failures)
+}
+
+/// Which of these ports sockets of the host have, and whose they are.
+fn taken_by_others(keys: &[PublishedKey]) -> Result<Vec<InUse>, PortError> {
+    if keys.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut by_port: HashMap<(u8, u16), Vec<Bound>> = HashMap::new();
+    for socket in sockets::bound().map_err(PortError::Unknown)? {
+        by_port.entry((socket.protocol, socket.port)).or_default().push(socket);
+    }
+    let conflict = |key: &PublishedKey| {
+        let sockets = by_port.get(&(key.protocol.number(), key.port))?;
+        let inode = sockets.iter().find(|socket| is_conflict(socket, *key))?.inode;
+        Some((*key, inode))
+    };
+    let conflicts: Vec<_> = keys.iter().filter_map(conflict).collect();
+    let named: BTreeSet<u64> = conflicts.iter().take(NAMED).map(|(_, inode)| *inode).collect();
+    let processes = if named.is_empty() { HashMap::new() } else { processes_with(&named) };
+    let holder = |inode| match processes.get(&inode).cloned() {
+        Some((name, pid)) => Holder::Process { name, pid },
+        None => Holder::Unknown,
+    };
+    Ok(conflicts.into_iter().map(|(key, inode)| InUse { key, holder: holder(inode) }).collect())
+}
+
+/// Whether packets to a published port could also be meant for a socket with the same port.
+fn is_conflict(socket: &Bound, key: PublishedKey) -> bool {
+    let (own, wanted) = (socket.address, key.address);
+    let is_wild = own.is_unspecified() || wanted.is_unspecified();
+    own == wanted
+        || is_wild && own.is_ipv4() == wanted.is_ipv4()
+        || socket.takes_ipv4 && wanted.is_ipv4()
 }
 
 /// Binds a port without SO_REUSEADDR and without ever listening: the kernel refuses every other
@@ -139,7 +275,7 @@ fn reserve(key: PublishedKey) -> Result<Option<OwnedFd>, PortError> {
     match bound_socket(key) {
         Ok(socket) => Ok(Some(socket)),
         Err(Errno::EPROTONOSUPPORT) if key.protocol == Protocol::Sctp => Ok(None),
-        Err(Errno::EADDRINUSE) => Err(PortError::InUse { key, holder: holder(key) }),
+        Err(Errno::EADDRINUSE) => Err(PortError::InUse(vec![InUse { key, holder: holder(key) }])),
         Err(errno) => Err(PortError::Refused { key, error: errno.into() }),
     }
 }
@@ -193,8 +329,8 @@ fn holder(key: PublishedKey) -> Holder {
         .flat_map(|table| table.lines().filter_map(parse).collect::<Vec<_>>())
         .filter(|socket| socket.conflicts_with(key))
         .collect();
-    let owned = sockets.iter().filter(|socket| socket.inode != 0);
-    if let Some((name, pid)) = owned.into_iter().find_map(|socket| process_with(socket.inode)) {
+    let owned = sockets.iter().map(|socket| socket.inode).filter(|inode| *inode != 0).collect();
+    if let Some((name, pid)) = processes_with(&owned).into_values().next() {
         return Holder::Process { name, pid };
     }
     if sockets.iter().any(|socket| socket.time_wait) { Holder::TimeWait } else { Holder::Unknown }
@@ -269,18 +405,33 @@ fn parse_address(hex: &str) -> Option<IpAddr> {
     }
 }
 
-/// The process that has a socket of this inode open.
-fn process_with(inode: u64) -> Option<(String, u32)> {
-    let wanted = format!("socket:[{inode}]");
-    fs::read_dir("/proc").ok()?.flatten().find_map(|process| {
-        let pid = process.file_name().to_str()?.parse().ok()?;
-        let mut descriptors = fs::read_dir(process.path().join("fd")).ok()?.flatten();
-        descriptors.find(|descriptor| {
-            fs::read_link(descriptor.path()).is_ok_and(|target| target.as_os_str() == &*wanted)
-        })?;
-        let name = fs::read_to_string(process.path().join("comm")).ok()?;
-        Some((name.trim_end().to_owned(), pid))
-    })
+/// The processes that have sockets of these inodes open: their names and ids.
+fn processes_with(inodes: &BTreeSet<u64>) -> HashMap<u64, (String, u32)> {
+    let mut found = HashMap::new();
+    if inodes.is_empty() {
+        return found;
+    }
+    let inode_of =
+        |target: &Path| target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok();
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let descriptors = fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
+        let targets = descriptors.filter_map(|descriptor| fs::read_link(descriptor.path()).ok());
+        for inode in targets.filter_map(|target| inode_of(&target)) {
+            if inodes.contains(&inode)
+                && !found.contains_key(&inode)
+                && let Ok(name) = fs::read_to_string(process.path().join("comm"))
+            {
+                found.insert(inode, (name.trim_end().to_owned(), pid));
+            }
+        }
+        if found.len() == inodes.len() {
+            break;
+        }
+    }
+    found
 }
 
 #[cfg(test)]
@@ -320,7 +471,7 @@ mod tests {
         let port = free_port();
         let wanted = [Protocol::Tcp, Protocol::Udp].map(|protocol| loopback(protocol, port)).into();
         let mut reservations = Reservations::default();
-        let prepared = reservations.prepare(&wanted).unwrap();
+        let prepared = reservations.prepare(&wanted, Keeper::Sockets).unwrap();
         reservations.commit(prepared, &wanted);
 
         // The standard library sets SO_REUSEADDR, as servers do.
@@ -329,7 +480,7 @@ mod tests {
         let udp = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap_err();
         assert_eq!(udp.kind(), io::ErrorKind::AddrInUse);
 
-        assert!(reservations.hold(&BTreeSet::new()).is_empty());
+        assert!(reservations.hold(&BTreeSet::new(), Keeper::Sockets).is_empty());
         assert!(becomes_free(port));
     }
 
@@ -337,10 +488,46 @@ mod tests {
     fn a_taken_port_is_refused_with_the_name_of_its_holder() {
         let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let key = loopback(Protocol::Tcp, server.local_addr().unwrap().port());
-        let error = Reservations::default().prepare(&[key].into()).unwrap_err().to_string();
-        let start = format!("tcp 127.0.0.1:{} is in use by ", key.port);
-        assert!(error.starts_with(&start), "{error}");
-        assert!(error.contains(&format!("(pid {})", std::process::id())), "{error}");
+        for keeper in [Keeper::Sockets, Keeper::Backend] {
+            let prepared = Reservations::default().prepare(&[key].into(), keeper);
+            let error = prepared.unwrap_err().to_string();
+            let start = format!("tcp 127.0.0.1:{} is in use by ", key.port);
+            assert!(error.starts_with(&start), "{error}");
+            assert!(error.contains(&format!("(pid {})", std::process::id())), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_port_in_use_is_named() {
+        let servers: Vec<_> =
+            (0..20).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).collect();
+        let ports: BTreeSet<u16> =
+            servers.iter().map(|server| server.local_addr().unwrap().port()).collect();
+        let wanted = ports.iter().map(|&port| loopback(Protocol::Tcp, port)).collect();
+        for keeper in [Keeper::Sockets, Keeper::Backend] {
+            let error = Reservations::default().prepare(&wanted, keeper).unwrap_err().to_string();
+            for port in &ports {
+                assert!(error.contains(&format!("127.0.0.1:{port}")), "{port}: {error}");
+            }
+            assert!(error.ends_with(": choose other ports or stop them"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_the_backend_keeps_takes_no_socket() {
+        let port = free_port();
+        let wanted = [loopback(Protocol::Tcp, port)].into();
+        let mut reservations = Reservations::default();
+        let prepared = reservations.prepare(&wanted, Keeper::Backend).unwrap();
+        reservations.commit(prepared, &wanted);
+        let server = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
+        // What is held is not looked at again, until it takes a socket.
+        assert!(reservations.hold(&wanted, Keeper::Backend).is_empty());
+        assert_eq!(reservations.hold(&wanted, Keeper::Sockets).len(), 1);
+        drop(server);
+        assert!(becomes_free(port));
+        assert!(reservations.hold(&wanted, Keeper::Sockets).is_empty());
+        TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap_err();
     }
 
     #[test]
@@ -349,7 +536,7 @@ mod tests {
         let taken = loopback(Protocol::Udp, server.local_addr().unwrap().port());
         let free = loopback(Protocol::Tcp, free_port());
         let reservations = Reservations::default();
-        reservations.prepare(&[taken, free].into()).unwrap_err();
+        reservations.prepare(&[taken, free].into(), Keeper::Sockets).unwrap_err();
         assert!(becomes_free(free.port));
     }
 
@@ -395,12 +582,13 @@ mod tests {
     fn sctp_ports_are_held_where_the_kernel_has_sctp() {
         let wanted = [loopback(Protocol::Sctp, free_port())].into();
         let mut reservations = Reservations::default();
-        let prepared = reservations.prepare(&wanted).unwrap();
+        let prepared = reservations.prepare(&wanted, Keeper::Sockets).unwrap();
         reservations.commit(prepared, &wanted);
         let kernel_has_sctp = fs::read_to_string("/proc/net/protocols").unwrap().contains("SCTP");
-        assert_eq!(reservations.held.len(), usize::from(kernel_has_sctp));
+        let sockets = reservations.held.values().flatten().count();
+        assert_eq!(sockets, usize::from(kernel_has_sctp));
         // Whoever comes second is refused, if anybody can come.
-        let second = Reservations::default().prepare(&wanted);
+        let second = Reservations::default().prepare(&wanted, Keeper::Backend);
         assert_eq!(second.is_err(), kernel_has_sctp);
     }
 
@@ -444,7 +632,7 @@ mod tests {
         let key = |address: IpAddr| PublishedKey { address, port, protocol: Protocol::Tcp };
         let both = [key(Ipv4Addr::UNSPECIFIED.into()), key(Ipv6Addr::UNSPECIFIED.into())].into();
         let mut reservations = Reservations::default();
-        let prepared = reservations.prepare(&both).unwrap();
+        let prepared = reservations.prepare(&both, Keeper::Sockets).unwrap();
         reservations.commit(prepared, &both);
         for address in ["127.0.0.1", "::1"] {
             let address: IpAddr = address.parse().unwrap();
@@ -456,7 +644,7 @@ mod tests {
         let port = server.local_addr().unwrap().port();
         let key = |address: IpAddr| PublishedKey { address, port, protocol: Protocol::Tcp };
         let both = [key(Ipv4Addr::UNSPECIFIED.into()), key(Ipv6Addr::UNSPECIFIED.into())].into();
-        let error = reservations.prepare(&both).unwrap_err().to_string();
+        let error = reservations.prepare(&both, Keeper::Sockets).unwrap_err().to_string();
         assert!(error.starts_with(&format!("tcp [::]:{port} is in use by ")), "{error}");
         assert!(error.contains(&format!("(pid {})", std::process::id())), "{error}");
         assert!(becomes_free(port));

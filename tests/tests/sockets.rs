@@ -12,10 +12,11 @@ use netdp_common::abi::ABI;
 use netdp_tests::harness::run_tests;
 use netdp_tests::lab::Lab;
 use netdp_tests::namespace::Namespace;
-use netdp_tests::net::{Family, Net};
+use netdp_tests::net::{Family, IPV6, Net};
 use netdp_tests::probe::{Failure, PATIENCE, TcpServer, UdpServer, expect_failure, expect_same};
 use netdp_tests::runtime::poll_until;
 use nix::errno::Errno;
+use socket2::{Domain, Socket, Type};
 
 /// Payload of an exchange, each way.
 const BYTES: usize = 100_000;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         a_port_of_one_address_is_no_port_of_another,
         servers_of_the_host_stay_the_hosts,
         a_socket_on_a_loopback_address_is_refused,
+        a_published_port_is_taken_where_it_is_published,
         other_namespaces_are_left_alone,
         agents_on_one_hierarchy_do_not_meet,
         sockets_outlive_the_agent,
@@ -203,6 +205,68 @@ fn a_socket_on_a_loopback_address_is_refused(scene: &Scene) -> Result<()> {
     expect_failure(tcp, &denied, "dial from a loopback address")?;
     let udp = scene.host().udp(scene.loopback()).from(bound).exchange();
     expect_failure(udp, &denied, "send from a loopback address")
+}
+
+/// Binds a TCP and a UDP socket of the host; what the kernel says of both.
+fn bind_both(scene: &Scene, address: IpAddr, port: u16, only_ipv6: bool) -> Result<Option<Errno>> {
+    scene.host().run(|| {
+        let bind = |kind| -> io::Result<()> {
+            let domain = Domain::for_address((address, port).into());
+            let socket = Socket::new(domain, kind, None)?;
+            if address.is_ipv6() {
+                socket.set_only_v6(only_ipv6)?;
+            }
+            socket.set_reuse_address(true)?;
+            socket.bind(&SocketAddr::new(address, port).into())
+        };
+        let said = [Type::STREAM, Type::DGRAM].map(|kind| match bind(kind) {
+            Ok(()) => None,
+            Err(error) => error.raw_os_error().map(Errno::from_raw),
+        });
+        expect_same("what TCP and UDP say", &said[0], &said[1])?;
+        Ok(said[0])
+    })
+}
+
+fn a_published_port_is_taken_where_it_is_published(scene: &Scene) -> Result<()> {
+    let net = scene.net;
+    let there = Net::publish_on(net.host, "8070:80/udp");
+    scene.lab.netdp(&["publish", "a1", "-p", &there])?;
+    let expect = |address, port, only_ipv6, wanted: Option<Errno>| {
+        let said = bind_both(scene, address, port, only_ipv6)?;
+        expect_same(&format!("bind {address} {port}, IPv6 only: {only_ipv6}"), &said, &wanted)
+    };
+    let taken = Some(Errno::EADDRINUSE);
+    // 8080 on every address, 8070 on one, 8060 on none.
+    let everywhere = [net.any, net.host, net.host_second, net.loopback];
+    for address in everywhere {
+        expect(address, 8080, true, taken)?;
+        expect(address, 8060, true, None)?;
+    }
+    expect(net.host, 8070, true, taken)?;
+    expect(net.any, 8070, true, taken)?;
+    expect(net.host_second, 8070, true, None)?;
+    expect(net.loopback, 8070, true, None)?;
+    // A wildcard of IPv6 is one of IPv4 as well, unless it says otherwise.
+    expect(IPV6.any, 8080, false, taken)?;
+    expect(IPV6.any, 8070, false, taken)?;
+    expect(IPV6.any, 8080, true, if net.is_ipv4() { None } else { taken })?;
+    if let IpAddr::V4(host) = net.host {
+        let mapped = IpAddr::V6(host.to_ipv6_mapped());
+        expect(mapped, 8070, false, taken)?;
+    }
+    // Nobody asks for a particular port, or it is another host's.
+    expect(net.any, 0, true, None)?;
+    let _server = scene.a2.tcp_server("a2", (net.any, 8080))?;
+    // The agent is not needed for it.
+    scene.lab.agent()?.kill9()?;
+    for address in everywhere {
+        expect(address, 8080, true, taken)?;
+    }
+    scene.lab.agent()?.start()?;
+    scene.expect_reached((net.host, 8080))?;
+    scene.lab.netdp(&["unpublish", "a1", "-p", "8080:80", "-p", "8080:80/udp", "-p", &there])?;
+    expect(net.any, 8080, true, None)
 }
 
 fn other_namespaces_are_left_alone(scene: &Scene) -> Result<()> {

@@ -96,4 +96,8 @@ impl Dataplane for Fake {
     fn flow_tables(&self) -> Vec<FlowTable> {
         self.record().flow_tables.clone()
     }
+
+    fn keeps_ports(&self) -> bool {
+        false
+    }
 }

@@ -277,4 +277,8 @@ pub trait Dataplane: Send {
 
     /// How full the flow tables are, as the last collection left them; none before the first.
     fn flow_tables(&self) -> Vec<FlowTable>;
+
+    /// Whether it keeps programs of the host from binding the published ports of TCP and UDP, from
+    /// `apply` on and whether the agent is there or not. Where it does not, somebody else has to.
+    fn keeps_ports(&self) -> bool;
 }

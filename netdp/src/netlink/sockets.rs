@@ -1,14 +1,19 @@
-//! Ending connected sockets of the host, by `sock_diag` (Linux 4.5, `CONFIG_INET_DIAG_DESTROY`).
+//! Sockets of the host, by `sock_diag`: listing those that have a port, and ending connected ones
+//! (Linux 4.5, `CONFIG_INET_DIAG_DESTROY`).
 //!
-//! Owns the socket and the messages. Which sockets have to end is the caller's to say.
+//! Owns the socket and the messages. Which sockets have to end, and which ports matter, is the
+//! caller's to say.
 
-use std::{io, net::IpAddr};
+use std::{
+    io,
+    net::{IpAddr, Ipv6Addr},
+};
 
 use anyhow::{Context, Result};
 use netlink_packet_sock_diag::{
     SOCK_DESTROY, SockDiagMessage,
     constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP},
-    inet::{ExtensionFlags, InetRequest, SocketId, StateFlags},
+    inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
 };
 use rtnetlink::{
     packet_core::{
@@ -63,6 +68,57 @@ pub fn can_destroy() -> Result<bool> {
     Ok(diagnosis.destroy(AF_INET, IPPROTO_TCP, SocketId::new_v4()).is_ok())
 }
 
+/// A socket of the host that has a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bound {
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Its own address; an IPv4-mapped one is an IPv4 one.
+    pub address: IpAddr,
+    /// Its port.
+    pub port: u16,
+    /// Whether it has the port of every IPv4 address, too: it is bound to `::`, and not to IPv6
+    /// alone.
+    pub takes_ipv4: bool,
+    /// Inode of its file; 0 where no file belongs to it any more.
+    pub inode: u64,
+}
+
+/// The TCP and UDP sockets of the calling thread's namespace that have a port, but for what is only
+/// remembered of closed connections. A TCP socket that is bound and neither listens nor is
+/// connected is among them from Linux 6.8 on. Blocks for as long as the kernel takes.
+///
+/// # Errors
+/// The kernel does not list sockets.
+pub fn bound() -> Result<Vec<Bound>> {
+    /// `TCPF_BOUND_INACTIVE` (net/tcp_states.h).
+    const BOUND_INACTIVE: u32 = 1 << 13;
+    let mut diagnosis = Diagnosis::open().context("open a socket diagnosis netlink socket")?;
+    let states = StateFlags::all().difference(StateFlags::TIME_WAIT)
+        | StateFlags::from_bits_retain(BOUND_INACTIVE);
+    let mut sockets = Vec::new();
+    for family in [AF_INET, AF_INET6] {
+        for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
+            let listed = diagnosis.list(family, protocol, states.clone(), |socket| {
+                let InetResponse { header, nlas } = socket;
+                let address = header.socket_id.source_address;
+                // The kernel tells of sockets that listen or are not connected; others have an
+                // address of their own.
+                let is_ipv6_only = nlas.iter().any(|nla| matches!(nla, Nla::SkV6Only(true)));
+                sockets.push(Bound {
+                    protocol,
+                    address: address.to_canonical(),
+                    port: header.socket_id.source_port,
+                    takes_ipv4: address == Ipv6Addr::UNSPECIFIED && !is_ipv6_only,
+                    inode: header.inode.into(),
+                });
+            });
+            listed.context("list sockets")?;
+        }
+    }
+    Ok(sockets)
+}
+
 struct Diagnosis(Socket);
 
 impl Diagnosis {
@@ -75,10 +131,23 @@ impl Diagnosis {
 
     /// Ids of all connected sockets of a family and a protocol.
     fn connected(&mut self, family: u8, protocol: u8) -> io::Result<Vec<SocketId>> {
-        let any = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
         // Neither listening nor unconnected nor a mere memory of one.
         let states = StateFlags::all()
             .difference(StateFlags::LISTEN | StateFlags::CLOSE | StateFlags::TIME_WAIT);
+        let mut ids = Vec::new();
+        self.list(family, protocol, states, |socket| ids.push(socket.header.socket_id))?;
+        Ok(ids)
+    }
+
+    /// Shows all sockets of a family and a protocol in these states.
+    fn list(
+        &mut self,
+        family: u8,
+        protocol: u8,
+        states: StateFlags,
+        each: impl FnMut(InetResponse),
+    ) -> io::Result<()> {
+        let any = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
         let request = InetRequest {
             family,
             protocol,
@@ -87,9 +156,7 @@ impl Diagnosis {
             socket_id: any,
         };
         self.send(NLM_F_DUMP, None, request)?;
-        let mut ids = Vec::new();
-        self.answers(|socket| ids.push(socket))?;
-        Ok(ids)
+        self.answers(each)
     }
 
     /// `false` where the socket has ended by itself.
@@ -119,7 +186,7 @@ impl Diagnosis {
     }
 
     /// Reads answers to their end.
-    fn answers(&mut self, mut each: impl FnMut(SocketId)) -> io::Result<()> {
+    fn answers(&mut self, mut each: impl FnMut(InetResponse)) -> io::Result<()> {
         loop {
             let (bytes, _) = self.0.recv_from_full()?;
             let mut rest = &bytes[..];
@@ -131,7 +198,7 @@ impl Diagnosis {
                 rest = rest.get(length..).unwrap_or_default();
                 match message.payload {
                     NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(socket)) => {
-                        each(socket.header.socket_id);
+                        each(*socket);
                     }
                     NetlinkPayload::Done(_) => return Ok(()),
                     NetlinkPayload::Error(error) if error.code.is_none() => return Ok(()),
@@ -147,7 +214,13 @@ impl Diagnosis {
 mod tests {
     use std::{
         io::Read,
-        net::{TcpListener, TcpStream, UdpSocket},
+        net::{SocketAddrV6, TcpListener, TcpStream, UdpSocket},
+        os::fd::AsRawFd,
+    };
+
+    use nix::sys::socket::{
+        AddressFamily, SockFlag, SockProtocol, SockType, SockaddrIn6, bind, setsockopt, socket,
+        sockopt::Ipv6V6Only,
     };
 
     use super::*;
@@ -158,6 +231,35 @@ mod tests {
         let client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
         can_destroy().unwrap();
         assert!(client.take_error().unwrap().is_none());
+    }
+
+    #[test]
+    fn sockets_that_have_a_port_are_listed() {
+        let wildcard = TcpListener::bind("[::]:0").unwrap();
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let kind = (AddressFamily::Inet6, SockType::Datagram, SockFlag::SOCK_CLOEXEC);
+        let only = socket(kind.0, kind.1, kind.2, SockProtocol::Udp).unwrap();
+        setsockopt(&only, Ipv6V6Only, &true).unwrap();
+        bind(
+            only.as_raw_fd(),
+            &SockaddrIn6::from(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, 0, 0, 0)),
+        )
+        .unwrap();
+        let port = |address: io::Result<std::net::SocketAddr>| address.unwrap().port();
+        let sockets = bound().unwrap();
+        for (protocol, address, port, takes_ipv4) in [
+            (IPPROTO_TCP, "::", port(wildcard.local_addr()), true),
+            (IPPROTO_UDP, "127.0.0.1", port(udp.local_addr()), false),
+            (IPPROTO_UDP, "::", port(UdpSocket::from(only).local_addr()), false),
+        ] {
+            let address: IpAddr = address.parse().unwrap();
+            let found = sockets
+                .iter()
+                .find(|s| (s.protocol, s.address, s.port) == (protocol, address, port))
+                .unwrap_or_else(|| panic!("{protocol} {address} {port}"));
+            assert_eq!(found.takes_ipv4, takes_ipv4, "{found:?}");
+            assert_ne!(found.inode, 0);
+        }
     }
 
     #[test]

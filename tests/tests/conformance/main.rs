@@ -42,6 +42,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("PUB-08", publishing::outside_port_of_the_same_number_is_reached),
     ("PUB-09", publishing::chosen_port_is_reported_and_stays),
     ("PUB-10", publishing::port_ranges_lead_each_to_its_own),
+    ("PUB-11", publishing::every_port_of_an_address_is_published_at_once),
     ("PUB-12", publishing::ports_in_use_are_refused_both_ways),
     ("PUB-13", publishing::udp_flow_never_reaches_a_successor),
     ("PUB-14", publishing::unpublish_ends_open_flows),

@@ -1,7 +1,8 @@
 //! PUB: what a published port does, and what it leaves alone.
 
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, TcpListener};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use netdp_tests::harness::{Outcome, Row};
@@ -255,6 +256,88 @@ fn host_ports(published: &Value, net: &Net) -> Result<Vec<(u16, u16)>> {
     Ok(ports)
 }
 
+/// How long all ports of an address may take. A release takes less than a second; a build for
+/// debugging ten times as long, and there are other tests.
+const AT_ONCE: Duration = Duration::from_secs(20);
+
+pub(crate) fn every_port_of_an_address_is_published_at_once(row: &Row) -> Result<Outcome> {
+    let net = row.net();
+    row.in_standard_lab(|lab| {
+        lab.create_network("net-a", net.subnet_a, &[])?;
+        let a1 = lab.attach("net-a", "a1", net.a1, &[])?;
+        let (host, outside) = (lab.host(), lab.outside());
+        let address = net.host_second;
+        let all = Net::publish_on(address, "1-65535:1-65535");
+        // Those that the kernel chooses from, for programs that don't mind.
+        let chosen_udp = Net::publish_on(address, "32768-49999:32768-49999/udp");
+        let publish = || -> Result<()> {
+            let started = Instant::now();
+            lab.netdp(&["publish", "a1", "-p", &all])?;
+            let took = started.elapsed();
+            ensure!(took < AT_ONCE, "it took {took:?}");
+            Ok(())
+        };
+
+        // Those in use are named, and none is published.
+        let servers = [22, 8000, 40_000].map(|port| host.tcp_server("host", (address, port)));
+        let servers = servers.into_iter().collect::<Result<Vec<_>>>()?;
+        let _elsewhere = host.tcp_server("host", (net.host, 443))?;
+        let reason = lab.netdp_fails(&["publish", "a1", "-p", &all])?;
+        for port in [22, 8000, 40_000] {
+            let port = (address, port).endpoint().to_string();
+            ensure!(reason.contains(&port), "name {port}: {reason}");
+        }
+        ensure!(!reason.contains(":443 "), "443 is another address's: {reason}");
+        let published = || -> Result<usize> {
+            let network = lab.json(&["network", "inspect", "net-a"])?;
+            let list = network[0]["endpoints"][0]["published"].as_array();
+            Ok(list.context("read the published ports")?.len())
+        };
+        expect_same("published ports", &published()?, &0)?;
+        outside.tcp((address, 22)).exchange()?.by("host")?;
+        outside.tcp((address, 80)).refused()?;
+        drop(servers);
+
+        publish()?;
+        expect_same("published ports", &published()?, &65_535)?;
+        let ports = [1, 22, 80, 40_000, 55_555, 65_535];
+        let a1_servers = ports.map(|port| a1.tcp_server("a1", (net.a1, port)));
+        let _a1_servers = a1_servers.into_iter().collect::<Result<Vec<_>>>()?;
+        let expect_published = || -> Result<()> {
+            for port in ports {
+                let seen = outside.tcp((address, port)).bytes(10_000).exchange()?;
+                seen.by("a1")?.saw_client_at(net.outside)?;
+                expect_same("the container's port", &seen.local.port(), &port)?;
+                // At once: a server of the lab would wait for the port.
+                let bind = || Ok(TcpListener::bind((address, port)).map(drop)?);
+                expect_in_use(host.run(bind))?;
+            }
+            Ok(())
+        };
+        expect_published()?;
+        // The host goes on to dial, from this address, too; containers by another one.
+        let _tcp = outside.tcp_server("outside", (net.outside, 7))?;
+        let _udp = outside.udp_server("outside", (net.outside, 7))?;
+        lab.netdp(&["publish", "a1", "-p", &chosen_udp])?;
+        let dials = host.tcp((net.outside, 7)).from((address, 0)).bytes(10_000);
+        dials.exchange()?.saw_client_at(address)?;
+        let asks = host.udp((net.outside, 7)).from((address, 0)).connected();
+        asks.exchange()?.saw_client_at(address)?;
+        a1.tcp((net.outside, 7)).exchange()?.saw_client_at(net.host)?;
+        host.tcp_server("host", (net.host, 22)).map(drop)?;
+
+        lab.agent()?.kill9()?;
+        expect_published()?;
+        lab.agent()?.start()?;
+        expect_same("published ports", &published()?, &(65_535 + 17_232))?;
+        expect_published()?;
+        lab.netdp(&["unpublish", "a1", "-p", &all, "-p", &chosen_udp])?;
+        expect_same("published ports", &published()?, &0)?;
+        outside.tcp((address, 22)).refused()?;
+        host.tcp_server("host", (net.any, 22)).map(drop)
+    })
+}
+
 pub(crate) fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
@@ -288,6 +371,9 @@ pub(crate) fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
             expect_in_use(lab.host().udp_server("host", address).map(drop))?;
         }
         lab.outside().tcp((net.host, 8080)).exchange()?.by("a1")?;
+        lab.agent()?.kill9()?;
+        expect_in_use(lab.host().tcp_server("host", (net.any, 8080)).map(drop))?;
+        lab.agent()?.start()?;
         // Two containers can't publish the same port either.
         lab.attach("net-a", "a2", net.a2, &[])?;
         let reason = lab.netdp_fails(&["publish", "a2", "-p", "8080:80"])?;

@@ -1,8 +1,9 @@
 //! The socket hooks: programs on the cgroup2 hierarchy that lead programs of the host to published
-//! ports.
+//! ports, and keep them from binding one.
 //!
 //! Owns finding the hierarchy, and attaching, pinning and adopting. Without them everything else
-//! works: what is lost is that the host itself reaches published ports.
+//! works: what is lost is that the host itself reaches published ports. Without those of `bind` alone
+//! somebody else has to keep published ports.
 
 use std::{
     collections::BTreeSet,
@@ -40,6 +41,9 @@ pub(super) const HOOKS: [&str; 9] = [
     "sendmsg6",
 ];
 
+/// Those that keep programs of the host from binding a published port.
+const BIND_HOOKS: [&str; 2] = ["bind4", "bind6"];
+
 /// Where a host usually has its cgroup2 hierarchy: the mount point of the whole of it.
 ///
 /// # Errors
@@ -71,7 +75,8 @@ pub(super) fn are_pinned(pins: &Pins) -> bool {
 /// A pin can't be removed.
 pub(super) fn remove_pins(pins: &Pins) -> Result<()> {
     // The other way round: what leads to containers goes first.
-    HOOKS.iter().rev().try_for_each(|hook| remove_pin(&pins.socket_link(hook)))
+    let mut hooks = HOOKS.iter().chain(&BIND_HOOKS).rev();
+    hooks.try_for_each(|hook| remove_pin(&pins.socket_link(hook)))
 }
 
 /// The socket hooks, loaded for one cgroup.
@@ -80,6 +85,8 @@ pub(super) struct SocketHooks {
     /// The kernel's name of it.
     id: u64,
     pins: Pins,
+    /// Names of the programs that the kernel has taken.
+    hooks: Vec<&'static str>,
     /// The kernel's name of the network namespace that is the host's.
     pub(super) netns_cookie: u64,
     attached: BTreeSet<&'static str>,
@@ -106,17 +113,28 @@ impl SocketHooks {
             bail!("this kernel does not name network namespaces, which came with Linux 5.14");
         }
         let netns_cookie = network_namespace().context("read the network namespace's cookie")?;
-        for hook in HOOKS {
-            load(ebpf, hook)?.map_err(|error| refusal(hook, error))?;
+        HOOKS.iter().try_for_each(|hook| take(ebpf, hook))?;
+        let mut names = HOOKS.to_vec();
+        match BIND_HOOKS.iter().try_for_each(|hook| take(ebpf, hook)) {
+            Ok(()) => names.extend(BIND_HOOKS),
+            Err(error) => {
+                debug!("the agent holds published ports itself, with a socket each: {error:#}");
+                BIND_HOOKS.iter().try_for_each(|hook| remove_pin(&pins.socket_link(hook)))?;
+            }
         }
-        let mut hooks =
-            Self { cgroup, id, pins: pins.clone(), netns_cookie, attached: BTreeSet::new() };
-        for hook in HOOKS {
+        let (pins, attached) = (pins.clone(), BTreeSet::new());
+        let mut hooks = Self { cgroup, id, pins, hooks: names, netns_cookie, attached };
+        for &hook in &hooks.hooks {
             if hooks.adopt(ebpf, hook)? {
                 hooks.attached.insert(hook);
             }
         }
         Ok(hooks)
+    }
+
+    /// Whether programs of the host are kept from binding published ports.
+    pub(super) fn keep_ports(&self) -> bool {
+        BIND_HOOKS.iter().all(|hook| self.hooks.contains(hook))
     }
 
     /// `true` where the hook was attached.
@@ -144,7 +162,7 @@ impl SocketHooks {
     /// The kernel refuses: somebody has the hierarchy for himself, or it is no cgroup2.
     pub(super) fn attach(&mut self, ebpf: &mut Ebpf) -> Result<usize> {
         let mut writes = 0;
-        for hook in HOOKS {
+        for &hook in &self.hooks {
             if self.attached.contains(hook) {
                 continue;
             }
@@ -189,10 +207,9 @@ impl SocketHooks {
             let link = CgroupLink::open(&self.pins.socket_link(hook)).ok()?;
             Some(link.attachment().ok()? == Attachment { program, cgroup: id })
         };
-        self.attached =
-            HOOKS.into_iter().filter(|hook| is_attached(hook).unwrap_or(false)).collect();
-        HOOKS
-            .into_iter()
+        let hooks = || self.hooks.iter().copied();
+        self.attached = hooks().filter(|hook| is_attached(hook).unwrap_or(false)).collect();
+        hooks()
             .filter(|hook| !self.attached.contains(hook))
             .map(|hook| Drift { what: format!("socket hook {hook} is missing") })
             .collect()
@@ -214,6 +231,10 @@ pub(super) fn load(ebpf: &mut Ebpf, hook: &str) -> Result<Result<(), ProgramErro
         Program::CgroupSock(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     })
+}
+
+fn take(ebpf: &mut Ebpf, hook: &str) -> Result<()> {
+    load(ebpf, hook)?.map_err(|error| refusal(hook, error))
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, hook: &str) -> Result<&'a mut Program> {

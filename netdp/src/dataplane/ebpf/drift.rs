@@ -25,6 +25,12 @@ pub(super) fn between(wanted: &Image, found: &Image) -> Vec<Drift> {
         &found.interfaces,
         |ifindex| format!("with ifindex {ifindex}"),
     );
+    compare.tables(
+        "entry of the published port",
+        &wanted.published_ports,
+        &found.published_ports,
+        |port| format!("{} {}", protocol_name(port.proto), port.port.get()),
+    );
     compare.sides::<V4>(&wanted.ipv4, &found.ipv4);
     compare.sides::<V6>(&wanted.ipv6, &found.ipv6);
     let hooks = |image: &Image| image.hooks.iter().map(|&hook| (hook, ())).collect();

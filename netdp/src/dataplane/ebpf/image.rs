@@ -13,7 +13,7 @@ use netdp_common::{
     interface::{Interface, flag as interface_flag, role},
     network::{Network, Subnet, flag},
     policy::{PREFIX_BASE, PolicyKey, PolicyVerdict},
-    publish::{Published, PublishedKey},
+    publish::{AF_INET, AF_INET6, Published, PublishedKey, PublishedPort},
     socket::{SocketAddress, SocketPeer},
 };
 
@@ -22,7 +22,7 @@ use super::{
     policy,
 };
 use crate::{
-    dataplane::{NetworkProgram, Program},
+    dataplane::{NetworkProgram, Program, PublishedTarget},
     family::{V4, V6},
     model::{Action, GatewayMode, NatBehaviour},
 };
@@ -72,6 +72,8 @@ pub(super) struct Image {
     pub(super) networks: BTreeMap<u32, Network>,
     /// INTERFACE.
     pub(super) interfaces: BTreeMap<u32, Interface>,
+    /// PUBLISHED_PORT.
+    pub(super) published_ports: BTreeMap<PublishedPort, u32>,
     /// Programs by ifindex.
     pub(super) hooks: BTreeSet<(Hook, u32)>,
     /// Maps of IPv4.
@@ -143,6 +145,7 @@ impl Image {
         }
         image.ipv4 = side::<V4>(program);
         image.ipv6 = side::<V6>(program);
+        image.published_ports = published_ports(program);
         image
     }
 
@@ -357,6 +360,28 @@ fn published<F: Wired>(program: &Program) -> BTreeMap<PublishedKey<F::Wire>, Pub
         );
     }
     entries
+}
+
+/// Ports that are published on some addresses only. Those of routed networks are no ports of the
+/// host.
+fn published_ports(program: &Program) -> BTreeMap<PublishedPort, u32> {
+    let is_of_host = |target: &PublishedTarget| {
+        let endpoint = program.endpoints.get(&target.endpoint);
+        let network = endpoint.and_then(|endpoint| program.networks.get(&endpoint.network));
+        network.is_some_and(|network| network.gateway_mode != GatewayMode::Routed)
+    };
+    let somewhere = program
+        .published
+        .iter()
+        .filter(|(key, target)| !key.address.is_unspecified() && is_of_host(target));
+    somewhere
+        .map(|(key, _)| PublishedPort {
+            port: Be16::new(key.port),
+            proto: key.protocol.number(),
+            family: if key.address.is_ipv4() { AF_INET } else { AF_INET6 },
+        })
+        .map(|port| (port, 1))
+        .collect()
 }
 
 /// A family's part of a network; zeros where there is none.

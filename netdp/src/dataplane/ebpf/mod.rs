@@ -19,7 +19,7 @@ use netdp_common::{
     interface::Interface,
     network::Network,
     policy::{PolicyKey, PolicyVerdict},
-    publish::{Published, PublishedKey},
+    publish::{Published, PublishedKey, PublishedPort},
 };
 use tracing::{debug, info, warn};
 
@@ -104,6 +104,7 @@ struct Tables {
     config: Table<Indexed<Config>>,
     networks: Table<Indexed<Network>>,
     interfaces: Table<Hash<u32, Interface>>,
+    published_ports: Table<Hash<PublishedPort, u32>>,
     ipv4: SideTables<V4>,
     ipv6: SideTables<V6>,
 }
@@ -141,6 +142,7 @@ impl Ebpf {
             config: Table::new("CONFIG", object.take_map("CONFIG")?)?,
             networks: Table::new("NETWORK", object.take_map("NETWORK")?)?,
             interfaces: Table::new("INTERFACE", object.take_map("INTERFACE")?)?,
+            published_ports: Table::new("PUBLISHED_PORT", object.take_map("PUBLISHED_PORT")?)?,
             ipv4: SideTables::open(&mut object)?,
             ipv6: SideTables::open(&mut object)?,
         };
@@ -324,6 +326,8 @@ impl Ebpf {
             }
         }
         writes += tables.interfaces.write(&mut current.interfaces, &wanted.interfaces)?;
+        writes +=
+            tables.published_ports.write(&mut current.published_ports, &wanted.published_ports)?;
         writes += tables.ipv4.write_published(&mut current.ipv4, &wanted.ipv4)?;
         writes += tables.ipv6.write_published(&mut current.ipv6, &wanted.ipv6)?;
         // A host without networks is left as it is.
@@ -340,6 +344,8 @@ impl Ebpf {
         let mut writes = 0;
         writes += tables.ipv4.delete_published(&mut current.ipv4, &wanted.ipv4)?;
         writes += tables.ipv6.delete_published(&mut current.ipv6, &wanted.ipv6)?;
+        writes +=
+            tables.published_ports.delete(&mut current.published_ports, &wanted.published_ports)?;
         writes += tables.interfaces.delete(&mut current.interfaces, &wanted.interfaces)?;
         writes += tables.ipv4.delete_addresses(&mut current.ipv4, &wanted.ipv4)?;
         writes += tables.ipv6.delete_addresses(&mut current.ipv6, &wanted.ipv6)?;
@@ -381,6 +387,7 @@ impl Tables {
             config: self.config.entries()?,
             networks: self.networks.entries()?,
             interfaces: self.interfaces.entries()?,
+            published_ports: self.published_ports.entries()?,
             hooks: object.attached.clone(),
             ipv4: self.ipv4.read()?,
             ipv6: self.ipv6.read()?,
@@ -565,5 +572,9 @@ impl Dataplane for Ebpf {
 
     fn flow_tables(&self) -> Vec<FlowTable> {
         self.flow_tables.clone()
+    }
+
+    fn keeps_ports(&self) -> bool {
+        self.object.keeps_ports()
     }
 }

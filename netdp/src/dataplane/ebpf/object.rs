@@ -156,6 +156,11 @@ impl Object {
         self.sockets.as_ref().map_or(0, |hooks| hooks.netns_cookie)
     }
 
+    /// Whether programs of the host are kept from binding published ports.
+    pub(super) fn keeps_ports(&self) -> bool {
+        self.sockets.as_ref().is_some_and(SocketHooks::keep_ports)
+    }
+
     /// Attaches the socket hooks that are not, as far as the host can have them; returns how many.
     pub(super) fn attach_sockets(&mut self) -> usize {
         let Some(hooks) = &mut self.sockets else { return 0 };
