@@ -14,9 +14,11 @@ use etherparse::{
 
 mod checksum;
 mod neighbour;
+mod sctp;
 
 pub use checksum::verify_checksums;
 pub use neighbour::{Station, advertise_neighbour, advertise_router, redirect, solicit_neighbour};
+pub use sctp::verify_sctp;
 
 /// Ethernet header length in bytes.
 pub const ETHERNET_BYTES: usize = 14;
@@ -57,6 +59,15 @@ impl Envelope {
     pub fn wrap(&self, packet: &[u8]) -> Vec<u8> {
         let kind = if self.source.is_ipv4() { EtherType::IPV4 } else { EtherType::IPV6 };
         [&self.destination_mac[..], &self.source_mac, &kind.0.to_be_bytes(), packet].concat()
+    }
+
+    /// A packet of any other protocol.
+    #[must_use]
+    pub fn other(&self, protocol: IpNumber, payload: &[u8]) -> Vec<u8> {
+        let mut frame = Vec::new();
+        let written = self.open().write(&mut frame, protocol, payload);
+        written.expect("a vector takes every frame below 64 KiB");
+        frame
     }
 
     /// A UDP datagram.
@@ -252,6 +263,17 @@ pub struct Summary {
     pub ports: Option<(u16, u16)>,
     /// Type and code, of either ICMP.
     pub icmp: Option<(u8, u8)>,
+}
+
+/// What an Ethernet frame carries of an IP protocol, in one piece.
+#[must_use]
+pub fn payload_of(frame: &[u8], protocol: IpNumber) -> Option<&[u8]> {
+    let payload = match SlicedPacket::from_ethernet(frame).ok()?.net? {
+        NetSlice::Ipv4(ip) => ip.payload().clone(),
+        NetSlice::Ipv6(ip) => ip.payload().clone(),
+        NetSlice::Arp(_) => return None,
+    };
+    (payload.ip_number == protocol && !payload.fragmented).then_some(payload.payload)
 }
 
 /// Summarises an Ethernet frame; nothing for anything but IP.

@@ -20,6 +20,7 @@ mod hostile;
 mod isolation;
 mod lifecycle;
 mod load;
+mod other;
 mod out;
 mod policy;
 mod publishing;
@@ -48,6 +49,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("PUB-14", publishing::unpublish_ends_open_flows),
     ("PUB-15", publishing::fragmented_datagrams_arrive_whole),
     ("PUB-16", publishing::loopback_publish_is_closed_to_the_outside),
+    ("PUB-18", other::sctp_is_published_under_its_own_number),
     ("OUT-01", out::outside_sees_the_uplink_address),
     ("OUT-02", out::outside_sees_the_chosen_address),
     ("OUT-03", out::outside_sees_the_container_without_masquerade),
@@ -65,6 +67,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("OUT-15", out::nothing_leaves_by_an_interface_without_program),
     ("OUT-16", out::uplink_on_an_uplink_works),
     ("OUT-17", out::pings_with_one_identifier_stay_apart),
+    ("OUT-18", other::other_protocols_leave_by_address),
     ("OUT-19", out::one_port_is_one_port_outside),
     ("ISO-01", isolation::neighbours_talk_untranslated),
     ("ISO-02", isolation::icc_off_parts_neighbours),
