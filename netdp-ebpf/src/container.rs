@@ -263,9 +263,7 @@ fn to_world<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision 
         // The stack answers, and can't forward it.
         return Ok(Verdict::Pass);
     }
-    // No route, a blackhole, forwarding off: the stack's to answer. `to_uplink` has no flow for
-    // the packet then and would drop it.
-    let Some(exit) = leave(packet, sender)? else { return Ok(Verdict::Pass) };
+    let Some(exit) = leave(packet, sender)? else { return stay(packet, sender) };
     packet.require_opening(sender.id)?;
     let snat = F::subnet(network).snat;
     let source = if snat.is_unspecified() { F::address(exit) } else { snat };
@@ -310,9 +308,21 @@ fn send_on<F: Family>(
             Ok(Verdict::Pass)
         }
         // The route may have moved to an interface that would not translate.
-        _ if half.reply_zone == ZONE_WORLD => leave(packet, sender).map(|_| Verdict::Pass),
+        _ if half.reply_zone == ZONE_WORLD => match leave(packet, sender)? {
+            Some(_) => Ok(Verdict::Pass),
+            None => stay(packet, sender),
+        },
         _ => Ok(Verdict::Pass),
     }
+}
+
+/// No route, a blackhole, forwarding off: the stack's to answer. Before it looks, a route may
+/// appear, by an interface that has no program yet and would not translate: so the packet ends
+/// here.
+#[inline(always)]
+fn stay<F: Family>(packet: &Packet<'_, F>, sender: &Sender) -> Decision {
+    sender.check(packet.end_life())?;
+    Ok(Verdict::Pass)
 }
 
 /// The uplink by which the packet leaves; `None` where the stack answers it instead.

@@ -33,6 +33,8 @@ pub(crate) trait Family: Maps + Subprograms + Copy + 'static {
     const ECHO: u8;
     /// See [`Self::ECHO`].
     const ECHO_REPLY: u8;
+    /// Offset of the time to live, or hop limit, in the header.
+    const TTL: u32;
     /// Offset of the protocol number in the header.
     const PROTOCOL: u32;
     /// Offset of the source address in the header; the destination follows.
@@ -112,6 +114,7 @@ impl Family for V4 {
     const ICMP: u8 = netdp_common::flow::IPPROTO_ICMP;
     const ECHO: u8 = 8;
     const ECHO_REPLY: u8 = 0;
+    const TTL: u32 = 8;
     const PROTOCOL: u32 = 9;
     const ADDRESSES: u32 = 12;
     const HEADER_CHECKSUM: Option<u32> = Some(10);
@@ -184,6 +187,7 @@ impl Family for V6 {
     const ICMP: u8 = netdp_common::flow::IPPROTO_ICMPV6;
     const ECHO: u8 = 128;
     const ECHO_REPLY: u8 = 129;
+    const TTL: u32 = 7;
     const PROTOCOL: u32 = 6;
     const ADDRESSES: u32 = 8;
     const HEADER_CHECKSUM: Option<u32> = None;

@@ -14,6 +14,7 @@ use aya_ebpf::{
 };
 use netdp_common::{
     addr::{Be16, Be32, Tuple},
+    checksum::Difference,
     counter::Reason,
     flow::{IPPROTO_SCTP, IPPROTO_TCP, IPPROTO_UDP, seen},
     fragment::{FragmentKey, Ports},
@@ -398,6 +399,31 @@ impl<'a, F: Family> Packet<'a, F> {
         }
         self.headers.tuple = *to;
         Ok(())
+    }
+
+    /// Makes this hop the packet's last, so that nobody forwards it.
+    ///
+    /// Errors: the kernel refused a write.
+    #[inline(always)]
+    pub(crate) fn end_life(&self) -> Result<(), Reason> {
+        const LAST: u8 = 1;
+        if self.ttl <= LAST {
+            return Ok(());
+        }
+        // The half of a word that checksums see: the byte before or after it stays.
+        let half = |ttl: u8| {
+            let bytes = if F::TTL % 2 == 0 { [ttl, 0] } else { [0, ttl] };
+            u32::from(u16::from_ne_bytes(bytes))
+        };
+        let difference = Difference::of(half(self.ttl), half(LAST));
+        let skb = &self.ctx.skb;
+        match F::HEADER_CHECKSUM {
+            Some(offset) => skb
+                .l3_csum_replace((self.ip + offset) as usize, 0, difference.get().into(), 0)
+                .map_err(|_| Reason::Rewrite)?,
+            None => kernel::account(skb.skb, difference),
+        }
+        self.ctx.store((self.ip + F::TTL) as usize, &LAST, 0).map_err(|_| Reason::Rewrite)
     }
 
     /// Sets the destination MAC; Ethernet only.

@@ -95,6 +95,9 @@ pub(crate) const OUTSIDE_TUN: Ipv4Addr = Ipv4Addr::new(10, 2, 0, 3);
 /// Somebody behind other0, which is nobody's uplink.
 pub(crate) const OUTSIDE_UNKNOWN: Ipv4Addr = Ipv4Addr::new(10, 3, 0, 3);
 
+/// Somebody whom no route leads to.
+pub(crate) const UNREACHABLE: Ipv4Addr = Ipv4Addr::new(11, 9, 0, 3);
+
 /// The host's own MAC on every uplink.
 pub(crate) const UPLINK_MAC: [u8; 6] = [2, 0, 0, 1, 0, 0];
 /// The next router's on every uplink.

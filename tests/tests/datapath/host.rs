@@ -17,8 +17,8 @@ use nix::{
 use crate::{
     family::{FAMILIES, Family, ipv6},
     fixture::{
-        BRIDGES, HOST_SECOND, MEMBERS, OUTSIDE, SNAT, UPLINK_MAC, UPLINKS, bridge, bridge_mac,
-        gateway,
+        BRIDGES, HOST_SECOND, MEMBERS, OUTSIDE, SNAT, UNREACHABLE, UPLINK_MAC, UPLINKS, bridge,
+        bridge_mac, gateway,
     },
 };
 
@@ -70,6 +70,7 @@ pub(crate) fn build_host() -> Result<BTreeMap<&'static str, u32>> {
     }
     for family in FAMILIES {
         addresses += &format!("route add default via {}\n", family.address(OUTSIDE));
+        addresses += &format!("route add unreachable {}\n", family.address(UNREACHABLE));
     }
     ip_batch(&addresses)?;
     let names = BRIDGES.iter().map(|(name, _)| *name);

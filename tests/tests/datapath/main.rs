@@ -73,6 +73,7 @@ const TRIALS: &[Promise] = trials! {
         a_container_is_no_dhcp_server,
         a_protocol_that_cannot_be_translated_stays_in,
         a_packet_at_the_end_of_its_life_is_the_stacks_to_answer,
+        what_has_no_route_ends_at_this_hop,
         only_the_host_and_flows_enter_a_network,
         nothing_of_a_container_leaves_without_a_flow,
         only_what_can_open_a_flow_does;

@@ -2,7 +2,7 @@
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use etherparse::ArpOperation;
 use netdp::dataplane::Count;
 use netdp_common::counter::Reason;
@@ -14,9 +14,9 @@ use crate::{
     fixture::{
         A, At, B, Fixture, HOST, HOST_SECOND, HOST_UP1, ICC_OFF, INTERNAL, ISOLATED, OUTSIDE,
         OUTSIDE_UNKNOWN, OUTSIDE_UP1, ROUTED, ROUTER_MAC, TCX_DROP, TCX_NEXT, UNMASQUERADED,
-        UNPROTECTED, UPLINK_MAC, Want, address, bridge_mac, dropped, dropped_for_nobody,
-        from_container, from_container_wire, from_outside_wire, from_uplink, gateway, host_in,
-        into_network, mac, network_of, pass, socket, to_uplink,
+        UNPROTECTED, UNREACHABLE, UPLINK_MAC, Want, address, bridge_mac, dropped,
+        dropped_for_nobody, from_container, from_container_wire, from_outside_wire, from_uplink,
+        gateway, hex, host_in, into_network, mac, network_of, pass, socket, to_uplink,
     },
 };
 
@@ -366,6 +366,17 @@ pub(crate) fn a_packet_at_the_end_of_its_life_is_the_stacks_to_answer(
         .into_iter()
         .map(|case| Case { packet: case.packet.with_ttl(1), ..case });
     check(fixture, cases.collect())
+}
+
+pub(crate) fn what_has_no_route_ends_at_this_hop(fixture: &mut Fixture) -> Result<()> {
+    for case in sends("no route", "a1", UNREACHABLE, pass()) {
+        let frame = case.packet.frame(fixture.family);
+        let left = fixture.expect_frame(case.at, &frame, TCX_NEXT, None)?;
+        // The stack answers with "unreachable". Should a route appear before, it does not forward.
+        let wanted = case.packet.with_ttl(1).frame(fixture.family);
+        ensure!(left == wanted, "left as {}, wanted {}", hex(&left), hex(&wanted));
+    }
+    Ok(())
 }
 
 pub(crate) fn only_the_host_and_flows_enter_a_network(fixture: &mut Fixture) -> Result<()> {
