@@ -6,9 +6,9 @@
 use std::{
     cell::{Cell, OnceCell, RefCell},
     collections::{BTreeMap, BTreeSet},
-    hint,
+    fs, hint,
     net::{IpAddr, Ipv4Addr, SocketAddrV4},
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
     sync::atomic::{AtomicUsize, Ordering},
     thread,
@@ -111,7 +111,7 @@ pub(crate) const TCX_DROP: i32 = 2;
 pub(crate) const TCX_REDIRECT: i32 = 7;
 
 /// Size of the shared flow table, in flows.
-const FLOWS: u32 = 4096;
+pub(crate) const FLOWS: u32 = 4096;
 
 /// Endpoints, by the name of the host's end of their veth, and their networks. The n-th member of
 /// a network has address .1 + n.
@@ -679,6 +679,16 @@ impl Fixture {
     /// A pinned map.
     pub(crate) fn map(&self, name: &str) -> Result<MapData> {
         MapData::from_pin(self.map_path(name)).with_context(|| format!("open the pin of {name}"))
+    }
+
+    /// Bytes of kernel memory that a map takes.
+    pub(crate) fn map_bytes(&self, name: &str) -> Result<u64> {
+        let map = self.map(name)?;
+        let fd = map.fd().as_fd().as_raw_fd();
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{fd}"))
+            .with_context(|| format!("ask for the size of {name}"))?;
+        let bytes = info.lines().find_map(|line| line.strip_prefix("memlock:"));
+        Ok(bytes.context("find its size")?.trim().parse()?)
     }
 
     /// Pin of a map.

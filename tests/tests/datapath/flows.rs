@@ -17,9 +17,9 @@ use crate::{
     datagram::{Datagram, Kind, SEQUENCE},
     family::{Family, ipv6},
     fixture::{
-        A, Fixture, HOST, OUTSIDE, ROUTED, ROUTER_MAC, TCX_NEXT, UPLINK_MAC, address, bridge_mac,
-        dropped, from_container, from_container_wire, from_outside_wire, from_uplink, id_of,
-        into_network, mac, pass, pass_as, published, socket, to_uplink,
+        A, FLOWS, Fixture, HOST, OUTSIDE, ROUTED, ROUTER_MAC, TCX_NEXT, UPLINK_MAC, address,
+        bridge_mac, dropped, from_container, from_container_wire, from_outside_wire, from_uplink,
+        id_of, into_network, mac, pass, pass_as, published, socket, to_uplink,
     },
     halves::{Fate, WORLD, Zone},
 };
@@ -446,4 +446,19 @@ pub(crate) fn two_cpus_that_open_the_last_flow_agree(fixture: &mut Fixture) -> R
         }
     }
     fixture.limit_endpoints(A, 0)
+}
+
+/// Both halves, their places in the table and the key in the queue.
+pub(crate) fn a_flow_takes_no_more_memory_than_conntracks(fixture: &mut Fixture) -> Result<()> {
+    /// What a masqueraded flow takes of `nf_conntrack` in either family, counted in /proc/slabinfo
+    /// over 40,000 of them (Linux 6.18): an object of 256 bytes, an extension of 128.
+    const CONNTRACK: u64 = 256 + 128;
+    let (table, order) = match fixture.family {
+        Family::V4 => ("FLOW4", "PENDING4"),
+        Family::V6 => ("FLOW6", "PENDING6"),
+    };
+    let bytes = fixture.map_bytes(table)? + fixture.map_bytes(order)?;
+    let each = bytes.div_ceil(FLOWS.into());
+    ensure!(each <= CONNTRACK, "{each} bytes for a flow");
+    Ok(())
 }

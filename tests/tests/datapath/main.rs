@@ -117,6 +117,7 @@ const TRIALS: &[Promise] = trials! {
         other_ports_changes_leave_a_flow_alone,
         flows_from_a_lost_address_of_the_host_end,
         a_reopened_backend_keeps_flows_and_programs,
+        a_flow_takes_no_more_memory_than_conntracks,
         two_cpus_that_open_one_flow_agree,
         two_cpus_that_open_the_last_flow_agree;
     aging:
