@@ -23,7 +23,7 @@ use tracing::{debug, info, warn};
 use self::{
     alarms::{About, Alarm, alarms, unheard},
     blocking::Blocking,
-    converge::{Failure, Subject},
+    converge::{Dressed, Failure, Subject},
 };
 use crate::{
     config::Config,
@@ -93,9 +93,8 @@ struct State {
     flow_tables: Vec<FlowTable>,
     /// Alarms that are in the log already.
     heard: BTreeSet<About>,
-    /// Endpoints whose container's end was made right by this agent, with the ifindex of the
-    /// host's end that it belongs to.
-    dressed: BTreeMap<EndpointId, u32>,
+    /// Endpoints whose container's end was made right by this agent.
+    dressed: BTreeMap<EndpointId, Dressed>,
     netlink: Netlink,
     store: Blocking<Store>,
     reservations: Blocking<Reservations>,

@@ -183,7 +183,7 @@ pub struct Endpoint {
 }
 
 /// Device and inode of a namespace file: tells a namespace from a successor under the same path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct NetnsIdentity {
     /// `st_dev`.
     pub device: u64,

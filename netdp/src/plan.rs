@@ -20,7 +20,7 @@ use crate::{
     family::{Family, V4, V6},
     model::{
         Endpoint, EndpointId, GatewayMode, MacAddress, Model, NetnsIdentity, Network, NetworkId,
-        PolicyRule, Subnet,
+        PolicyRule, PublishedPort, Subnet,
     },
 };
 
@@ -169,6 +169,7 @@ pub const RESERVED_PORTS_SYSCTL: &str = "net/ipv4/ip_local_reserved_ports";
 pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
     let bridges: BTreeMap<_, _> =
         model.networks.iter().map(|(&id, network)| (id, bridge(network))).collect();
+    let gateways = model.gateway_endpoints();
     // An endpoint without a network can't come out of the model's operations; it would only be
     // unreachable, so it is left out.
     let veths: BTreeMap<_, _> = model
@@ -176,7 +177,12 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
         .iter()
         .filter_map(|(&id, endpoint)| {
             let network = model.networks.get(&endpoint.network)?;
-            Some((id, veth(endpoint, network, model.alias(endpoint))))
+            let is_gateway = |is_ipv4| {
+                let gateway = gateways.get(&(endpoint.netns_identity, is_ipv4));
+                gateway == Some(&id)
+            };
+            let alias = model.alias(endpoint);
+            Some((id, veth(endpoint, network, alias, (is_gateway(true), is_gateway(false)))))
         })
         .collect();
     let uplinks = uplinks(model, facts, setting);
@@ -207,21 +213,18 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
             Some((*id, program))
         })
         .collect();
-    let published = model
-        .endpoints
-        .iter()
-        .filter(|(id, _)| endpoints.contains_key(id))
-        .flat_map(|(&id, endpoint)| {
-            endpoint.published.iter().filter_map(move |port| {
-                // A port of a family that the endpoint lacks can't come out of the model's
-                // operations; it would only be unreachable, so it is left out.
-                let address = match port.host_address {
-                    IpAddr::V4(_) => endpoint.ipv4?.into(),
-                    IpAddr::V6(_) => endpoint.ipv6?.into(),
-                };
-                let target = PublishedTarget { endpoint: id, address, port: port.container_port };
-                Some((PublishedKey::from(port), target))
-            })
+    let published = published(model)
+        .filter(|(_, endpoint)| endpoints.contains_key(&endpoint.id))
+        .filter_map(|(port, endpoint)| {
+            // A port of a family that the endpoint lacks can't come out of the model's operations;
+            // it would only be unreachable, so it is left out.
+            let address = match port.host_address {
+                IpAddr::V4(_) => endpoint.ipv4?.into(),
+                IpAddr::V6(_) => endpoint.ipv6?.into(),
+            };
+            let port_there = port.container_port;
+            let target = PublishedTarget { endpoint: endpoint.id, address, port: port_there };
+            Some((PublishedKey::from(port), target))
         })
         .collect();
     let local = facts
@@ -244,17 +247,32 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
 
 /// Host ports that no other program may bind, for all that is published.
 pub fn reservations(model: &Model) -> BTreeSet<PublishedKey> {
-    model
-        .endpoints
-        .values()
+    published(model)
         // A routed network is dialled at the containers' own addresses.
-        .filter(|endpoint| {
+        .filter(|(_, endpoint)| {
             let network = model.networks.get(&endpoint.network);
             network.is_none_or(|network| network.gateway_mode != GatewayMode::Routed)
         })
-        .flat_map(|endpoint| &endpoint.published)
-        .map(PublishedKey::from)
+        .map(|(port, _)| PublishedKey::from(port))
         .collect()
+}
+
+/// Published ports and the endpoints that they lead to: whichever endpoint of a container they were
+/// given to, the one by which its answers reach the world.
+fn published(model: &Model) -> impl Iterator<Item = (&PublishedPort, &Endpoint)> {
+    let gateways = model.gateway_endpoints();
+    let publishing = model.endpoints.values().filter(|endpoint| !endpoint.published.is_empty());
+    publishing.flat_map(move |endpoint| {
+        let gateway = |is_ipv4| {
+            let id = gateways.get(&(endpoint.netns_identity, is_ipv4));
+            id.and_then(|id| model.endpoints.get(id)).unwrap_or(endpoint)
+        };
+        let (gateway4, gateway6) = (gateway(true), gateway(false));
+        endpoint
+            .published
+            .iter()
+            .map(move |port| (port, if port.host_address.is_ipv4() { gateway4 } else { gateway6 }))
+    })
 }
 
 /// How the host's links differ from the plan, in words for the operator.
@@ -332,7 +350,8 @@ fn bridge(network: &Network) -> BridgePlan {
     }
 }
 
-fn veth(endpoint: &Endpoint, network: &Network, alias: String) -> VethPlan {
+/// `gateways` says whether the container's default routes lead by it, IPv4 and IPv6.
+fn veth(endpoint: &Endpoint, network: &Network, alias: String, gateways: (bool, bool)) -> VethPlan {
     VethPlan {
         name: endpoint.host_interface.clone(),
         alias,
@@ -342,20 +361,20 @@ fn veth(endpoint: &Endpoint, network: &Network, alias: String) -> VethPlan {
         netns_identity: endpoint.netns_identity,
         interface: endpoint.interface.clone(),
         mac: endpoint.mac,
-        ipv4: interface(endpoint.ipv4, network.ipv4, network),
-        ipv6: interface(endpoint.ipv6, network.ipv6, network),
+        ipv4: interface(endpoint.ipv4, network.ipv4, gateways.0),
+        ipv6: interface(endpoint.ipv6, network.ipv6, gateways.1),
     }
 }
 
 fn interface<F: Family>(
     address: Option<F::Address>,
     side: Option<Subnet<F>>,
-    network: &Network,
+    is_gateway: bool,
 ) -> Option<InterfacePlan<F>> {
     let (address, side) = (address?, side?);
     Some(InterfacePlan {
         address: F::with_prefix_of(address, side.subnet),
-        gateway: (!network.is_closed()).then_some(side.gateway),
+        gateway: is_gateway.then_some(side.gateway),
     })
 }
 

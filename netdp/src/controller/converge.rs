@@ -24,6 +24,23 @@ pub(super) struct Failure {
     error: Error,
 }
 
+/// How a container's end was made right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Dressed {
+    /// ifindex of the host's end that it belongs to.
+    ifindex: u32,
+    /// Whether the container's default routes lead by it, IPv4 and IPv6.
+    gateways: (bool, bool),
+}
+
+impl Dressed {
+    fn new(ifindex: u32, veth: &VethPlan) -> Self {
+        let has4 = veth.ipv4.is_some_and(|side| side.gateway.is_some());
+        let has6 = veth.ipv6.is_some_and(|side| side.gateway.is_some());
+        Self { ifindex, gateways: (has4, has6) }
+    }
+}
+
 /// What a failure is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Subject {
@@ -52,6 +69,8 @@ struct Pass<'a> {
     /// change's own, while all can still be undone; a repair (`None`) does as much as can be done.
     before: Option<&'a Model>,
     failures: Vec<Failure>,
+    /// Endpoints whose container's end was made right in this pass.
+    dressed: Vec<EndpointId>,
 }
 
 impl Pass<'_> {
@@ -90,7 +109,7 @@ impl State {
         model: &Model,
         before: Option<&Model>,
     ) -> Result<Vec<Failure>> {
-        let mut pass = Pass { model, before, failures: Vec::new() };
+        let mut pass = Pass { model, before, failures: Vec::new(), dressed: Vec::new() };
         let facts = self.netlink.read_facts().await?;
         self.follow_renames(&facts).await?;
         let outgoing = plan::plan(model, &facts, &self.setting);
@@ -107,6 +126,9 @@ impl State {
             self.open(&mut pass, &present, &facts).await?;
         }
         self.delete_orphans(&mut pass, &present, &facts).await?;
+        if !present.orphans.is_empty() {
+            self.redirect(&mut pass, &present, &facts).await?;
+        }
 
         self.facts = self.netlink.read_facts().await?;
         let settled = plan::plan(model, &self.facts, &self.setting);
@@ -149,8 +171,10 @@ impl State {
         }
         self.dressed.retain(|id, _| plan.veths.contains_key(id));
         for (&id, veth) in &plan.veths {
+            let before = self.dressed.get(&id).copied();
             let result = self.make_veth(id, veth, facts).await;
             pass.note(Subject::Endpoint(id), result)?;
+            pass.dressed.extend((self.dressed.get(&id).copied() != before).then_some(id));
         }
         Ok(())
     }
@@ -163,14 +187,32 @@ impl State {
     ) -> Result<()> {
         // Entering a namespace costs a thread. What happens inside, once it was right, is the
         // container's own business until the pair is made anew or the agent starts again.
-        let present = own(facts, &veth.name, &veth.alias).map(|(ifindex, _)| ifindex);
+        let present =
+            own(facts, &veth.name, &veth.alias).map(|(ifindex, _)| Dressed::new(ifindex, veth));
         if present.is_some() && self.dressed.get(&id).copied() == present {
             return Ok(());
         }
         let namespace = Namespace::open_same(&veth.netns, veth.netns_identity)?;
         let ifindex = self.netlink.ensure_veth(veth, &namespace, facts).await?;
         namespace.ensure_interface(veth).await?;
-        self.dressed.insert(id, ifindex);
+        self.dressed.insert(id, Dressed::new(ifindex, veth));
+        Ok(())
+    }
+
+    /// Gives containers the default routes that have gone with an interface of theirs: when theirs
+    /// was made right, that one may still have been there.
+    async fn redirect(
+        &mut self,
+        pass: &mut Pass<'_>,
+        plan: &Plan,
+        facts: &HostFacts,
+    ) -> Result<()> {
+        for id in std::mem::take(&mut pass.dressed) {
+            let Some(veth) = plan.veths.get(&id) else { continue };
+            self.dressed.remove(&id);
+            let result = self.make_veth(id, veth, facts).await;
+            pass.note(Subject::Endpoint(id), result)?;
+        }
         Ok(())
     }
 

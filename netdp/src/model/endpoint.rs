@@ -4,14 +4,15 @@
 //! namespace at all is for the caller to find out.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     str::FromStr,
 };
 
 use super::{
-    Endpoint, EndpointId, MacAddress, Model, NetnsIdentity, Network, PublishSpec, Refusal, Subnet,
+    Endpoint, EndpointId, GatewayMode, MacAddress, Model, NetnsIdentity, Network, PublishSpec,
+    PublishedPort, Refusal, Subnet,
     network::{check_interface_name, check_name},
 };
 use crate::{
@@ -116,13 +117,59 @@ impl Model {
         Ok(id)
     }
 
-    /// Detaches an endpoint; its address and ports are free again.
+    /// Detaches an endpoint; its address is free again, and its ports go on with the endpoint by
+    /// which the container now reaches the world, if there is one.
     ///
     /// # Errors
     /// Refuses an unknown network or endpoint.
     pub fn disconnect(&mut self, network: &str, name: &str) -> Result<Endpoint, Refusal> {
         let id = self.endpoint(network, name)?.id;
-        self.release(id).ok_or_else(|| unknown(network, name))
+        let endpoint = self.release(id).ok_or_else(|| unknown(network, name))?;
+        let gateways = self.gateway_endpoints();
+        for &port in &endpoint.published {
+            self.hand_over(port, endpoint.netns_identity, &gateways);
+        }
+        Ok(endpoint)
+    }
+
+    /// Publishes a port of a container from another of its endpoints; without one it is free.
+    fn hand_over(
+        &mut self,
+        port: PublishedPort,
+        container: NetnsIdentity,
+        gateways: &HashMap<(NetnsIdentity, bool), EndpointId>,
+    ) {
+        let container = (container, port.host_address.is_ipv4());
+        let Some(&id) = gateways.get(&container) else { return };
+        let Some(heir) = self.endpoints.get_mut(&id) else { return };
+        // What only a routed network can do: it translates nothing.
+        let mode = self.networks.get(&heir.network).map(|network| network.gateway_mode);
+        if !port.protocol.has_changeable_ports()
+            && port.host_port != port.container_port
+            && mode != Some(GatewayMode::Routed)
+        {
+            return;
+        }
+        heir.published.push(port);
+    }
+
+    /// The endpoints by which containers reach the world, by container and whether it is by IPv4: as
+    /// their default routes do, by the first that they were given of a network that has a way out.
+    pub fn gateway_endpoints(&self) -> HashMap<(NetnsIdentity, bool), EndpointId> {
+        let mut gateways = HashMap::new();
+        for (&id, endpoint) in &self.endpoints {
+            if self.networks.get(&endpoint.network).is_none_or(Network::is_closed) {
+                continue;
+            }
+            for (is_ipv4, has) in
+                [(true, endpoint.ipv4.is_some()), (false, endpoint.ipv6.is_some())]
+            {
+                if has {
+                    gateways.entry((endpoint.netns_identity, is_ipv4)).or_insert(id);
+                }
+            }
+        }
+        gateways
     }
 
     /// Lets go of an endpoint whose namespace has vanished.

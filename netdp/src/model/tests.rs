@@ -490,6 +490,22 @@ fn a_container_on_two_networks_gets_two_interfaces() {
 }
 
 #[test]
+fn ports_go_on_with_the_endpoint_that_is_left() {
+    let mut model = lab();
+    let second = model.connect(connect_spec("b", "A1"), &host()).unwrap();
+    let ports_of = |model: &Model, id| -> Vec<String> {
+        model.endpoints[&id].published.iter().map(PublishedPort::to_string).collect()
+    };
+    model.publish("A1", Some("a"), &ports(&["8085:80"]), &host()).unwrap();
+    let given = ports_of(&model, EndpointId(1));
+    model.disconnect("a", "A1").unwrap();
+    assert_eq!(ports_of(&model, second), given);
+    // The last one takes them along.
+    model.disconnect("b", "A1").unwrap();
+    model.publish("A2", None, &ports(&["8085:80"]), &host()).unwrap();
+}
+
+#[test]
 fn names_come_from_the_namespace_where_it_has_one() {
     let mut model = lab();
     let mut spec = connect_spec("a", "x");

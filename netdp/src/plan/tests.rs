@@ -207,6 +207,30 @@ fn the_first_plan_makes_links_and_keeps_them_from_the_backend_until_they_exist()
 }
 
 #[test]
+fn a_container_has_one_way_out_and_its_ports_follow_it() {
+    let (mut model, b, b1) = (model(), NetworkId(2), EndpointId(2));
+    let identity = model.endpoints[&A1].netns_identity;
+    let second = Endpoint { netns_identity: identity, ..endpoint(2, &network(2), vec![WEB]) };
+    model.networks.insert(b, network(2));
+    model.endpoints.insert(b1, second);
+    let gateways = |model: &Model| {
+        let plan = plan(model, &host(), &Setting::default());
+        [A1, b1].map(|id| plan.veths[&id].ipv4.unwrap().gateway.is_some())
+    };
+    let targets = |model: &Model| -> Vec<EndpointId> {
+        published(model).map(|(_, endpoint)| endpoint.id).collect()
+    };
+    // Whichever endpoint a port was given to.
+    model.endpoints.get_mut(&A1).unwrap().published.clear();
+    assert_eq!((gateways(&model), targets(&model)), ([true, false], vec![A1]));
+    model.networks.get_mut(&A).unwrap().internal = true;
+    assert_eq!((gateways(&model), targets(&model)), ([false, true], vec![b1]));
+    // Without any way out there is nowhere to follow it to.
+    model.networks.get_mut(&b).unwrap().internal = true;
+    assert_eq!((gateways(&model), targets(&model)), ([false, false], vec![b1]));
+}
+
+#[test]
 fn the_program_names_what_exists() {
     let plan = plan(&model(), &host_with_links(), &Setting::default());
     let address = Ipv4Addr::new(172, 20, 0, 2);

@@ -49,6 +49,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("PUB-14", publishing::unpublish_ends_open_flows),
     ("PUB-15", publishing::fragmented_datagrams_arrive_whole),
     ("PUB-16", publishing::loopback_publish_is_closed_to_the_outside),
+    ("PUB-17", publishing::ports_follow_the_way_out),
     ("PUB-18", other::sctp_is_published_under_its_own_number),
     ("OUT-01", out::outside_sees_the_uplink_address),
     ("OUT-02", out::outside_sees_the_chosen_address),
