@@ -12,12 +12,13 @@ use fixture::Fixture;
 use netdp_common::flow::FLOWS_DEFAULT;
 use netdp_tests::runtime::isolate;
 use nix::{
-    sched::{CpuSet, sched_getcpu, sched_setaffinity},
+    sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity},
     unistd::Pid,
 };
 use report::Series;
 
 mod cases;
+mod collection;
 #[expect(dead_code, reason = "the suite that this belongs to uses the rest")]
 #[path = "../../tests/datapath/datagram.rs"]
 mod datagram;
@@ -65,7 +66,12 @@ fn run() -> Result<()> {
         }
     }
     isolate()?;
-    stay_on_one_cpu()?;
+    let pauses = match &only {
+        // Most of the time goes into opening the flows.
+        Some(only) if !"collection".contains(only.as_str()) => Vec::new(),
+        _ => collection::measure()?,
+    };
+    Cpu::here()?.stay()?;
     let fixture = &mut Fixture::new(FLOWS_DEFAULT)?;
     let wanted = |place: &cases::Place| {
         only.as_ref().is_none_or(|only| place.to_string().contains(only.as_str()))
@@ -76,16 +82,32 @@ fn run() -> Result<()> {
     series.extend(measure(fixture, &cases::new(wanted)?, rounds)?);
     report::print(&series);
     if let Some(path) = json {
-        report::write(&path, &series)?;
+        report::write(&path, &series, pauses)?;
     }
     Ok(())
 }
 
-/// Keeps this thread where it is: another CPU has other caches.
-fn stay_on_one_cpu() -> Result<()> {
-    let mut here = CpuSet::new();
-    here.set(sched_getcpu()?)?;
-    sched_setaffinity(Pid::from_raw(0), &here).context("stay on one CPU")
+/// A CPU that the process may use. Another one has other caches.
+#[derive(Clone, Copy)]
+pub(crate) struct Cpu(usize);
+
+impl Cpu {
+    fn here() -> Result<Self> {
+        Ok(Self(sched_getcpu()?))
+    }
+
+    pub(crate) fn all() -> Result<Vec<Self>> {
+        let allowed = sched_getaffinity(Pid::from_raw(0)).context("ask for CPUs")?;
+        let is_allowed = |cpu: &usize| allowed.is_set(*cpu).unwrap_or(false);
+        Ok((0..CpuSet::count()).filter(is_allowed).map(Self).collect())
+    }
+
+    /// Keeps this thread there.
+    pub(crate) fn stay(self) -> Result<()> {
+        let mut here = CpuSet::new();
+        here.set(self.0)?;
+        sched_setaffinity(Pid::from_raw(0), &here).context("stay on one CPU")
+    }
 }
 
 /// Runs every case once in each round.

@@ -45,9 +45,9 @@ impl Series {
 
 const WHOLE_WAY: &str = "whole way";
 
-/// What a series says, in nanoseconds. Percentiles are those of the rounds.
+/// What a series says, in nanoseconds, or one measurement in another unit. Percentiles are those of the rounds.
 #[derive(Clone, Debug, Serialize)]
-struct Figure {
+pub(crate) struct Figure {
     metric: String,
     system: &'static str,
     unit: &'static str,
@@ -81,6 +81,22 @@ impl Figure {
             rounds: sorted.len(),
             n: series.packets,
         }
+    }
+}
+
+/// A figure that was measured once.
+pub(crate) fn once(metric: &str, unit: &'static str, value: f64) -> Figure {
+    Figure {
+        metric: metric.to_owned(),
+        system: "netdp-ebpf",
+        unit,
+        min: value,
+        median: value,
+        p50: value,
+        p99: value,
+        ci95: [value; 2],
+        rounds: 1,
+        n: 1,
     }
 }
 
@@ -184,9 +200,10 @@ pub(crate) fn print(series: &[Series]) {
 }
 
 /// Writes all figures, those that stand for all first.
-pub(crate) fn write(path: &Path, series: &[Series]) -> Result<()> {
+pub(crate) fn write(path: &Path, series: &[Series], others: Vec<Figure>) -> Result<()> {
     let figures = figures(series);
     let mut list = headlines(&figures);
+    list.extend(others);
     list.extend(figures.into_iter().map(|(_, figure)| figure));
     let text = serde_json::to_string_pretty(&list).context("encode the figures")?;
     fs::write(path, text).with_context(|| format!("write the figures to {}", path.display()))
