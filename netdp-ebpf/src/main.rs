@@ -39,7 +39,7 @@ use packet::Carried;
 use sock_addr::{Inet4, Inet6};
 use verdict::Verdict;
 
-/// tcx ingress of the host's end of each veth: everything a container sends.
+/// tc ingress of the host's end of each veth: everything a container sends.
 #[classifier]
 fn from_container(ctx: TcContext) -> i32 {
     match Carried::by_protocol(&ctx) {
@@ -50,7 +50,7 @@ fn from_container(ctx: TcContext) -> i32 {
     }
 }
 
-/// tcx egress of each bridge: everything the host's stack sends into a network.
+/// tc egress of each bridge: everything the host's stack sends into a network.
 #[classifier]
 fn into_network(ctx: TcContext) -> i32 {
     match Carried::by_protocol(&ctx) {
@@ -60,7 +60,7 @@ fn into_network(ctx: TcContext) -> i32 {
     }
 }
 
-/// tcx ingress of each uplink: everything that comes from outside.
+/// tc ingress of each uplink: everything that comes from outside.
 #[classifier]
 fn from_uplink(ctx: TcContext) -> i32 {
     match Carried::by(&ctx) {
@@ -70,7 +70,7 @@ fn from_uplink(ctx: TcContext) -> i32 {
     }
 }
 
-/// tcx egress of each uplink: everything that leaves the host.
+/// tc egress of each uplink: everything that leaves the host.
 #[classifier]
 fn to_uplink(ctx: TcContext) -> i32 {
     match Carried::by(&ctx) {
@@ -145,6 +145,13 @@ fn getpeername6(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock(sock_release)]
 fn sock_release(ctx: SockContext) -> i32 {
     socket::release(&ctx)
+}
+
+/// cgroup hook of `connect`, for a moment: tells the agent what the kernel calls its network
+/// namespace, where no socket does (before Linux 5.14).
+#[cgroup_sock_addr(connect4)]
+fn name_namespace(ctx: SockAddrContext) -> i32 {
+    socket::name_namespace(&ctx)
 }
 
 /// An order of the agent about IPv4 flows: on no hook, run by hand.

@@ -55,6 +55,11 @@ static SOCKET_ORIGIN: LruHashMap<SocketPeer, SocketAddress> =
 static PUBLISHED_PORT: HashMap<PublishedPort, u32> =
     HashMap::with_max_entries(524_288, BPF_F_NO_PREALLOC);
 
+/// The network namespaces of sockets that the agent names by their cookies, while it starts. Full:
+/// the agent can't be asking twice.
+#[map]
+static NAMESPACE: HashMap<u64, u64> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
 /// The one [`Config`].
 #[map]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
@@ -532,6 +537,14 @@ pub(crate) fn forget_socket_origin(peer: &SocketPeer) {
 #[inline(always)]
 pub(crate) fn is_published_somewhere(port: &PublishedPort) -> bool {
     PUBLISHED_PORT.get_ptr(port).is_some()
+}
+
+/// Tells the agent the namespace of a socket that it asks about.
+#[inline(always)]
+pub(crate) fn name_namespace(socket: u64, namespace: u64) {
+    if NAMESPACE.get_ptr(socket).is_some() {
+        let _ = NAMESPACE.insert(socket, namespace, 0);
+    }
 }
 
 /// The host's port ranges.

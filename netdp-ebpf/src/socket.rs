@@ -121,6 +121,13 @@ pub(crate) fn release(ctx: &SockContext) -> i32 {
     GO_ON
 }
 
+/// A socket of the agent's shows in which namespace it is.
+#[inline(always)]
+pub(crate) fn name_namespace(ctx: &SockAddrContext) -> i32 {
+    maps::name_namespace(sock_addr::cookie(ctx), sock_addr::namespace(ctx));
+    GO_ON
+}
+
 /// No namespace has the cookie 0, which stands there before the agent has written it.
 #[inline(always)]
 fn is_host(namespace: u64) -> bool {

@@ -108,12 +108,15 @@ fn attach(features: &Features, results: &mut Results) -> Result<()> {
         let place = format!("{name} on ifindex {}", host.ifindex(interface)?);
         results.push((format!("attach/{name}"), expect_none(&drift, &place)));
     }
-    let has_cookie = features.has(Feature::NamespaceCookie);
+    let can_have_hooks = features.has(Feature::SocketHooks) && host.cgroup.is_some();
     for name in SOCKET_HOOKS {
         let outcome = if !Ebpf::has_socket_hooks(host.bpffs()) {
             let reason = "programs of the host don't reach published ports";
-            ensure!(!has_cookie, "attach {name}: {reason}");
-            Ok(Outcome::Skip(reason.to_owned()))
+            if can_have_hooks {
+                Err(anyhow::anyhow!("{reason}: {name} is not attached"))
+            } else {
+                Ok(Outcome::Skip(reason.to_owned()))
+            }
         } else {
             expect_none(&drift, &format!("socket hook {name}"))
         };
@@ -183,7 +186,7 @@ fn kernel_version() -> Result<(u32, u32)> {
 struct Host {
     namespace: Namespace,
     bpffs: TempDir,
-    /// `None` where there is no cgroup2 to make one in.
+    /// `None` where there is no cgroup2.
     cgroup: Option<PathBuf>,
 }
 
@@ -198,11 +201,8 @@ impl Host {
         let bpffs = tempfile::tempdir().context("make a directory for bpffs")?;
         mount(Some("bpffs"), bpffs.path(), Some("bpf"), MsFlags::empty(), None::<&str>)
             .context("mount a bpffs")?;
-        let cgroup = cgroup2_mount()?
-            .map(|mount| Path::new(&mount).join(format!("netdp-load-{}", std::process::id())));
-        if let Some(cgroup) = &cgroup {
-            fs::create_dir(cgroup).with_context(|| format!("create {}", cgroup.display()))?;
-        }
+        // Whatever is attached there looks at sockets of this namespace only, and goes with the pins.
+        let cgroup = cgroup2_mount()?.map(PathBuf::from);
         let host = Self { namespace, bpffs, cgroup };
         // Somebody else's.
         host.tc(&["qdisc", "add", "dev", "up0", "clsact"])?;
@@ -307,8 +307,5 @@ impl Drop for Host {
     fn drop(&mut self) {
         // Nobody is left to complain to; namespaces end with the process.
         let _ = umount2(self.bpffs(), MntFlags::MNT_DETACH);
-        if let Some(cgroup) = &self.cgroup {
-            let _ = fs::remove_dir(cgroup);
-        }
     }
 }

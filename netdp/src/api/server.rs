@@ -32,6 +32,7 @@ use super::{
 };
 use crate::{
     controller::{ChangeError, Controller},
+    dataplane::KernelFeature,
     model::{self, Refusal},
     netlink::namespace,
 };
@@ -41,6 +42,7 @@ use crate::{
 pub struct Api {
     controller: Controller,
     dataplane: &'static str,
+    features: Vec<wire::Feature>,
     purged: watch::Sender<bool>,
 }
 
@@ -52,8 +54,13 @@ type Answer<T> = Result<Json<T>, Failure>;
 
 impl Api {
     /// Serves this controller, whose backend has this name.
-    pub fn new(controller: Controller, dataplane: &'static str) -> Self {
-        Self { controller, dataplane, purged: watch::Sender::new(false) }
+    pub fn new(
+        controller: Controller,
+        dataplane: &'static str,
+        features: &[KernelFeature],
+    ) -> Self {
+        let features = features.iter().map(wire::Feature::from).collect();
+        Self { controller, dataplane, features, purged: watch::Sender::new(false) }
     }
 
     /// Becomes true when a client has purged everything: the agent has nothing left to do.
@@ -433,6 +440,7 @@ async fn status(State(api): State<Api>) -> Answer<wire::Status> {
         counters: counters.iter().map(|count| wire::Counter::of(model, count)).collect(),
         troubles: snapshot.troubles,
         alarms: snapshot.alarms,
+        features: api.features.clone(),
     }))
 }
 

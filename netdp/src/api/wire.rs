@@ -410,6 +410,21 @@ pub struct Status {
     pub troubles: Vec<String>,
     /// What to know of and can't be repaired by the agent, one line each.
     pub alarms: Vec<String>,
+    /// What the dataplane uses where the kernel has it.
+    pub features: Vec<Feature>,
+}
+
+/// Something that a kernel may have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Feature {
+    /// "tcx", "coarse-clock".
+    pub name: String,
+    /// The version of Linux that brought it.
+    pub since: String,
+    /// Whether this kernel has it.
+    pub is_there: bool,
+    /// What is lost without it.
+    pub without: String,
 }
 
 /// How full a family's flow table is.
@@ -574,6 +589,18 @@ impl Flow {
             state: flow.state.to_owned(),
             idle_seconds: flow.idle.as_secs(),
             expires_seconds: flow.expires.as_secs(),
+        }
+    }
+}
+
+impl From<&dataplane::KernelFeature> for Feature {
+    fn from(feature: &dataplane::KernelFeature) -> Self {
+        let (major, minor) = feature.since;
+        Self {
+            name: feature.name.to_owned(),
+            since: format!("{major}.{minor}"),
+            is_there: feature.is_there,
+            without: feature.without.to_owned(),
         }
     }
 }

@@ -146,11 +146,11 @@ async fn serve(config: &Config, path: &Path) -> Result<()> {
     make_directory(&config.paths.run_dir, 0o755)?;
     let socket = Socket::bind(path).await?;
     let dataplane = open_dataplane(config)?;
-    let name = dataplane.name();
+    let (name, features) = (dataplane.name(), dataplane.features());
     let controller = Controller::open(config, store, dataplane).await?;
     print(&format!("{}\n", ready(&controller.snapshot())))?;
 
-    let api = Api::new(controller, name);
+    let api = Api::new(controller, name, &features);
     let purged = api.purged();
     let overdue = async {
         stop(purged.clone()).await;

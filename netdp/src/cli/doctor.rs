@@ -16,7 +16,10 @@ use crate::{
         wire,
     },
     config::Paths,
-    dataplane::ebpf::{Ebpf, cgroup2_mount},
+    dataplane::{
+        KernelFeature,
+        ebpf::{Ebpf, Features, cgroup2_mount},
+    },
     netlink::sysctl,
     plan::IPV6_CONF,
 };
@@ -55,16 +58,15 @@ const RIGHTS: [(u32, &str); 4] = [
     (39, "CAP_BPF"),              // loads programs; implied by CAP_SYS_ADMIN
 ];
 
-/// Version of Linux that brought tcx.
-const TCX: (u32, u32) = (6, 6);
-
 impl Doctor {
     pub(super) fn paths(&self) -> &Paths {
         &self.paths
     }
 
     pub(super) async fn run(&self, client: &Client) -> Result<()> {
-        let mut checks = vec![rights()?, kernel()?, ipv6()?, btf(), bpffs(&self.paths.bpffs)];
+        let mut checks = vec![rights()?];
+        checks.extend(kernel()?);
+        checks.extend([ipv6()?, btf(), bpffs(&self.paths.bpffs)]);
         checks.push(cgroup(&self.paths)?);
         checks.extend(agent(client, &self.paths).await?);
         if self.json {
@@ -137,25 +139,31 @@ fn rights() -> Result<Check> {
     })
 }
 
-fn kernel() -> Result<Check> {
+/// The kernel, and what netdp would use of it.
+fn kernel() -> Result<Vec<Check>> {
     let release =
         fs::read_to_string("/proc/sys/kernel/osrelease").context("read the kernel's release")?;
-    Ok(judge_kernel(release.trim()))
+    if !missing_rights()?.is_empty() {
+        let finding = format!("Linux {}; root finds out what it has", release.trim());
+        return Ok(vec![warn("kernel", finding)]);
+    }
+    let features = Features::probe();
+    let verdict = match features.require() {
+        Ok(()) => ok("kernel", format!("Linux {}", release.trim())),
+        Err(error) => fail("kernel", format!("{error:#}")),
+    };
+    let rows = features.rows();
+    Ok([verdict].into_iter().chain(rows.iter().map(judge_feature)).collect())
 }
 
-fn judge_kernel(release: &str) -> Check {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
-    let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else {
-        return warn("kernel", format!("can't tell the version of {release:?}"));
-    };
-    if (major, minor) < TCX {
-        let (major, minor) = TCX;
-        return fail(
-            "kernel",
-            format!("tcx needs Linux {major}.{minor}, this is {release}: boot a newer kernel"),
-        );
+fn judge_feature(feature: &KernelFeature) -> Check {
+    let (major, minor) = feature.since;
+    if feature.is_there {
+        ok(feature.name, format!("there (Linux {major}.{minor})"))
+    } else {
+        let finding = format!("not there (Linux {major}.{minor}): {}", feature.without);
+        warn(feature.name, finding)
     }
-    ok("kernel", format!("Linux {release} has tcx"))
 }
 
 fn ipv6() -> Result<Check> {
@@ -281,16 +289,17 @@ mod tests {
     }
 
     #[test]
-    fn kernels_are_judged_by_their_release() {
-        for (release, verdict) in [
-            ("6.18.0-rc1", Verdict::Ok),
-            ("6.6.0", Verdict::Ok),
-            ("10.0", Verdict::Ok),
-            ("6.5.13-cloud", Verdict::Fail),
-            ("5.10.0-28-amd64", Verdict::Fail),
-            ("next", Verdict::Warn),
-        ] {
-            assert_eq!(judge_kernel(release).verdict, verdict, "{release}");
-        }
+    fn what_a_kernel_lacks_is_told_with_what_that_costs() {
+        let tcx = KernelFeature {
+            name: "tcx",
+            since: (6, 6),
+            is_there: false,
+            without: "filters of clsact qdiscs",
+        };
+        let check = judge_feature(&tcx);
+        assert_eq!(check.verdict, Verdict::Warn);
+        assert_eq!(check.finding, "not there (Linux 6.6): filters of clsact qdiscs");
+        let check = judge_feature(&KernelFeature { is_there: true, ..tcx });
+        assert_eq!(check.verdict, Verdict::Ok);
     }
 }

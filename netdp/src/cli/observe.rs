@@ -110,6 +110,10 @@ impl Status {
         for alarm in &status.alarms {
             text.push_str(&format!("alarm      {alarm}\n"));
         }
+        for feature in status.features.iter().filter(|feature| !feature.is_there) {
+            let wire::Feature { name, since, without, .. } = feature;
+            text.push_str(&format!("kernel     no {name} (Linux {since}): {without}\n"));
+        }
         if !status.counters.is_empty() {
             let mut table = Table::new(["NETWORK", "COUNTED", "PACKETS", "BYTES"]);
             for counter in status.counters {

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, bail};
 
-use super::{Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, Program};
+use super::{Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Program};
 
 /// The backend; clones share what they remember, so a test keeps one and gives one away.
 #[derive(Clone, Debug, Default)]
@@ -99,5 +99,9 @@ impl Dataplane for Fake {
 
     fn keeps_ports(&self) -> bool {
         false
+    }
+
+    fn features(&self) -> Vec<KernelFeature> {
+        Vec::new()
     }
 }

@@ -217,6 +217,19 @@ pub struct FlowTable {
     pub capacity: u32,
 }
 
+/// Something that a backend uses where the kernel has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KernelFeature {
+    /// "tcx", "coarse-clock".
+    pub name: &'static str,
+    /// The version of Linux that brought it.
+    pub since: (u32, u32),
+    /// Whether this kernel has it.
+    pub is_there: bool,
+    /// What is lost without it, and what takes its place.
+    pub without: &'static str,
+}
+
 /// Name of an IP protocol, for people; its number where it is none that flows are made of often.
 pub fn protocol_name(number: u8) -> Cow<'static, str> {
     match number {
@@ -281,4 +294,7 @@ pub trait Dataplane: Send {
     /// Whether it keeps programs of the host from binding the published ports of TCP and UDP, from
     /// `apply` on and whether the agent is there or not. Where it does not, somebody else has to.
     fn keeps_ports(&self) -> bool;
+
+    /// What the backend asks of a kernel, and whether this one has it.
+    fn features(&self) -> Vec<KernelFeature>;
 }

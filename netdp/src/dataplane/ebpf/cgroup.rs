@@ -8,6 +8,7 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File},
+    net::{Ipv4Addr, UdpSocket},
     os::{fd::AsFd, linux::fs::MetadataExt},
     path::{Path, PathBuf},
 };
@@ -15,6 +16,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use aya::{
     Ebpf,
+    maps::HashMap,
     programs::{CgroupAttachMode, Program, ProgramError, ProgramFd, links::FdLink},
 };
 use tracing::{debug, warn};
@@ -23,7 +25,7 @@ use super::{
     object::{refusal, remove_pin},
     pins::Pins,
     probe::{Feature, Features},
-    sys::{Attachment, CgroupLink, network_namespace},
+    sys::{Attachment, CgroupLink, network_namespace, socket_cookie},
 };
 use crate::dataplane::Drift;
 
@@ -43,6 +45,9 @@ pub(super) const HOOKS: [&str; 9] = [
 
 /// Those that keep programs of the host from binding a published port.
 const BIND_HOOKS: [&str; 2] = ["bind4", "bind6"];
+
+/// On no hook but for a moment.
+pub(super) const NAMING: &str = "name_namespace";
 
 /// Where a host usually has its cgroup2 hierarchy: the mount point of the whole of it.
 ///
@@ -109,10 +114,11 @@ impl SocketHooks {
         if !features.has(Feature::SocketHooks) {
             bail!("this kernel has no programs for sockets: boot one with CONFIG_CGROUP_BPF");
         }
-        if !features.has(Feature::NamespaceCookie) {
-            bail!("this kernel does not name network namespaces, which came with Linux 5.14");
-        }
-        let netns_cookie = network_namespace().context("read the network namespace's cookie")?;
+        let netns_cookie = if features.has(Feature::NamespaceCookie) {
+            network_namespace().context("read the network namespace's cookie")?
+        } else {
+            ask_for_namespace(ebpf, &cgroup)?
+        };
         HOOKS.iter().try_for_each(|hook| take(ebpf, hook))?;
         let mut names = HOOKS.to_vec();
         match BIND_HOOKS.iter().try_for_each(|hook| take(ebpf, hook)) {
@@ -214,6 +220,35 @@ impl SocketHooks {
             .map(|hook| Drift { what: format!("socket hook {hook} is missing") })
             .collect()
     }
+}
+
+/// Has a program say what the kernel calls this thread's network namespace: one that sees what the
+/// processes of the cgroup dial, and that is there for one call only.
+fn ask_for_namespace(ebpf: &mut Ebpf, cgroup: &File) -> Result<u64> {
+    let action = || format!("attach {NAMING} to the cgroup hierarchy");
+    load(ebpf, NAMING)?.map_err(|error| refusal(NAMING, error))?;
+    let map = ebpf.take_map("NAMESPACE").context("find map NAMESPACE in the eBPF object")?;
+    let mut answers: HashMap<_, u64, u64> = map.try_into().context("open map NAMESPACE")?;
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).context("open a socket")?;
+    let cookie = socket_cookie(&socket).context("read a socket's cookie")?;
+    // Of an agent that ended while it asked.
+    for stale in answers.keys().collect::<Result<Vec<_>, _>>().context("read map NAMESPACE")? {
+        answers.remove(&stale).context("delete from map NAMESPACE")?;
+    }
+    answers.insert(cookie, 0, 0).context("write map NAMESPACE")?;
+    let Program::CgroupSockAddr(program) = program(ebpf, NAMING)? else {
+        return Err(ProgramError::UnexpectedProgramType).with_context(action);
+    };
+    let link = program.attach(cgroup, CgroupAttachMode::Single).with_context(action)?;
+    // A datagram socket that is connected sends nothing. Without a route the program was asked, too.
+    let _ = socket.connect((Ipv4Addr::LOCALHOST, 0));
+    program.detach(link).with_context(|| format!("detach {NAMING}"))?;
+    let namespace = answers.get(&cookie, 0).context("read map NAMESPACE")?;
+    answers.remove(&cookie).context("delete from map NAMESPACE")?;
+    if namespace == 0 {
+        bail!("the agent is outside of the cgroup: name one that it is in with --cgroup");
+    }
+    Ok(namespace)
 }
 
 /// Says once what does not work, and why.

@@ -30,13 +30,13 @@ use crate::{
 /// Where a program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Hook {
-    /// tcx ingress of an endpoint's host interface.
+    /// tc ingress of an endpoint's host interface.
     FromContainer,
-    /// tcx egress of a bridge.
+    /// tc egress of a bridge.
     IntoNetwork,
-    /// tcx ingress of an uplink.
+    /// tc ingress of an uplink.
     FromUplink,
-    /// tcx egress of an uplink.
+    /// tc egress of an uplink.
     ToUplink,
 }
 

@@ -33,7 +33,7 @@ use self::{
     sys::Wire,
     tables::{Hash, Indexed, Lpm, Table, absent_is_fine},
 };
-use super::{Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, Program};
+use super::{Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Program};
 use crate::{
     family::{Family, V4, V6},
     model::NetworkId,
@@ -81,6 +81,7 @@ pub struct Ebpf {
     pins: Pins,
     /// Held, not read.
     _lock: File,
+    features: Features,
     object: Object,
     tables: Tables,
     flows4: Flows<V4>,
@@ -129,7 +130,7 @@ impl Ebpf {
     /// with what to do.
     pub fn open(options: EbpfOptions) -> Result<Self> {
         let features = Features::probe();
-        probe::require(&features)?;
+        features.require()?;
         for row in features.missing() {
             info!(feature = row.name, "the kernel lacks it: {}", row.without);
         }
@@ -157,6 +158,7 @@ impl Ebpf {
         let mut backend = Self {
             pins,
             _lock: lock,
+            features,
             object,
             tables,
             flows4,
@@ -194,7 +196,7 @@ impl Ebpf {
     /// No right to BPF, or a kernel that refuses a map.
     pub fn load_each() -> Result<Vec<(&'static str, Result<()>)>> {
         let features = Features::probe();
-        probe::require(&features)?;
+        features.require()?;
         object::load_each(&features)
     }
 
@@ -576,5 +578,9 @@ impl Dataplane for Ebpf {
 
     fn keeps_ports(&self) -> bool {
         self.object.keeps_ports()
+    }
+
+    fn features(&self) -> Vec<KernelFeature> {
+        self.features.rows()
     }
 }

@@ -54,7 +54,7 @@ pub(super) fn load_each(features: &Features) -> Result<Vec<(&'static str, Result
     for name in Hook::ALL.map(Hook::program).into_iter().chain(COLLECTORS) {
         results.push((name, judge(name, program(&mut ebpf, name)?.load())));
     }
-    for name in cgroup::HOOKS {
+    for name in cgroup::HOOKS.into_iter().chain([cgroup::NAMING]) {
         results.push((name, judge(name, cgroup::load(&mut ebpf, name)?)));
     }
     Ok(results)

@@ -4,17 +4,25 @@
 //! version: distributions take features back and switch them off. The versions in the table are for
 //! readers, and for the test that a kernel which should have a feature has it.
 
-use std::{collections::BTreeSet, env, os::fd::AsFd};
+use std::{collections::BTreeSet, env, io, os::fd::AsFd};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use aya::{
     programs::{ProgramType, SchedClassifier, TcAttachType},
     sys::{BpfHelper, is_helper_supported, is_program_supported},
 };
-use nix::net::if_::if_indextoname;
+use nix::{
+    net::if_::if_indextoname,
+    sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit},
+};
+use tracing::debug;
 
 use super::sys;
-use crate::netlink::{sockets, sysctl};
+use crate::{
+    dataplane::KernelFeature,
+    netlink::{sockets, sysctl},
+    plan::force_forwarding_sysctl,
+};
 
 /// Names features that the agent is to do without although the kernel has them, separated by commas:
 /// tests try every fall-back on one kernel.
@@ -126,7 +134,8 @@ pub static FEATURES: [Description; 9] = [
         name: "namespace-cookie",
         since: (5, 14),
         probe: "asks a socket",
-        without: "programs of the host don't reach published ports",
+        without: "a program at a cgroup hook says it when the agent starts, if the agent is in that \
+                  cgroup; if not, programs of the host don't reach published ports",
         needed: false,
         is_there: || sys::network_namespace().is_ok(),
     },
@@ -158,6 +167,7 @@ impl Features {
     /// Asks the kernel for everything in the table.
     #[must_use]
     pub fn probe() -> Self {
+        raise_locked_memory();
         let found = FEATURES.iter().filter(|row| !Self::is_declined(row) && (row.is_there)());
         Self(found.map(|row| row.feature).collect())
     }
@@ -179,34 +189,66 @@ impl Features {
     pub fn missing(&self) -> impl Iterator<Item = &'static Description> {
         FEATURES.iter().filter(|row| !self.has(row.feature))
     }
-}
 
-/// Refuses a kernel that netdp can't work on.
-///
-/// # Errors
-/// In one line what is missing and what to do.
-pub(super) fn require(features: &Features) -> Result<()> {
-    if let Err(error) = sys::trial_map() {
-        match error.raw_os_error() {
-            Some(libc::ENOSYS) => {
-                bail!("this kernel has no BPF: boot one that is built with CONFIG_BPF_SYSCALL")
-            }
-            Some(libc::EPERM) => bail!(
-                "BPF is forbidden here: run the agent as root with CAP_BPF and CAP_NET_ADMIN, and \
-                 without a seccomp filter or a lockdown that forbids bpf(2)"
+    /// The table, for people.
+    #[must_use]
+    pub fn rows(&self) -> Vec<KernelFeature> {
+        let row = |row: &Description| KernelFeature {
+            name: row.name,
+            since: row.since,
+            is_there: self.has(row.feature),
+            without: row.without,
+        };
+        FEATURES.iter().map(row).collect()
+    }
+
+    /// Refuses a kernel that netdp can't work on.
+    ///
+    /// # Errors
+    /// In one line what is missing and what to do.
+    pub fn require(&self) -> Result<()> {
+        if !self.has(Feature::Bpf)
+            && let Err(error) = sys::trial_map()
+        {
+            return Err(without_bpf(error));
+        }
+        match self.missing().find(|row| row.needed) {
+            None => Ok(()),
+            Some(row) => bail!(
+                "this kernel has no {}, which came with Linux {}.{}: boot Linux 5.10 or later, \
+                 built with CONFIG_BPF_SYSCALL, CONFIG_NET_CLS_BPF and CONFIG_NET_SCH_INGRESS",
+                row.name,
+                row.since.0,
+                row.since.1
             ),
-            _ => return Err(anyhow::Error::from(error).context("make a BPF map")),
         }
     }
-    match features.missing().find(|row| row.needed) {
-        None => Ok(()),
-        Some(row) => bail!(
-            "this kernel has no {} (Linux {}.{}): boot Linux 5.10 or later, built with \
-             CONFIG_NET_CLS_BPF",
-            row.name,
-            row.since.0,
-            row.since.1
+}
+
+/// Lifts this process's limit of locked memory as far as it may. Before Linux 5.11 maps count as
+/// such, those of all agents of a user together.
+fn raise_locked_memory() {
+    let kind = Resource::RLIMIT_MEMLOCK;
+    if setrlimit(kind, RLIM_INFINITY, RLIM_INFINITY).is_err()
+        && let Ok((_, hard)) = getrlimit(kind)
+        && let Err(error) = setrlimit(kind, hard, hard)
+    {
+        debug!(%error, "the limit of locked memory stays as it is");
+    }
+}
+
+/// Why a kernel gives nobody a map, and what to do.
+fn without_bpf(error: io::Error) -> anyhow::Error {
+    match error.raw_os_error() {
+        Some(libc::ENOSYS) => {
+            anyhow!("this kernel has no BPF: boot one that is built with CONFIG_BPF_SYSCALL")
+        }
+        Some(libc::EPERM | libc::EACCES) => anyhow!(
+            "BPF is forbidden here: run the agent as root with CAP_BPF and CAP_NET_ADMIN, where no \
+             seccomp filter or lockdown forbids bpf(2); before Linux 5.11 raise the limit of locked \
+             memory, too (ulimit -l, LimitMEMLOCK=)"
         ),
+        _ => anyhow::Error::from(error).context("make a BPF map"),
     }
 }
 
@@ -228,13 +270,18 @@ fn has_coarse_clock() -> bool {
 
 fn has_force_forwarding() -> bool {
     let Ok(loopback) = if_indextoname(LOOPBACK) else { return false };
-    let name = crate::plan::force_forwarding_sysctl(&loopback.to_string_lossy());
+    let name = force_forwarding_sysctl(&loopback.to_string_lossy());
     matches!(sysctl::read(&name), Ok(Some(_)))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write;
+
     use super::*;
+
+    /// Debian's kernels, which the suite load and docs/kernels.md are about.
+    const KERNELS: [(u32, u32); 4] = [(5, 10), (6, 1), (6, 12), (7, 2)];
 
     #[test]
     fn the_table_has_a_row_for_each_feature_and_a_name_for_each_row() {
@@ -242,5 +289,48 @@ mod tests {
         let names: BTreeSet<_> = FEATURES.iter().map(|row| row.name).collect();
         assert_eq!(features.len(), FEATURES.len());
         assert_eq!(names.len(), FEATURES.len());
+        // What is needed is there on the oldest kernel that netdp works on.
+        assert!(FEATURES.iter().all(|row| !row.needed || row.since <= KERNELS[0]));
+    }
+
+    #[test]
+    fn a_kernel_without_bpf_is_refused_in_one_line() {
+        for (code, expected) in [(libc::ENOSYS, "CONFIG_BPF_SYSCALL"), (libc::EPERM, "as root")] {
+            let refusal = format!("{:#}", without_bpf(io::Error::from_raw_os_error(code)));
+            assert!(refusal.contains(expected) && !refusal.contains('\n'), "{refusal}");
+        }
+        let old = FEATURES.iter().filter(|row| row.since < (5, 6)).map(|row| row.feature);
+        let refusal = format!("{:#}", Features(old.collect()).require().unwrap_err());
+        assert!(refusal.contains("no map-batches, which came with Linux 5.6"), "{refusal}");
+    }
+
+    /// The part of docs/kernels.md that follows from the table.
+    fn table() -> String {
+        let version = |(major, minor): (u32, u32)| format!("{major}.{minor}");
+        let names = KERNELS.map(version).join(" | ");
+        let mut text =
+            format!("| feature | since | {names} | how netdp finds out | without it |\n");
+        text.push_str(&format!("|{}\n", "---|".repeat(4 + KERNELS.len())));
+        for row in &FEATURES {
+            let marks = KERNELS.map(|kernel| if kernel >= row.since { "✅" } else { "❌" });
+            let (since, marks) = (version(row.since), marks.join(" | "));
+            let Description { name, probe, without, .. } = row;
+            writeln!(text, "| {name} | {since} | {marks} | {probe} | {without} |").unwrap();
+        }
+        text
+    }
+
+    #[test]
+    fn the_page_of_kernels_is_current() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/kernels.md");
+        let page = std::fs::read_to_string(path).unwrap();
+        let (before, rest) = page.split_once("<!-- features -->\n").unwrap();
+        let (_, after) = rest.split_once("<!-- end -->\n").unwrap();
+        let wanted = format!("{before}<!-- features -->\n{}<!-- end -->\n{after}", table());
+        if env::var_os("NETDP_WRITE_DOCS").is_some() {
+            std::fs::write(path, &wanted).unwrap();
+        } else {
+            assert_eq!(page, wanted, "NETDP_WRITE_DOCS=1 cargo test -p netdp page_of_kernels");
+        }
     }
 }

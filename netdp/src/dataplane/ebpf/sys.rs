@@ -86,7 +86,20 @@ pub(super) fn trial_map() -> io::Result<OwnedFd> {
 pub(super) fn network_namespace() -> io::Result<u64> {
     // asm-generic/socket.h; libc lacks it for some targets.
     const SO_NETNS_COOKIE: libc::c_int = 71;
-    let socket = std::os::unix::net::UnixDatagram::unbound()?;
+    socket_option(&std::os::unix::net::UnixDatagram::unbound()?, SO_NETNS_COOKIE)
+}
+
+/// The kernel's name of a socket (Linux 4.12).
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn socket_cookie(socket: &impl AsRawFd) -> io::Result<u64> {
+    // asm-generic/socket.h; libc lacks it for some targets.
+    const SO_COOKIE: libc::c_int = 57;
+    socket_option(socket, SO_COOKIE)
+}
+
+fn socket_option(socket: &impl AsRawFd, option: libc::c_int) -> io::Result<u64> {
     let mut cookie = 0u64;
     let mut length = size_of_val(&cookie) as libc::socklen_t;
     // SAFETY: pointer and length describe local values, which outlive the call.
@@ -94,7 +107,7 @@ pub(super) fn network_namespace() -> io::Result<u64> {
         libc::getsockopt(
             socket.as_raw_fd(),
             libc::SOL_SOCKET,
-            SO_NETNS_COOKIE,
+            option,
             (&raw mut cookie).cast(),
             &raw mut length,
         )
