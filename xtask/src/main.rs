@@ -55,7 +55,7 @@ enum Task {
         suites: Vec<test::Suite>,
         /// Run only tests whose names contain WORD
         #[arg(long, value_name = "WORD")]
-        only: Vec<String>,
+        only: Option<String>,
         /// End a machine that is not over after this long
         #[arg(long, value_name = "SECONDS")]
         timeout: Option<u64>,
@@ -120,7 +120,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
                 Cli::command().error(ErrorKind::InvalidValue, message).exit()
             }
             let limit = timeout.map(Duration::from_secs);
-            let options = vm::Options { suites: &suites, filter: &only, limit };
+            let options = vm::Options { suites: &suites, filter: only.as_deref(), limit };
             return vm::run(kernel, &options);
         }
         Task::Bench { what, json, quick } => bench::run(what, json.as_deref(), quick)?,

@@ -127,7 +127,7 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
 
 /// The gate of every kernel, one after the other, whatever fails.
 fn run_machines() -> Counts {
-    let options = vm::Options { suites: &[Suite::Load], filter: &[], limit: None };
+    let options = vm::Options { suites: &[Suite::Load], filter: None, limit: None };
     let run = |line: vm::Line| {
         vm::run_on(line, &options).unwrap_or_else(|error| {
             eprintln!("{}: {error:#}", line.name());
@@ -187,9 +187,12 @@ fn run_packets(suite: Suite, netdp: &Path, json: Option<&Path>) -> Result<Counts
 /// Builds a suite of the tests crate and runs it as root.
 fn run_as_root(suite: Suite, environment: &[(&str, &OsStr)]) -> Result<Counts> {
     let (name, executable) = (suite.name(), executable(suite)?);
-    let seed = env::var_os("NETDP_SEED");
+    // What sudo would drop.
+    let passed = ["NETDP_SEED", "NETDP_WITHOUT"].map(|name| (name, env::var_os(name)));
     let mut environment = environment.to_vec();
-    environment.extend(seed.as_deref().map(|seed| ("NETDP_SEED", seed)));
+    for (name, value) in &passed {
+        environment.extend(value.as_deref().map(|value| (*name, value)));
+    }
     counted(&name, as_root(&executable, &environment)?.current_dir(cargo::root()))
 }
 
