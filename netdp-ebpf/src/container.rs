@@ -109,7 +109,7 @@ fn judge<F: Family>(ctx: &TcContext) -> Decision {
         return decision;
     }
     // An error is about a packet that came to the sender: others' flows are not its business.
-    let own = F::address(sender.interface);
+    let own = *F::address(sender.interface);
     if packet.source != own || packet.tuple.src != own {
         return sender.drop(Reason::SpoofedSource);
     }
@@ -265,7 +265,8 @@ fn to_world<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision 
     }
     let Some(exit) = leave(packet, sender)? else { return stay(packet, sender) };
     packet.require_opening(sender.id)?;
-    let snat = F::subnet(network).snat;
+    // Where it lies in a map: a copy would have to stay on the stack.
+    let snat = &F::subnet(network).snat;
     let source = if snat.is_unspecified() { F::address(exit) } else { snat };
     let is_mapped =
         network.has(flag::MASQUERADE | flag::MAPPING) && mapping::is_for(packet.transport);
@@ -279,7 +280,7 @@ fn to_world<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision 
     half.generation = sender.interface.generation;
     half.stage = stage::EGRESS;
     if network.has(flag::MASQUERADE) {
-        half.to.src = source;
+        half.to.src = *source;
         if half.to.src.is_unspecified() {
             return sender.drop(Reason::NoUplink);
         }
@@ -352,7 +353,7 @@ fn switch<F: Family>(
     };
     sender.check(packet.rewrite(&half.to))?;
     sender.check(packet.set_destination_mac(&peer.mac))?;
-    if half.to.dst == F::address(sender.interface) {
+    if half.to.dst == *F::address(sender.interface) {
         sender.check(packet.set_source_mac(&sender.network.mac))?;
         return Ok(Verdict::TurnAround);
     }

@@ -48,7 +48,7 @@ pub(crate) trait Family: Maps + Subprograms + Copy + 'static {
     fn subnet(network: &Network) -> &Subnet<Self::Address>;
 
     /// Its address of an interface.
-    fn address(interface: &Interface) -> Self::Address;
+    fn address(interface: &Interface) -> &Self::Address;
 
     /// Reads a header at offset `ip` and what stands between it and the transport. `None`: they
     /// contradict themselves or end too early.
@@ -126,8 +126,8 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn address(interface: &Interface) -> Be32 {
-        interface.ipv4
+    fn address(interface: &Interface) -> &Be32 {
+        &interface.ipv4
     }
 
     #[inline(always)]
@@ -199,8 +199,8 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn address(interface: &Interface) -> Be128 {
-        interface.ipv6
+    fn address(interface: &Interface) -> &Be128 {
+        &interface.ipv6
     }
 
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use netdp_common::{
-    addr::{Be16, Tuple},
+    addr::Be16,
     config::Config,
     counter::Reason,
     flow::{Flow, FlowKey, IPPROTO_TCP, IPPROTO_UDP, flag, is_in_window, seen},
@@ -403,7 +403,7 @@ fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config)
         let is_own_mapping = is_mapped;
         is_mapped = false;
         if matches!(ports, SourcePorts::Host | SourcePorts::Mapped)
-            && (is_the_hosts::<F>(skb, &new.half.to, new.key.proto)
+            && (is_the_hosts::<F>(skb, &new.reply_key)
                 || config.has_mappings != 0
                     && !is_own_mapping
                     && mapping::has_port::<F>(&new.reply_key))
@@ -464,11 +464,15 @@ fn choose_port<F: Family>(new: &mut NewFlow<F>, config: &Config, next: &mut u32)
     false
 }
 
-/// Whether the source of a packet that leaves belongs to the host: published, or a socket's.
-#[inline(always)]
-fn is_the_hosts<F: Family>(skb: *mut __sk_buff, leaves: &Tuple<F::Address>, proto: u8) -> bool {
-    publish::is_published::<F>(leaves.src, leaves.sport, proto)
-        || kernel::has_socket(skb, &leaves.reversed(), proto.into())
+/// Whether the source of packets that are answered at `reply` belongs to the host: published, or a
+/// socket's.
+///
+/// A sub-program of its own, for the stack of its caller.
+#[inline(never)]
+fn is_the_hosts<F: Family>(skb: *mut __sk_buff, reply: &FlowKey<F::Address>) -> bool {
+    let FlowKey { tuple, proto, .. } = reply;
+    publish::is_published::<F>(tuple.dst, tuple.dport, *proto)
+        || kernel::has_socket(skb, tuple, (*proto).into())
 }
 
 /// Whether the ports of a protocol can be changed with its checksum.

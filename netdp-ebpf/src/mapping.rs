@@ -25,7 +25,7 @@ use crate::{
 pub(crate) fn source<F: Family>(
     packet: &Packet<'_, F>,
     sender: &Sender,
-    exit: F::Address,
+    exit: &F::Address,
 ) -> Decision<Option<Be16>> {
     let (Some(half), Some(new)) = (F::half(), F::new_flow()) else {
         return sender.drop(Reason::NotReady);
@@ -35,13 +35,13 @@ pub(crate) fn source<F: Family>(
     if let Some(found) = F::flow(&new.key) {
         found.copy_to(half);
         if half.generation == sender.interface.generation {
-            let leaves_there = half.to.src == exit;
+            let leaves_there = half.to.src == *exit;
             return Ok(leaves_there.then_some(half.to.sport));
         }
         flow::remove::<F>(&new.key, half);
     }
     new.half.to = new.key.tuple;
-    new.half.to.src = exit;
+    new.half.to.src = *exit;
     new.half.generation = sender.interface.generation;
     new.half.stage = stage::EGRESS;
     // It is not a connection that could be half open: it lives as long as what leaves by it.
@@ -51,7 +51,7 @@ pub(crate) fn source<F: Family>(
     new.reply.stage = stage::INGRESS;
     new.ports = SourcePorts::Host;
     flow::begin(packet, sender.id, Reason::Mapping, sender.network.endpoint_flows)?;
-    Ok((new.half.to.src == exit).then_some(new.half.to.sport))
+    Ok((new.half.to.src == *exit).then_some(new.half.to.sport))
 }
 
 /// Whether the ports of the protocol are mapped.
@@ -89,7 +89,9 @@ pub(crate) fn admits<F: Family>(packet: &Packet<'_, F>) -> Option<&'static Flow<
 }
 
 /// Whether a mapping has the port by which packets that are answered at `reply` leave.
-#[inline(always)]
+///
+/// A sub-program of its own, for the stack of its caller.
+#[inline(never)]
 pub(crate) fn has_port<F: Family>(reply: &FlowKey<F::Address>) -> bool {
     !reply.is_mapping() && F::flow(&reply.mapping_of_destination()).is_some()
 }

@@ -168,6 +168,35 @@ impl Start {
         unsafe { &*at.cast::<T>() }
     }
 
+    /// Reads a header from somewhere in the packet into the place of another.
+    #[inline(always)]
+    fn fetch<T>(&mut self, skb: &SkBuff, at: usize, offset: usize) -> Option<&T> {
+        let to = self.0.as_mut_ptr().wrapping_add(START_IP + offset);
+        let (at, length) = (at as u32, size_of::<T>() as u32);
+        // SAFETY: as in `header`, there is room for it.
+        let outcome = unsafe { bpf_skb_load_bytes(skb.skb.cast(), at, to.cast(), length) };
+        if outcome == 0 { Some(self.header(offset)) } else { None }
+    }
+
+    /// A transport's header, which must lie within the payload of what carries it.
+    #[inline(always)]
+    fn transport<F: Family, T>(
+        &mut self,
+        skb: &SkBuff,
+        ip: usize,
+        at: usize,
+        payload: usize,
+    ) -> Option<&T> {
+        let behind = size_of::<F::Header>();
+        if payload < size_of::<T>() {
+            None
+        } else if at == ip + behind {
+            Some(self.header(behind))
+        } else {
+            self.fetch(skb, at, behind)
+        }
+    }
+
     #[inline(always)]
     fn frame(&self) -> Frame {
         let at = self.0.as_ptr().wrapping_add(START_IP - EthHdr::LEN);
@@ -406,24 +435,7 @@ impl<'a, F: Family> Packet<'a, F> {
     /// Errors: the kernel refused a write.
     #[inline(always)]
     pub(crate) fn end_life(&self) -> Result<(), Reason> {
-        const LAST: u8 = 1;
-        if self.ttl <= LAST {
-            return Ok(());
-        }
-        // The half of a word that checksums see: the byte before or after it stays.
-        let half = |ttl: u8| {
-            let bytes = if F::TTL % 2 == 0 { [ttl, 0] } else { [0, ttl] };
-            u32::from(u16::from_ne_bytes(bytes))
-        };
-        let difference = Difference::of(half(self.ttl), half(LAST));
-        let skb = &self.ctx.skb;
-        match F::HEADER_CHECKSUM {
-            Some(offset) => skb
-                .l3_csum_replace((self.ip + offset) as usize, 0, difference.get().into(), 0)
-                .map_err(|_| Reason::Rewrite)?,
-            None => kernel::account(skb.skb, difference),
-        }
-        self.ctx.store((self.ip + F::TTL) as usize, &LAST, 0).map_err(|_| Reason::Rewrite)
+        if end_life(self.ctx.skb.skb, self.headers) { Ok(()) } else { Err(Reason::Rewrite) }
     }
 
     /// Sets the destination MAC; Ethernet only.
@@ -483,38 +495,54 @@ impl<F: Family> Headers<F> {
     fn parse_transport(&mut self, skb: &SkBuff, l4: usize, payload: usize) -> Transport {
         const MALFORMED: Transport = Transport::Untracked(Reason::Malformed);
         const UNTRACKED: Transport = Transport::Untracked(Reason::Protocol);
-        let proto = self.proto;
+        let (proto, ip) = (self.proto, self.ip as usize);
         if proto == IPPROTO_TCP {
-            let Some(tcp) = self.transport::<TcpHdr>(skb, l4, payload) else { return MALFORMED };
-            self.parse_tcp(&tcp);
+            let Some(tcp) = self.start.transport::<F, TcpHdr>(skb, ip, l4, payload) else {
+                return MALFORMED;
+            };
+            self.tuple.sport = Be16 { raw: u16::from_ne_bytes(tcp.source) };
+            self.tuple.dport = Be16 { raw: u16::from_ne_bytes(tcp.dest) };
+            self.sequence = u32::from_be_bytes(tcp.seq);
+            self.acknowledged = u32::from_be_bytes(tcp.ack_seq);
+            self.opens = tcp.syn() != 0 && tcp.ack() == 0;
+            self.may_open = tcp.rst() == 0;
+            let bit = |is_set: u16, bit| if is_set != 0 { bit } else { 0 };
+            self.seen |= bit(tcp.ack(), seen::ACK)
+                | bit(tcp.fin(), seen::FIN)
+                | bit(tcp.rst(), seen::RST)
+                | if self.opens { 0 } else { seen::DATA };
             Transport::Tcp
         } else if proto == IPPROTO_UDP {
-            let Some(udp) = self.transport::<UdpHdr>(skb, l4, payload) else { return MALFORMED };
+            let Some(udp) = self.start.transport::<F, UdpHdr>(skb, ip, l4, payload) else {
+                return MALFORMED;
+            };
             self.tuple.sport = Be16 { raw: u16::from_ne_bytes(udp.src) };
             self.tuple.dport = Be16 { raw: u16::from_ne_bytes(udp.dst) };
             self.seen |= seen::DATA;
             self.may_open = true;
             Transport::Udp
         } else if proto == F::ICMP {
-            let Some(icmp) = self.transport::<Icmpv4Hdr>(skb, l4, payload) else {
+            let Some(icmp) = self.start.transport::<F, Icmpv4Hdr>(skb, ip, l4, payload) else {
                 return MALFORMED;
             };
-            self.icmp_type = icmp.type_;
+            let kind = icmp.type_;
             let identifier = Be16 { raw: u16::from_ne_bytes([icmp.data[0], icmp.data[1]]) };
-            if icmp.type_ == F::ECHO {
+            self.icmp_type = kind;
+            if kind == F::ECHO {
                 self.tuple.sport = identifier;
-            } else if icmp.type_ == F::ECHO_REPLY {
+            } else if kind == F::ECHO_REPLY {
                 self.tuple.dport = identifier;
-            } else if F::is_error(icmp.type_) && self.parse_quoted(skb, l4).is_some() {
+            } else if F::is_error(kind) && self.parse_quoted(skb, l4).is_some() {
                 return Transport::Error;
             } else {
                 return UNTRACKED;
             }
             self.seen |= seen::DATA;
-            self.may_open = icmp.type_ == F::ECHO;
+            self.may_open = kind == F::ECHO;
             Transport::Query
         } else if proto == IPPROTO_SCTP {
-            let Some([a, b, c, d]) = self.transport::<[u8; 4]>(skb, l4, payload) else {
+            let Some(&[a, b, c, d]) = self.start.transport::<F, [u8; 4]>(skb, ip, l4, payload)
+            else {
                 return MALFORMED;
             };
             self.tuple.sport = Be16 { raw: u16::from_ne_bytes([a, b]) };
@@ -531,48 +559,13 @@ impl<F: Family> Headers<F> {
         }
     }
 
-    /// A transport's header, which must lie within the payload of what carries it.
-    #[inline(always)]
-    fn transport<T: Copy>(&self, skb: &SkBuff, at: usize, payload: usize) -> Option<T> {
-        if payload < size_of::<T>() {
-            return None;
-        }
-        if at == self.ip as usize + size_of::<F::Header>() {
-            return Some(*self.start.header(size_of::<F::Header>()));
-        }
-        skb.load(at).ok()
-    }
-
-    #[inline(always)]
-    fn parse_tcp(&mut self, tcp: &TcpHdr) {
-        self.tuple.sport = Be16 { raw: u16::from_ne_bytes(tcp.source) };
-        self.tuple.dport = Be16 { raw: u16::from_ne_bytes(tcp.dest) };
-        self.sequence = u32::from_be_bytes(tcp.seq);
-        self.acknowledged = u32::from_be_bytes(tcp.ack_seq);
-        self.opens = tcp.syn() != 0 && tcp.ack() == 0;
-        self.may_open = tcp.rst() == 0;
-        if !self.opens {
-            self.seen |= seen::DATA;
-        }
-        if tcp.ack() != 0 {
-            self.seen |= seen::ACK;
-        }
-        if tcp.fin() != 0 {
-            self.seen |= seen::FIN;
-        }
-        if tcp.rst() != 0 {
-            self.seen |= seen::RST;
-        }
-    }
-
     /// Recognises the packet that an error is about. `None` where it can't be, for it is a later
     /// fragment or cut short.
     #[inline(always)]
     fn parse_quoted(&mut self, skb: &SkBuff, l4: usize) -> Option<()> {
         let ip = l4 + Icmpv4Hdr::LEN;
         let end = self.outer.end;
-        let header: F::Header = skb.load(ip).ok()?;
-        F::parse(skb, &header, ip, &mut self.quoted)?;
+        F::parse(skb, self.start.fetch(skb, ip, 0)?, ip, &mut self.quoted)?;
         let (l4, proto) = (self.quoted.l4, self.quoted.proto);
         if l4 + QUOTED_TRANSPORT > end || self.quoted.headless || self.outer.heads_fragments {
             return None;
@@ -624,6 +617,13 @@ impl<F: Family> Headers<F> {
         }
     }
 
+    /// A word of the packet as it was parsed, counted from its IP header on, which has no options;
+    /// of those that [`Start`] has.
+    #[inline(always)]
+    pub(crate) fn word(&self, word: usize) -> u32 {
+        u32::from_ne_bytes(*self.start.header(word * 4))
+    }
+
     /// Whether it can belong to a flow.
     #[inline(always)]
     pub(crate) fn is_tracked(&self) -> bool {
@@ -660,4 +660,30 @@ fn route<F: Family>(skb: *mut __sk_buff, ifindex: u32, headers: &Headers<F>) -> 
         }
         _ => 0,
     }
+}
+
+/// See [`Packet::end_life`]. A sub-program of its own, for the stacks of its callers; `false` where
+/// the kernel refused.
+#[inline(never)]
+fn end_life<F: Family>(skb: *mut __sk_buff, headers: &Headers<F>) -> bool {
+    const LAST: u8 = 1;
+    if headers.ttl <= LAST {
+        return true;
+    }
+    // What checksums see: the byte beside it stays.
+    let half = |ttl: u8| {
+        let bytes = if F::TTL.is_multiple_of(2) { [ttl, 0] } else { [0, ttl] };
+        u32::from(u16::from_ne_bytes(bytes))
+    };
+    let difference = Difference::of(half(headers.ttl), half(LAST));
+    let packet = SkBuff::new(skb);
+    if let Some(offset) = F::HEADER_CHECKSUM {
+        let at = (headers.ip + offset) as usize;
+        if packet.l3_csum_replace(at, 0, difference.get().into(), 0).is_err() {
+            return false;
+        }
+    } else {
+        kernel::account(skb, difference);
+    }
+    packet.store((headers.ip + F::TTL) as usize, &LAST, 0).is_ok()
 }

@@ -15,7 +15,7 @@ use network_types::{eth::EthHdr, tcp::TcpHdr};
 use crate::{
     family::{Family, V4, V6},
     kernel, maps,
-    packet::{Frame, Transport},
+    packet::{Frame, Headers, Transport},
 };
 
 /// Errors per second and endpoint: who is told that often knows (RFC 1812, 4.3.2.8; RFC 4443, 2.4 f).
@@ -145,31 +145,28 @@ fn make_error<F: Prohibited>(skb: &SkBuff, ifindex: u32) -> Option<()> {
     if headers.outer.l4 != EthHdr::LEN + size_of::<F::HeaderWords>() {
         return None;
     }
-    let (from, to) = (F::subnet(network).gateway, headers.source);
-    let is_tcp = headers.transport == Transport::Tcp;
-    write::<F>(skb, from, to, if is_tcp { TcpHdr::LEN } else { QUOTED })?;
+    write::<F>(skb, headers, F::subnet(network).gateway)?;
     skb.store(0, &Frame { destination: interface.mac, source: network.mac }, 0).ok()
 }
 
 /// Cuts the packet down to its IP header and some bytes of the transport, and puts the error's
 /// headers before that.
 #[inline(always)]
-fn write<F: Prohibited>(
-    skb: &SkBuff,
-    from: F::Address,
-    to: F::Address,
-    transport: usize,
-) -> Option<()> {
+fn write<F: Prohibited>(skb: &SkBuff, headers: &Headers<F>, from: F::Address) -> Option<()> {
     let header = size_of::<F::HeaderWords>();
-    let quote = header + transport;
+    let to = headers.source;
+    let is_tcp = headers.transport == Transport::Tcp;
+    let quote = header + if is_tcp { TcpHdr::LEN } else { QUOTED };
+    if headers.outer.end < EthHdr::LEN + quote {
+        return None;
+    }
     let message = ICMP + quote;
     let [kind, code] = F::MESSAGE;
     let start = [u32::from_ne_bytes([kind, code, 0, 0])];
     let mut sum = start.sum().plus(F::pseudo_header(from, to, message));
     for word in 0..WORDS {
         if word * 4 < quote {
-            let at = EthHdr::LEN + word * 4;
-            sum = sum.plus(Difference::of(0, skb.load(at).ok()?));
+            sum = sum.plus(Difference::of(0, headers.word(word)));
         }
     }
     kernel::cut(skb.skb, (EthHdr::LEN + quote) as u32).then_some(())?;
