@@ -44,7 +44,7 @@ pub(super) const HOOKS: [&str; 9] = [
 ];
 
 /// Those that keep programs of the host from binding a published port.
-const BIND_HOOKS: [&str; 2] = ["bind4", "bind6"];
+pub(super) const BIND_HOOKS: [&str; 2] = ["bind4", "bind6"];
 
 /// On no hook but for a moment.
 pub(super) const NAMING: &str = "name_namespace";
@@ -121,12 +121,11 @@ impl SocketHooks {
         };
         HOOKS.iter().try_for_each(|hook| take(ebpf, hook))?;
         let mut names = HOOKS.to_vec();
-        match BIND_HOOKS.iter().try_for_each(|hook| take(ebpf, hook)) {
-            Ok(()) => names.extend(BIND_HOOKS),
-            Err(error) => {
-                debug!("the agent holds published ports itself, with a socket each: {error:#}");
-                BIND_HOOKS.iter().try_for_each(|hook| remove_pin(&pins.socket_link(hook)))?;
-            }
+        if features.has(Feature::BindRefusal) {
+            BIND_HOOKS.iter().try_for_each(|hook| take(ebpf, hook))?;
+            names.extend(BIND_HOOKS);
+        } else {
+            BIND_HOOKS.iter().try_for_each(|hook| remove_pin(&pins.socket_link(hook)))?;
         }
         let (pins, attached) = (pins.clone(), BTreeSet::new());
         let mut hooks = Self { cgroup, id, pins, hooks: names, netns_cookie, attached };

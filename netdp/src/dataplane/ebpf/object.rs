@@ -54,7 +54,9 @@ pub(super) fn load_each(features: &Features) -> Result<Vec<(&'static str, Result
     for name in Hook::ALL.map(Hook::program).into_iter().chain(COLLECTORS) {
         results.push((name, judge(name, program(&mut ebpf, name)?.load())));
     }
-    for name in cgroup::HOOKS.into_iter().chain([cgroup::NAMING]) {
+    let bind_hooks = cgroup::BIND_HOOKS.into_iter();
+    let bind_hooks = bind_hooks.filter(|_| features.has(Feature::BindRefusal));
+    for name in cgroup::HOOKS.into_iter().chain([cgroup::NAMING]).chain(bind_hooks) {
         results.push((name, judge(name, cgroup::load(&mut ebpf, name)?)));
     }
     Ok(results)

@@ -4,7 +4,7 @@
 //! version: distributions take features back and switch them off. The versions in the table are for
 //! readers, and for the test that a kernel which should have a feature has it.
 
-use std::{collections::BTreeSet, env, io, os::fd::AsFd};
+use std::{collections::BTreeSet, env, io, os::fd::AsFd, path::Path};
 
 use anyhow::{Result, anyhow, bail};
 use aya::{
@@ -48,6 +48,8 @@ pub enum Feature {
     SocketHooks,
     /// Asking a socket for the name of its network namespace.
     NamespaceCookie,
+    /// Programs for sockets that say why they refuse.
+    BindRefusal,
     /// Ending sockets of the host.
     SocketDestroy,
     /// Forwarding IPv6 by interface.
@@ -73,7 +75,7 @@ pub struct Description {
 }
 
 /// Everything that netdp asks a kernel for before it uses it.
-pub static FEATURES: [Description; 9] = [
+pub static FEATURES: [Description; 10] = [
     Description {
         feature: Feature::Bpf,
         name: "bpf",
@@ -138,6 +140,16 @@ pub static FEATURES: [Description; 9] = [
                   cgroup; if not, programs of the host don't reach published ports",
         needed: false,
         is_there: || sys::network_namespace().is_ok(),
+    },
+    Description {
+        feature: Feature::BindRefusal,
+        name: "bind-refusal",
+        since: (5, 18),
+        probe: "loads a program that calls the helper",
+        without: "the agent holds each published port with a socket of its own: while it runs, and for \
+                  as many ports as it may have open files",
+        needed: false,
+        is_there: has_bind_refusal,
     },
     Description {
         feature: Feature::SocketDestroy,
@@ -266,6 +278,15 @@ fn has_tcx() -> bool {
 fn has_coarse_clock() -> bool {
     let helper = BpfHelper::BPF_FUNC_ktime_get_coarse_ns;
     is_helper_supported(ProgramType::SchedClassifier, helper).unwrap_or(false)
+}
+
+fn has_bind_refusal() -> bool {
+    // The socket itself is asked whether it is for IPv6 alone, which takes the kernel's BTF.
+    let helpers = [BpfHelper::BPF_FUNC_set_retval, BpfHelper::BPF_FUNC_skc_to_udp6_sock];
+    let is_there = |&helper: &BpfHelper| {
+        is_helper_supported(ProgramType::CgroupSockAddr, helper).unwrap_or(false)
+    };
+    helpers.iter().all(is_there) && Path::new("/sys/kernel/btf/vmlinux").exists()
 }
 
 fn has_force_forwarding() -> bool {
