@@ -448,7 +448,13 @@ impl Model {
             !is_hosts && self.halves.get(&reply).is_none_or(is_ours)
         };
         let wish = packet.ends.source.port();
-        let may_keep = new.ports == Ports::Clients || !(EPHEMERAL.0..=EPHEMERAL.1).contains(&wish);
+        // The host's sockets may have any ephemeral port, its pings any identifier.
+        let is_never_the_hosts = if has_ports(new.key.protocol) {
+            !(EPHEMERAL.0..=EPHEMERAL.1).contains(&wish)
+        } else {
+            (RESERVED.0..=RESERVED.1).contains(&wish)
+        };
+        let may_keep = new.ports == Ports::Clients || is_never_the_hosts;
         let allowed: Vec<u16> = if may_keep && is_free(wish) {
             vec![wish]
         } else {
