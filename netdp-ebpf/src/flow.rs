@@ -67,11 +67,6 @@ fn note<F: Family>(
     if half.flags & flag::INBOUND != 0 {
         judge_again::<F>(&key, flow, half)?;
     }
-    // Only what goes out keeps it alive (RFC 4787, REQ-6).
-    let goes_out = half.flags & (flag::MAPPED | flag::INBOUND) == flag::MAPPED;
-    if goes_out && headers.seen != 0 && half.last_seen != kernel::now() {
-        mapping::refresh::<F>(&mut key);
-    }
     // An error shows nothing: it neither refreshes a flow nor ends it (RFC 5508, REQ-6).
     if headers.seen == 0 {
         return Ok(true);
@@ -80,6 +75,12 @@ fn note<F: Family>(
         follow_tcp(headers, &key, flow, half);
     } else {
         flow.touch(half, half.seen | headers.seen, kernel::now());
+    }
+    // Only what goes out keeps it alive (RFC 4787, REQ-6), and no reset does. Last, for the key is
+    // no longer the flow's then.
+    let goes_out = half.flags & (flag::MAPPED | flag::INBOUND) == flag::MAPPED;
+    if goes_out && headers.seen & seen::RST == 0 && half.last_seen != kernel::now() {
+        mapping::refresh::<F>(&mut key);
     }
     Ok(true)
 }

@@ -98,7 +98,8 @@ const TRIALS: &[Promise] = trials! {
         strangers_come_in_where_that_is_asked_for,
         a_socket_of_the_host_comes_before_a_mapping,
         a_mapping_lives_as_long_as_something_leaves_by_it,
-        a_successor_inherits_no_mapping;
+        a_successor_inherits_no_mapping,
+        a_reset_out_of_the_window_ends_no_mapped_flow;
     flows:
         a_tcp_flow_shows_its_state,
         a_syn_on_an_ending_flow_starts_afresh,

@@ -10,7 +10,7 @@ use netdp::{
 use netdp_common::{config::Timeouts, counter::Reason};
 
 use crate::{
-    datagram::{Datagram, Kind},
+    datagram::{Datagram, Kind, SEQUENCE},
     fixture::{
         A, Fixture, HOST, OUTSIDE, ROUTER_MAC, TCX_NEXT, UPLINK_MAC, bridge, bridge_mac, dropped,
         from_container, from_container_wire, from_outside_wire, from_uplink, id_of, into_network,
@@ -195,5 +195,25 @@ pub(crate) fn a_successor_inherits_no_mapping(fixture: &mut Fixture) -> Result<(
     ensure!(fixture.halves()? == 0, "something of the predecessor is left");
     fixture.expect("late", from_uplink("up0"), &knocks(Kind::Udp, mapped), pass())?;
     ensure!(fixture.halves()? == 0, "a stranger opened a flow to the successor");
+    Ok(())
+}
+
+/// A packet that keeps the mapping alive, once a second, is judged as any other.
+pub(crate) fn a_reset_out_of_the_window_ends_no_mapped_flow(fixture: &mut Fixture) -> Result<()> {
+    behave(fixture, NatBehaviour::EndpointIndependentMapping)?;
+    let to = server(Kind::Syn, OUTSIDE);
+    let mapped = dial(fixture, Kind::Syn, ("a1", PORT), to, true)?;
+    let answers = from_outside_wire(to, mapped);
+    let back = pass_as(answers.to(socket("a1", PORT)));
+    fixture.expect("answer", from_uplink("up0"), &Datagram::new(Kind::SynAck, answers), back)?;
+    for (distance, is_reset) in [(1 << 31, false), (0, true)] {
+        fixture.age(2)?;
+        let reset = Datagram::new(Kind::Reset, from_container_wire("a1", PORT, to));
+        let reset = Datagram { sequence: SEQUENCE.wrapping_add(distance), ..reset };
+        fixture.expect("reset", from_container("a1"), &reset, pass())?;
+        let flows = fixture.flows()?;
+        let flow = flows.iter().find(|flow| flow.destination == to).context("find the flow")?;
+        ensure!((flow.state == "reset") == is_reset, "{distance} bytes ahead: {flow:?}");
+    }
     Ok(())
 }
