@@ -3,7 +3,7 @@
 
 /// Version of every layout in this crate. Pins live under `<bpffs>/netdp/v<ABI>/`, so an agent
 /// with other layouts can't adopt them by mistake.
-pub const ABI: u32 = 2;
+pub const ABI: u32 = 3;
 
 /// Defines a key or value of a map: C layout, no padding the compiler could leave uninitialised,
 /// equal iff the bytes are equal. With `<A>` the shape exists for each family of addresses.
@@ -61,7 +61,7 @@ mod tests {
         endpoint::Endpoint,
         flow::{Flow, FlowKey},
         fragment::{FragmentKey, Ports},
-        interface::Interface,
+        interface::{Interface, Slot},
         network::Network,
         policy::{PolicyKey, PolicyVerdict},
         publish::{Published, PublishedKey, PublishedPort},
@@ -85,7 +85,7 @@ mod tests {
 
     /// Pinned maps outlive the agent: whoever changes a size here changes [`super::ABI`] too.
     #[test]
-    fn layouts_of_abi_2() {
+    fn layouts_of_abi_3() {
         assert_eq!(sizes_of_family::<Be32>(), [40, 16, 20, 12, 12, 8, 12]);
         assert_eq!(sizes_of_family::<Be128>(), [64, 40, 44, 24, 24, 20, 36]);
         let sizes = [
@@ -94,17 +94,18 @@ mod tests {
             ("Counter", size_of::<Counter>(), 16),
             ("CounterKey", size_of::<CounterKey>(), 8),
             ("Endpoint", size_of::<Endpoint>(), 20),
-            ("Interface", size_of::<Interface>(), 36),
+            ("Interface", size_of::<Interface>(), 40),
             ("Network", size_of::<Network>(), 104),
             ("PolicyVerdict", size_of::<PolicyVerdict>(), 8),
             ("PublishedPort", size_of::<PublishedPort>(), 4),
             ("Ports", size_of::<Ports>(), 8),
+            ("Slot", size_of::<Slot>(), 44),
             ("SocketAddress", size_of::<SocketAddress>(), 20),
             ("SocketPeer", size_of::<SocketPeer>(), 32),
         ];
         for (name, size, expected) in sizes {
             assert_eq!(size, expected, "{name}");
         }
-        assert_eq!(super::ABI, 2);
+        assert_eq!(super::ABI, 3);
     }
 }

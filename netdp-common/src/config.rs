@@ -20,8 +20,8 @@ wire! {
         /// Whether some network maps independently of endpoints: 0 or 1. Where none does, nobody
         /// has to look for mappings.
         pub has_mappings: u32,
-        /// Zero.
-        pub pad: u32,
+        /// Whether packets of flows go past the host's stack where they can: 0 or 1.
+        pub fast_path: u32,
     }
 }
 

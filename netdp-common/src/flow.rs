@@ -45,11 +45,15 @@ wire! {
         /// Addresses and ports when the packet leaves.
         pub to: Tuple<A>,
         /// Zone in which the answer to that arrives.
-        pub reply_zone: u32,
+        pub reply_zone: u16,
+        /// Network whose policy and counters the flow belongs to.
+        pub network: u16,
         /// Generation of the container whose packets this half is for; 0 in [`ZONE_WORLD`].
         pub generation: u32,
-        /// Network whose policy and counters the flow belongs to.
-        pub network: u32,
+        /// ifindex of the interface by which the packet leaves past the host's stack: an uplink, or
+        /// the host's end of a container's veth; 0 where the stack has to take it. Looked up again
+        /// whenever [`Self::last_seen`] moves.
+        pub exit: u32,
         /// Generation of its policy under which the flow was last judged.
         pub policy_generation: u32,
         /// Seconds of CLOCK_MONOTONIC at which this direction last had a packet.
@@ -153,16 +157,28 @@ impl<A: Address> FlowKey<A> {
 }
 
 impl<A: Address> Flow<A> {
+    /// [`Self::network`] as other tables have it.
+    #[inline(always)]
+    pub const fn network(&self) -> u32 {
+        self.network as u32
+    }
+
+    /// [`Self::reply_zone`] as other tables have it.
+    #[inline(always)]
+    pub const fn reply_zone(&self) -> u32 {
+        self.reply_zone as u32
+    }
+
     /// Key of the other half.
     #[inline(always)]
     pub const fn peer_key(&self, proto: u8) -> FlowKey<A> {
-        FlowKey::new(self.reply_zone, self.to.reversed(), proto)
+        FlowKey::new(self.reply_zone as u32, self.to.reversed(), proto)
     }
 
     /// Writes the key of the other half: field by field, for a caller that has no stack for it.
     #[inline(always)]
     pub fn write_peer_key(&self, proto: u8, key: &mut FlowKey<A>) {
-        key.zone = self.reply_zone as u16;
+        key.zone = self.reply_zone;
         key.tuple.src = self.to.dst;
         key.tuple.dst = self.to.src;
         key.tuple.sport = self.to.dport;
@@ -288,7 +304,7 @@ mod tests {
             Tuple { src: container, dst: world, sport: Be16::new(4000), dport: Be16::new(80) };
         let leaves = Tuple { src: host, sport: Be16::new(50_000), ..arrives };
         let original = FlowKey::new(7, arrives, IPPROTO_TCP);
-        let half = Flow { to: leaves, reply_zone: ZONE_WORLD, ..Flow::default() };
+        let half = Flow { to: leaves, reply_zone: ZONE_WORLD as u16, ..Flow::default() };
         let reply = half.peer_key(IPPROTO_TCP);
         let reply_half = Flow { to: arrives.reversed(), reply_zone: 7, ..Flow::default() };
         assert_eq!(reply.tuple.dst, host);

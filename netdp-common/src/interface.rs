@@ -1,4 +1,4 @@
-//! INTERFACE: what each host interface is to us.
+//! INTERFACE and INTERFACE_SLOT: what each host interface is to us.
 
 use crate::{
     abi::wire,
@@ -18,12 +18,35 @@ wire! {
         pub network: u32,
         /// Endpoint: its generation ([`crate::endpoint::Endpoint`]); otherwise 0.
         pub generation: u32,
+        /// MTU of the interface, in bytes without the Ethernet header.
+        pub mtu: u32,
         /// Endpoint: the container's address. Network: the gateway. Uplink: the source address of
         /// masquerade. 0.0.0.0 where there is none.
         pub ipv4: Be32,
         /// The same for IPv6.
         pub ipv6: Be128,
     }
+}
+
+/// Entries of INTERFACE_SLOT.
+pub const SLOTS: u32 = 4096;
+
+wire! {
+    /// Value of INTERFACE_SLOT, an array in which an entry of INTERFACE stands once more, at
+    /// [`slot`] of its ifindex: where it is found without a hash. Of several interfaces with the same
+    /// slot one has it.
+    pub struct Slot {
+        /// The interface; 0 = none.
+        pub ifindex: u32,
+        /// Its entry.
+        pub interface: Interface,
+    }
+}
+
+/// Where an interface may stand in INTERFACE_SLOT.
+#[inline(always)]
+pub const fn slot(ifindex: u32) -> u32 {
+    ifindex % SLOTS
 }
 
 /// Values of [`Interface::role`].

@@ -60,7 +60,7 @@ pub(crate) fn into_network<F: Family>(ctx: &TcContext) -> Decision {
     if zone != ZONE_WORLD
         && let Some(half) = flow::find(&packet, zone)
         && half.stage == stage::EGRESS
-        && half.reply_zone == id
+        && half.reply_zone() == id
     {
         packet.rewrite(&half.to).or_else(|reason| drop(reason, id))?;
         return Ok(Verdict::Pass);

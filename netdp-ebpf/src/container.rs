@@ -15,8 +15,8 @@ use crate::{
     family::Family,
     flow::{self, SourcePorts},
     mapping, maps, packet,
-    packet::{Arp, Frame, Packet},
-    policy, publish, refuse,
+    packet::{Arp, Frame, Packet, Route},
+    policy, publish, refuse, shortcut,
     verdict::{Decision, Verdict, drop},
 };
 
@@ -251,8 +251,8 @@ fn to_published<F: Family>(
         new.reply.stage = stage::EGRESS;
     }
     let limit = sender.network.endpoint_flows;
-    flow::begin(packet, target.network, Reason::FlowHairpin, limit)?;
-    send_on(packet, &new.half, sender)
+    let half = flow::begin(packet, target.network, Reason::FlowHairpin, limit)?;
+    send_on(packet, half, sender)
 }
 
 /// Out through an uplink.
@@ -263,7 +263,7 @@ fn to_world<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision 
         // The stack answers, and can't forward it.
         return Ok(Verdict::Pass);
     }
-    let Some(exit) = leave(packet, sender)? else { return stay(packet, sender) };
+    let Some((route, exit)) = leave(packet, sender)? else { return stay(packet, sender) };
     packet.require_opening(sender.id)?;
     // Where it lies in a map: a copy would have to stay on the stack.
     let snat = &F::subnet(network).snat;
@@ -291,8 +291,9 @@ fn to_world<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision 
             new.ports = SourcePorts::Mapped;
         }
     }
-    flow::begin(packet, sender.id, Reason::FlowOut, network.endpoint_flows)?;
-    Ok(Verdict::Pass)
+    let half = flow::begin(packet, sender.id, Reason::FlowOut, network.endpoint_flows)?;
+    let sent = shortcut::out(packet, half, sender.id, route, exit)?;
+    Ok(sent.unwrap_or(Verdict::Pass))
 }
 
 /// Sends a packet of a flow on its way.
@@ -304,16 +305,23 @@ fn send_on<F: Family>(
 ) -> Decision {
     match half.stage {
         stage::SWITCH => switch(packet, half, sender),
-        stage::INGRESS => {
-            sender.check(packet.rewrite(&half.to))?;
-            Ok(Verdict::Pass)
-        }
         // The route may have moved to an interface that would not translate.
-        _ if half.reply_zone == ZONE_WORLD => match leave(packet, sender)? {
-            Some(_) => Ok(Verdict::Pass),
+        stage::EGRESS if half.reply_zone() == ZONE_WORLD => match leave(packet, sender)? {
+            Some((route, exit)) => {
+                let sent = shortcut::out(packet, half, sender.id, route, exit)?;
+                Ok(sent.unwrap_or(Verdict::Pass))
+            }
             None => stay(packet, sender),
         },
-        _ => Ok(Verdict::Pass),
+        stage => {
+            if let Some(sent) = shortcut::into_container(packet, half, sender.id)? {
+                return Ok(sent);
+            }
+            if stage == stage::INGRESS {
+                sender.check(packet.rewrite(&half.to))?;
+            }
+            Ok(Verdict::Pass)
+        }
     }
 }
 
@@ -326,15 +334,15 @@ fn stay<F: Family>(packet: &Packet<'_, F>, sender: &Sender) -> Decision {
     Ok(Verdict::Pass)
 }
 
-/// The uplink by which the packet leaves; `None` where the stack answers it instead.
+/// The uplink by which the packet leaves, and how; `None` where the stack answers it instead.
 #[inline(always)]
 fn leave<F: Family>(
     packet: &Packet<'_, F>,
     sender: &Sender,
-) -> Decision<Option<&'static Interface>> {
-    let Some(ifindex) = packet.route(sender.network.bridge) else { return Ok(None) };
-    match maps::interface(ifindex) {
-        Some(exit) if exit.role == role::UPLINK => Ok(Some(exit)),
+) -> Decision<Option<(Route, &'static Interface)>> {
+    let Some(route) = packet.route(sender.network.bridge) else { return Ok(None) };
+    match maps::interface(route.ifindex) {
+        Some(exit) if exit.role == role::UPLINK => Ok(Some((route, exit))),
         Some(_) => sender.drop(Reason::Isolation),
         None => sender.drop(Reason::NoUplink),
     }
@@ -351,9 +359,13 @@ fn switch<F: Family>(
     let Some(peer) = F::endpoint(half.to.dst).filter(|peer| peer.network == sender.id) else {
         return sender.drop(Reason::StaleFlow);
     };
+    let is_for_itself = half.to.dst == *F::address(sender.interface);
+    if !is_for_itself && let Some(sent) = shortcut::into_container(packet, half, sender.id)? {
+        return Ok(sent);
+    }
     sender.check(packet.rewrite(&half.to))?;
     sender.check(packet.set_destination_mac(&peer.mac))?;
-    if half.to.dst == *F::address(sender.interface) {
+    if is_for_itself {
         sender.check(packet.set_source_mac(&sender.network.mac))?;
         return Ok(Verdict::TurnAround);
     }

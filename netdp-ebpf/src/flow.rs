@@ -146,9 +146,9 @@ fn judge_again<F: Family>(
     flow: FlowRef<F::Address>,
     half: &Flow<F::Address>,
 ) -> Decision<()> {
-    let Some(network) = maps::network(half.network) else {
+    let Some(network) = maps::network(half.network()) else {
         remove::<F>(key, half);
-        return drop(Reason::StaleFlow, half.network);
+        return drop(Reason::StaleFlow, half.network());
     };
     // Once, before the verdict: a policy that changes meanwhile must judge the flow again.
     let policy_generation = network.policy_generation;
@@ -156,9 +156,9 @@ fn judge_again<F: Family>(
         return Ok(());
     }
     let client = if half.flags & flag::ORIGINAL != 0 { key.tuple.src } else { half.to.dst };
-    if !policy::allows::<F>(half.network, network, client) {
+    if !policy::allows::<F>(half.network(), network, client) {
         remove::<F>(key, half);
-        return drop(Reason::Policy, half.network);
+        return drop(Reason::Policy, half.network());
     }
     flow.approve(policy_generation);
     Ok(())
@@ -202,6 +202,21 @@ pub(crate) fn remove_halves<F: Family>(
         && let Some(usage) = maps::usage(opener)
     {
         usage.add(-1);
+    }
+}
+
+/// Notes the interface by which packets of `half` leave past the host's stack, 0 for none.
+#[inline(always)]
+pub(crate) fn note_exit<F: Family>(
+    packet: &Packet<'_, F>,
+    zone: u32,
+    half: &Flow<F::Address>,
+    exit: u32,
+) {
+    if half.exit != exit
+        && let Some(flow) = F::flow(&FlowKey::new(zone, packet.tuple, packet.proto))
+    {
+        flow.lead_out_of(exit);
     }
 }
 
@@ -275,9 +290,10 @@ impl<F: Family> NewFlow<F> {
         self.key.pad = 0;
         let half = &mut self.half;
         half.to = packet.tuple;
-        half.reply_zone = reply_zone;
+        half.reply_zone = reply_zone as u16;
         half.generation = 0;
-        half.network = network;
+        half.exit = 0;
+        half.network = network as u16;
         half.policy_generation = 0;
         half.last_seen = kernel::now();
         half.acknowledged = packet.acknowledged;
@@ -305,15 +321,21 @@ pub(crate) enum SourcePorts {
 }
 
 /// Opens the flow that was prepared for `packet`, counting it as `kind` for `network`; the endpoint
-/// that opens it may have `limit` of them, 0 meaning any number.
+/// that opens it may have `limit` of them, 0 meaning any number. Returns the half in force, as
+/// [`follow`] does.
 #[inline(always)]
 pub(crate) fn begin<F: Family>(
     packet: &Packet<'_, F>,
     network: u32,
     kind: Reason,
     limit: u32,
-) -> Decision<()> {
-    outcome(begin_counted::<F>(packet.skb(), network, kind as u32, limit), network)
+) -> Decision<&'static Flow<F::Address>> {
+    outcome(begin_counted::<F>(packet.skb(), network, kind as u32, limit), network)?;
+    let (Some(new), Some(half)) = (F::new_flow(), F::half()) else {
+        return drop(Reason::NotReady, network);
+    };
+    maps::copy_half(&new.half, half);
+    Ok(half)
 }
 
 /// See [`begin`]. A sub-program of its own, for the stacks of its callers; returns one of [`Opened`].
@@ -383,7 +405,8 @@ fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config)
     new.reply.to.dst = new.key.tuple.src;
     new.reply.to.sport = new.key.tuple.dport;
     new.reply.to.dport = new.key.tuple.sport;
-    new.reply.reply_zone = new.key.zone.into();
+    new.reply.reply_zone = new.key.zone;
+    new.reply.exit = 0;
     new.reply.network = new.half.network;
     new.reply.policy_generation = new.half.policy_generation;
     new.reply.last_seen = new.half.last_seen;
@@ -440,7 +463,7 @@ fn adopt_whole<F: Family>(new: &mut NewFlow<F>, refusal: Opened) -> Opened {
 fn insert_half<F: Family>(key: &FlowKey<F::Address>, half: &Flow<F::Address>) -> Result<(), i32> {
     match F::insert_flow(key, half) {
         Err(error) if error != EEXIST && aging::make_room::<F>() => {
-            maps::count(half.network, Reason::Reclaimed as u32, 0);
+            maps::count(half.network(), Reason::Reclaimed as u32, 0);
             F::insert_flow(key, half)
         }
         outcome => outcome,

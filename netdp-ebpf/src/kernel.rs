@@ -4,14 +4,15 @@ use aya_ebpf::{
     Global,
     bindings::__sk_buff,
     helpers::generated::{
-        bpf_csum_update, bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
-        bpf_redirect, bpf_set_retval, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release,
-        bpf_skb_change_tail, bpf_skb_load_bytes_relative,
+        bpf_csum_update, bpf_get_prandom_u32, bpf_l4_csum_replace, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
+        bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_set_retval, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release,
+        bpf_skb_change_tail, bpf_skb_load_bytes_relative, bpf_skb_store_bytes,
     },
 };
 use netdp_common::{
     addr::{Address, Tuple},
     checksum::Difference,
+    counter::Reason,
     flow::{IPPROTO_TCP, IPPROTO_UDP},
 };
 
@@ -58,6 +59,30 @@ pub(crate) fn redirect(ifindex: u32) -> i32 {
     unsafe { bpf_redirect(ifindex, 0) as i32 }
 }
 
+/// Sends the packet out of an interface to its next hop, whose MAC address the kernel finds (Linux
+/// 5.10); to be returned at once.
+#[inline(always)]
+pub(crate) fn redirect_neighbour(ifindex: u32) -> i32 {
+    // SAFETY: takes numbers, and no parameters where the next hop is the kernel's to find.
+    unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+}
+
+/// Hands the packet to the other end of a veth pair, in its own network namespace (Linux 5.10); to be
+/// returned at once. The kernel drops it if that end is gone or down.
+#[inline(always)]
+pub(crate) fn redirect_peer(ifindex: u32) -> i32 {
+    // SAFETY: takes numbers only; the kernel checks the ifindex when it acts.
+    unsafe { bpf_redirect_peer(ifindex, 0) as i32 }
+}
+
+/// Bytes of payload in each packet that this one will be cut into, 0 where it stays as it is (Linux
+/// 5.7).
+#[inline(always)]
+pub(crate) fn segment_size(skb: *mut __sk_buff) -> u32 {
+    // SAFETY: the context is valid for the whole run of the program.
+    unsafe { (*skb).gso_size }
+}
+
 /// `BPF_HDR_START_NET`.
 const FROM_NETWORK_HEADER: u32 = 1;
 
@@ -85,6 +110,36 @@ pub(crate) fn cut(skb: *mut __sk_buff, bytes: u32) -> bool {
 pub(crate) fn account(skb: *mut __sk_buff, difference: Difference) {
     // SAFETY: the context is valid; takes a number.
     unsafe { bpf_csum_update(skb, difference.get()) };
+}
+
+/// Brings a transport's checksum at offset `at` up to date.
+///
+/// Errors: the kernel refused a write (no memory to unshare the packet).
+#[inline(always)]
+pub(crate) fn update_checksum(
+    skb: *mut __sk_buff,
+    at: u32,
+    difference: Difference,
+    flags: u64,
+) -> Result<(), Reason> {
+    // SAFETY: the context is valid; takes numbers.
+    let outcome = unsafe { bpf_l4_csum_replace(skb, at, 0, difference.get().into(), flags) };
+    if outcome == 0 { Ok(()) } else { Err(Reason::Rewrite) }
+}
+
+/// Writes `bytes` bytes into the packet at offset `at`.
+///
+/// Errors: as [`update_checksum`].
+#[inline(always)]
+pub(crate) fn store(
+    skb: *mut __sk_buff,
+    at: u32,
+    from: *const u8,
+    bytes: u32,
+) -> Result<(), Reason> {
+    // SAFETY: the context is valid; the verifier sees to it that there are as many bytes.
+    let outcome = unsafe { bpf_skb_store_bytes(skb, at, from.cast(), bytes, 0) };
+    if outcome == 0 { Ok(()) } else { Err(Reason::Rewrite) }
 }
 
 /// Makes the system call that a cgroup hook refuses fail with this error (Linux 5.18).

@@ -10,6 +10,7 @@
 mod aging;
 mod bridge;
 mod container;
+mod express;
 mod family;
 mod flow;
 mod icmp_error;
@@ -23,6 +24,7 @@ mod policy;
 mod publish;
 mod refuse;
 mod rewrite;
+mod shortcut;
 mod sock_addr;
 mod socket;
 mod subprogram;
@@ -34,6 +36,7 @@ use aya_ebpf::{
     macros::{cgroup_sock, cgroup_sock_addr, classifier},
     programs::{SockAddrContext, SockContext, TcContext},
 };
+use express::Plain;
 use family::{Family, V4, V6};
 use packet::Carried;
 use sock_addr::{Inet4, Inet6};
@@ -43,8 +46,8 @@ use verdict::Verdict;
 #[classifier]
 fn from_container(ctx: TcContext) -> i32 {
     match Carried::by_protocol(&ctx) {
-        Carried::Ipv4 => ip_from_container::<V4>(ctx.skb.skb),
-        Carried::Ipv6 => ip_from_container::<V6>(ctx.skb.skb),
+        Carried::Ipv4 => ip_from_container::<V4>(&ctx),
+        Carried::Ipv6 => ip_from_container::<V6>(&ctx),
         Carried::Arp => arp_from_container(ctx.skb.skb),
         Carried::Other => other_from_container(ctx.skb.skb),
     }
@@ -64,8 +67,8 @@ fn into_network(ctx: TcContext) -> i32 {
 #[classifier]
 fn from_uplink(ctx: TcContext) -> i32 {
     match Carried::by(&ctx) {
-        Carried::Ipv4 => ip_from_uplink::<V4>(ctx.skb.skb),
-        Carried::Ipv6 => ip_from_uplink::<V6>(ctx.skb.skb),
+        Carried::Ipv4 => ip_from_uplink::<V4>(&ctx),
+        Carried::Ipv6 => ip_from_uplink::<V6>(&ctx),
         _ => Verdict::Pass.finish(&ctx),
     }
 }
@@ -166,6 +169,41 @@ fn collect6(ctx: TcContext) -> i32 {
     aging::collect::<V6>(ctx.skb.skb)
 }
 
+/// IP packets of containers.
+#[inline(always)]
+fn ip_from_container<F: Plain>(ctx: &TcContext) -> i32 {
+    match express_from_container::<F>(ctx.skb.skb) {
+        express::LEFT => any_from_container::<F>(ctx.skb.skb),
+        code => code,
+    }
+}
+
+/// IP packets from outside.
+#[inline(always)]
+fn ip_from_uplink<F: Plain>(ctx: &TcContext) -> i32 {
+    match express_from_uplink::<F>(ctx.skb.skb) {
+        express::LEFT => any_from_uplink::<F>(ctx.skb.skb),
+        code => code,
+    }
+}
+
+/// An express lane as a sub-program.
+macro_rules! lane {
+    ($name:ident, $take:path) => {
+        #[inline(never)]
+        fn $name<F: Plain>(skb: *mut __sk_buff) -> i32 {
+            let ctx = TcContext::new(skb);
+            match $take(&ctx) {
+                Ok(code) => code,
+                Err(dropped) => Verdict::from(dropped).finish(&ctx),
+            }
+        }
+    };
+}
+
+lane!(express_from_container, express::from_container::<F>);
+lane!(express_from_uplink, express::from_uplink::<F>);
+
 /// A part of a program as a sub-program: its stack is its own.
 macro_rules! part {
     ($name:ident$(<$family:ident>)?, $decide:path) => {
@@ -177,11 +215,11 @@ macro_rules! part {
     };
 }
 
-part!(ip_from_container<F>, container::from_container::<F>);
+part!(any_from_container<F>, container::from_container::<F>);
 part!(arp_from_container, container::arp_from_container);
 part!(other_from_container, container::other_from_container);
 part!(ip_into_network<F>, bridge::into_network::<F>);
-part!(ip_from_uplink<F>, uplink::from_uplink::<F>);
+part!(any_from_uplink<F>, uplink::from_uplink::<F>);
 part!(ip_to_uplink<F>, uplink::to_uplink::<F>);
 
 #[panic_handler]

@@ -81,7 +81,7 @@ pub(crate) fn admits<F: Family>(packet: &Packet<'_, F>) -> Option<&'static Flow<
     let key = FlowKey::new(ZONE_WORLD, packet.tuple, packet.proto);
     F::flow(&key.mapping_of_destination())?.copy_to(half);
     let endpoint = F::endpoint(half.to.dst)?;
-    let is_open = maps::network(half.network)?.has(flag::MAPPING | flag::FULL_CONE)
+    let is_open = maps::network(half.network())?.has(flag::MAPPING | flag::FULL_CONE)
         && endpoint.generation == half.generation
         // A socket of the host that took the port later.
         && !kernel::has_socket(packet.skb(), &packet.tuple, packet.proto.into());

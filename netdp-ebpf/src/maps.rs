@@ -20,7 +20,7 @@ use netdp_common::{
     endpoint::Endpoint,
     flow::{FLOWS_DEFAULT, Flow, FlowKey, seen},
     fragment::{FragmentKey, Ports},
-    interface::Interface,
+    interface::{Interface, SLOTS, Slot, slot},
     network::{NETWORKS_MAX, Network},
     policy::{PREFIX_BASE, PolicyKey, PolicyVerdict},
     publish::{Published, PublishedKey, PublishedPort},
@@ -39,6 +39,14 @@ use crate::{
 /// Interfaces with a program, by ifindex. Full: the agent refuses to connect.
 #[map]
 static INTERFACE: HashMap<u32, Interface> = HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+
+/// The entries of INTERFACE, found without a hash. One that is not here is there.
+#[map]
+static INTERFACE_SLOT: Array<Slot> = Array::with_max_entries(SLOTS, 0);
+
+/// Packets of flows that went past the host's stack, and those that it was left.
+#[map]
+static LANES: PerCpuArray<u64> = PerCpuArray::with_max_entries(2, 0);
 
 /// Networks by id.
 #[map]
@@ -352,15 +360,22 @@ impl<A: Address> FlowRef<A> {
     /// Copies the half into a map.
     #[inline(always)]
     pub(crate) fn copy_to(self, copy: &mut Flow<A>) {
-        let (from, to): (*const u64, *mut u64) = (self.0.cast(), (&raw mut *copy).cast());
-        // Word by word: of a whole assignment the compiler would make a detour over the stack.
-        for word in 0..size_of::<Flow<A>>() / size_of::<u64>() {
-            // SAFETY: the pointer comes from a map lookup and was checked for null. The kernel
-            // aligns values of maps to 8 bytes; a half is a whole number of words.
-            let value = unsafe { from.wrapping_add(word).read_volatile() };
-            // SAFETY: `copy` lies in a map, too.
-            unsafe { to.wrapping_add(word).write_volatile(value) };
-        }
+        // SAFETY: the pointer comes from a map lookup and was checked for null; any bytes are a half.
+        copy_half(unsafe { &*self.0 }, copy);
+    }
+
+    /// The half where it lies: what is read twice may differ.
+    #[inline(always)]
+    pub(crate) fn peek(self) -> &'static Flow<A> {
+        // SAFETY: as in `copy_to`.
+        unsafe { &*self.0 }
+    }
+
+    /// See [`Flow::exit`].
+    #[inline(always)]
+    pub(crate) fn lead_out_of(self, exit: u32) {
+        // SAFETY: as in `copy_to`; an aligned word.
+        unsafe { (*self.0).exit = exit };
     }
 
     /// Generation of the container whose packets the half is for.
@@ -397,7 +412,7 @@ impl<A: Address> FlowRef<A> {
         // SAFETY: as in `copy_to`.
         let found = unsafe { &*self.0 };
         let differences = found.to.xor(half.to)
-            | (found.reply_zone ^ half.reply_zone)
+            | u32::from(found.reply_zone ^ half.reply_zone)
             | (found.generation ^ half.generation);
         differences == 0
     }
@@ -446,7 +461,7 @@ impl<A: Address> FlowRef<A> {
             | found.to.dst.xor(key.tuple.src)
             | u32::from(found.to.sport.raw ^ key.tuple.dport.raw)
             | u32::from(found.to.dport.raw ^ key.tuple.sport.raw)
-            | (found.reply_zone ^ u32::from(key.zone));
+            | u32::from(found.reply_zone ^ key.zone);
         differences == 0
     }
 
@@ -466,9 +481,52 @@ impl<A: Address> FlowRef<A> {
     }
 }
 
+/// Copies a half from and to a map.
+#[inline(always)]
+pub(crate) fn copy_half<A: Address>(from: &Flow<A>, to: &mut Flow<A>) {
+    let (from, to): (*const u64, *mut u64) = ((&raw const *from).cast(), (&raw mut *to).cast());
+    // Word by word: of a whole assignment the compiler would make a detour over the stack.
+    for word in 0..size_of::<Flow<A>>() / size_of::<u64>() {
+        // SAFETY: the kernel aligns values of maps to 8 bytes; a half is a whole number of words.
+        let value = unsafe { from.wrapping_add(word).read_volatile() };
+        // SAFETY: as above.
+        unsafe { to.wrapping_add(word).write_volatile(value) };
+    }
+}
+
+/// A way from one hook to the next: a place in LANES.
+#[derive(Clone, Copy)]
+pub(crate) enum Lane {
+    /// Past the host's stack.
+    Fast,
+    /// By it.
+    Stack,
+}
+
+/// Counts a packet of a flow.
+#[inline(always)]
+pub(crate) fn count_lane(lane: Lane) {
+    if let Some(packets) = LANES.get_ptr_mut(lane as u32) {
+        // SAFETY: this CPU's own, checked for null by the lookup.
+        unsafe { *packets += 1 };
+    }
+}
+
 /// What an interface is to us.
 #[inline(always)]
 pub(crate) fn interface(ifindex: u32) -> Option<&'static Interface> {
+    near_interface(ifindex).or_else(|| far_interface(ifindex))
+}
+
+/// The same, where no hash is needed to find it.
+#[inline(always)]
+pub(crate) fn near_interface(ifindex: u32) -> Option<&'static Interface> {
+    let found = INTERFACE_SLOT.get(slot(ifindex))?;
+    (found.ifindex == ifindex).then_some(&found.interface)
+}
+
+#[inline(always)]
+fn far_interface(ifindex: u32) -> Option<&'static Interface> {
     // SAFETY: entries are only ever written whole by updates of the map.
     unsafe { INTERFACE.get(ifindex) }
 }

@@ -356,6 +356,12 @@ impl<'a, F: Family> Packet<'a, F> {
         }
     }
 
+    /// The packet that was parsed before, in another function.
+    #[inline(always)]
+    pub(crate) fn parsed(ctx: &'a TcContext) -> Option<Self> {
+        Some(Packet { ctx, headers: F::headers()? })
+    }
+
     /// Remembers the ports of the first fragment, since later ones have none. To be called when
     /// the sender is known to be who it says.
     #[inline(always)]
@@ -397,14 +403,39 @@ impl<'a, F: Family> Packet<'a, F> {
         }
     }
 
-    /// The interface that the stack would send it out of, had it come in at `ifindex`; `None`
-    /// where the stack would not forward it.
+    /// How the stack would send it on, had it come in at `ifindex`; `None` where it would not
+    /// forward it.
     #[inline(always)]
-    pub(crate) fn route(&self, ifindex: u32) -> Option<u32> {
+    pub(crate) fn route(&self, ifindex: u32) -> Option<Route> {
         match route(self.ctx.skb.skb, ifindex, self.headers) {
             0 => None,
-            ifindex => Some(ifindex),
+            found => Some(Route { ifindex: found as u32, mtu: (found >> 32) as u32 }),
         }
+    }
+
+    /// Whether it came over Ethernet, and there is nothing in its IP header that a router would
+    /// have to look at besides addresses and time to live.
+    #[inline(always)]
+    pub(crate) fn is_plain_frame(&self) -> bool {
+        self.ip as usize == EthHdr::LEN && self.outer.l4 == EthHdr::LEN + size_of::<F::Header>()
+    }
+
+    /// Whether it, or each packet that it will be cut into, has no more than `mtu` bytes.
+    #[inline(always)]
+    pub(crate) fn fits(&self, mtu: u32) -> bool {
+        let segment = kernel::segment_size(self.ctx.skb.skb);
+        let bytes = if segment == 0 {
+            self.outer.end as u32 - self.ip
+        } else {
+            let transport = match self.transport {
+                Transport::Tcp => self.headers.tcp_header_bytes(),
+                Transport::Udp => UdpHdr::LEN as u32,
+                // Nobody else's packets are cut by their payload alone.
+                _ => return false,
+            };
+            self.outer.l4 as u32 - self.ip + transport + segment
+        };
+        bytes <= mtu
     }
 
     /// Rewrites addresses and ports to `to`, and all checksums with them.
@@ -435,7 +466,17 @@ impl<'a, F: Family> Packet<'a, F> {
     /// Errors: the kernel refused a write.
     #[inline(always)]
     pub(crate) fn end_life(&self) -> Result<(), Reason> {
-        if end_life(self.ctx.skb.skb, self.headers) { Ok(()) } else { Err(Reason::Rewrite) }
+        const LAST: u8 = 1;
+        if self.ttl <= LAST { Ok(()) } else { self.set_life(LAST) }
+    }
+
+    /// Sets its time to live.
+    ///
+    /// Errors: the kernel refused a write.
+    #[inline(always)]
+    pub(crate) fn set_life(&self, ttl: u8) -> Result<(), Reason> {
+        let is_set = set_life(self.ctx.skb.skb, self.headers, ttl.into());
+        if is_set { Ok(()) } else { Err(Reason::Rewrite) }
     }
 
     /// Sets the destination MAC; Ethernet only.
@@ -624,6 +665,13 @@ impl<F: Family> Headers<F> {
         u32::from_ne_bytes(*self.start.header(word * 4))
     }
 
+    /// Bytes of the TCP header that stands right behind the IP header.
+    #[inline(always)]
+    fn tcp_header_bytes(&self) -> u32 {
+        let tcp: &TcpHdr = self.start.header(size_of::<F::Header>());
+        u32::from(tcp.doff()) * 4
+    }
+
     /// Whether it can belong to a flow.
     #[inline(always)]
     pub(crate) fn is_tracked(&self) -> bool {
@@ -640,14 +688,32 @@ pub(crate) fn parse<F: Family>(skb: *mut __sk_buff, ip: u32, zone: u32) -> u32 {
     u32::from(headers.transport != Transport::Untracked(Reason::Malformed))
 }
 
-/// A sub-program of its own, for its stack; 0 stands for none.
+/// A way out of the host.
+#[derive(Clone, Copy)]
+pub(crate) struct Route {
+    pub(crate) ifindex: u32,
+    /// In bytes without the Ethernet header; perhaps [`Self::UNKNOWN_MTU`].
+    pub(crate) mtu: u32,
+}
+
+impl Route {
+    /// What is told where the kernel does not (before Linux 5.12, and where the next hop has to be
+    /// looked for yet).
+    pub(crate) const UNKNOWN_MTU: u32 = 1;
+}
+
+/// A sub-program of its own, for its stack; the MTU in the upper half, the ifindex in the lower. 0
+/// stands for none.
 #[inline(never)]
-fn route<F: Family>(skb: *mut __sk_buff, ifindex: u32, headers: &Headers<F>) -> u32 {
+fn route<F: Family>(skb: *mut __sk_buff, ifindex: u32, headers: &Headers<F>) -> u64 {
     // SAFETY: plain integers and unions of them; zero is a value of each.
     let mut lookup: FibLookup = unsafe { core::mem::zeroed() };
     lookup.family = F::ADDRESS_FAMILY;
     lookup.l4_protocol = headers.proto;
     lookup.ifindex = ifindex;
+    // No packet is larger than the MTU with this many bytes; and where one is named, the kernel names
+    // the MTU.
+    lookup.__bindgen_anon_1.tot_len = Route::UNKNOWN_MTU as u16;
     let addresses = Tuple { src: headers.source, dst: headers.destination, ..headers.tuple };
     F::set_route(&mut lookup, &addresses);
     let size = size_of::<FibLookup>() as i32;
@@ -656,26 +722,25 @@ fn route<F: Family>(skb: *mut __sk_buff, ifindex: u32, headers: &Headers<F>) -> 
     match outcome {
         // Too large for the exit: the stack fragments it, or answers.
         BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED => {
-            lookup.ifindex
+            // SAFETY: both are the same two bytes.
+            let mtu = unsafe { lookup.__bindgen_anon_1.mtu_result };
+            u64::from(mtu) << 32 | u64::from(lookup.ifindex)
         }
         _ => 0,
     }
 }
 
-/// See [`Packet::end_life`]. A sub-program of its own, for the stacks of its callers; `false` where
+/// See [`Packet::set_life`]. A sub-program of its own, for the stacks of its callers; `false` where
 /// the kernel refused.
 #[inline(never)]
-fn end_life<F: Family>(skb: *mut __sk_buff, headers: &Headers<F>) -> bool {
-    const LAST: u8 = 1;
-    if headers.ttl <= LAST {
-        return true;
-    }
+fn set_life<F: Family>(skb: *mut __sk_buff, headers: &Headers<F>, ttl: u32) -> bool {
+    let ttl = ttl as u8;
     // What checksums see: the byte beside it stays.
     let half = |ttl: u8| {
         let bytes = if F::TTL.is_multiple_of(2) { [ttl, 0] } else { [0, ttl] };
         u32::from(u16::from_ne_bytes(bytes))
     };
-    let difference = Difference::of(half(headers.ttl), half(LAST));
+    let difference = Difference::of(half(headers.ttl), half(ttl));
     let packet = SkBuff::new(skb);
     if let Some(offset) = F::HEADER_CHECKSUM {
         let at = (headers.ip + offset) as usize;
@@ -685,5 +750,5 @@ fn end_life<F: Family>(skb: *mut __sk_buff, headers: &Headers<F>) -> bool {
     } else {
         kernel::account(skb, difference);
     }
-    packet.store((headers.ip + F::TTL) as usize, &LAST, 0).is_ok()
+    packet.store((headers.ip + F::TTL) as usize, &ttl, 0).is_ok()
 }

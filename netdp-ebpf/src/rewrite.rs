@@ -19,7 +19,7 @@ use netdp_common::{
 use crate::{family::Family, kernel};
 
 pub(crate) const TCP_CHECKSUM: u32 = 16;
-const UDP_CHECKSUM: u32 = 6;
+pub(crate) const UDP_CHECKSUM: u32 = 6;
 pub(crate) const ICMP_CHECKSUM: u32 = 2;
 pub(crate) const ICMP_IDENTIFIER: u32 = 4;
 

@@ -4,7 +4,7 @@ use aya_ebpf::programs::TcContext;
 use netdp_common::{
     addr::{Address, Be16},
     counter::Reason,
-    flow::{ZONE_WORLD, flag as flow_flag, stage},
+    flow::{Flow, ZONE_WORLD, flag as flow_flag, stage},
     interface::{Interface, role},
     network::flag,
 };
@@ -14,7 +14,7 @@ use crate::{
     flow::{self, SourcePorts},
     mapping, maps, own_error, packet,
     packet::{Packet, Transport},
-    policy, publish,
+    policy, publish, shortcut,
     verdict::{Decision, Verdict, drop},
 };
 
@@ -35,12 +35,19 @@ pub(crate) fn from_uplink<F: Family>(ctx: &TcContext) -> Decision {
         return drop(Reason::Martian, 0);
     }
     match flow::follow(&packet, ZONE_WORLD, 0)? {
-        Some(half) => {
-            packet.rewrite(&half.to).or_else(|reason| drop(reason, half.network))?;
-            Ok(Verdict::Pass)
-        }
+        Some(half) => send_on(&mut packet, half),
         None => decide(&mut packet, uplink, packet::ifindex(ctx)),
     }
+}
+
+/// Sends a packet of a flow on its way to its container.
+#[inline(always)]
+fn send_on<F: Family>(packet: &mut Packet<'_, F>, half: &Flow<F::Address>) -> Decision {
+    if let Some(sent) = shortcut::into_container(packet, half, ZONE_WORLD)? {
+        return Ok(sent);
+    }
+    packet.rewrite(&half.to).or_else(|reason| drop(reason, half.network()))?;
+    Ok(Verdict::Pass)
 }
 
 /// What becomes of a packet without a flow.
@@ -59,7 +66,7 @@ fn decide<F: Family>(packet: &mut Packet<'_, F>, uplink: &Interface, ifindex: u3
             Some(target) => admit(packet, target.address, target.port, target.network, 0),
             None => match mapping::admits(packet) {
                 Some(half) => {
-                    admit(packet, half.to.dst, half.to.dport, half.network, flow_flag::MAPPED)
+                    admit(packet, half.to.dst, half.to.dport, half.network(), flow_flag::MAPPED)
                 }
                 None => Ok(Verdict::Pass),
             },
@@ -123,12 +130,12 @@ fn admit<F: Family>(
     new.half.flags |= flow_flag::INBOUND | by;
     new.half.policy_generation = policy_generation;
     new.half.stage = stage::INGRESS;
+    new.half.exit = endpoint.ifindex;
     new.reply.generation = endpoint.generation;
     new.reply.stage = stage::EGRESS;
     new.ports = if translated { SourcePorts::Preferred } else { SourcePorts::Kept };
-    flow::begin(packet, id, Reason::FlowIn, 0)?;
-    packet.rewrite(&new.half.to).or_else(|reason| drop(reason, id))?;
-    Ok(Verdict::Pass)
+    let half = flow::begin(packet, id, Reason::FlowIn, 0)?;
+    send_on(packet, half)
 }
 
 /// Where a packet that leaves by an uplink comes from: the network's id. `None`: from no network.
@@ -171,7 +178,7 @@ pub(crate) fn to_uplink<F: Family>(ctx: &TcContext) -> Decision {
     }
     // `from_container` has opened a flow for everything that may leave.
     match flow::find(&packet, id) {
-        Some(half) if half.stage == stage::EGRESS && half.reply_zone == ZONE_WORLD => {
+        Some(half) if half.stage == stage::EGRESS && half.reply_zone() == ZONE_WORLD => {
             packet.rewrite(&half.to).or_else(|reason| drop(reason, id))?;
             Ok(Verdict::Pass)
         }

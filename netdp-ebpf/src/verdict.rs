@@ -15,6 +15,8 @@ pub(crate) enum Verdict {
     Pass,
     /// Back out of the interface it came from.
     TurnAround,
+    /// Past the host's stack: what the helper that sent it says.
+    Sent(i32),
     /// Gone, and counted.
     Drop(Dropped),
     /// Gone, and counted with the bytes that it had; an error stands in its place and goes to its
@@ -54,6 +56,7 @@ impl Verdict {
             // Not TCX_PASS: programs of others that come after ours keep working.
             Self::Pass => TCX_NEXT,
             Self::TurnAround => kernel::redirect(packet::ifindex(ctx)),
+            Self::Sent(code) => code,
             Self::Drop(dropped) => {
                 maps::count(dropped.network, dropped.reason as u32, ctx.len());
                 TCX_DROP

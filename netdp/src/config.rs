@@ -17,6 +17,9 @@ pub struct Config {
     /// Interface to the outside; all that can be one where none is given
     #[arg(long = "uplink", value_name = "IFACE")]
     pub uplinks: Vec<String>,
+    /// Whether packets of flows go past the host's stack, its firewall included, where they can
+    #[arg(long, value_name = "on|off", value_enum, default_value = "on", hide_possible_values = true)]
+    pub fast_path: Switch,
     /// Most flows of each family that are tracked at a time
     #[arg(long, value_name = "N", default_value_t = FLOWS_DEFAULT,
           value_parser = clap::value_parser!(u32).range(16..=67_108_864))]
@@ -101,6 +104,15 @@ pub enum DataplaneChoice {
     Ebpf,
     /// iptables rules.
     Iptables,
+}
+
+/// What can be had or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Where it works.
+    On,
+    /// Nowhere.
+    Off,
 }
 
 impl Config {

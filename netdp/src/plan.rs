@@ -382,6 +382,7 @@ fn network_program(network: &Network, bridge: &BridgePlan, ifindex: u32) -> Netw
     NetworkProgram {
         bridge_ifindex: ifindex,
         bridge_mac: bridge.mac,
+        mtu: network.mtu,
         ipv4: network.ipv4.map(subnet_program),
         ipv6: network.ipv6.map(subnet_program),
         gateway_mode: network.gateway_mode,
@@ -462,6 +463,7 @@ fn uplinks(model: &Model, facts: &HostFacts, setting: &Setting) -> BTreeMap<u32,
             let uplink = Uplink {
                 masquerade4: masquerade4(link),
                 masquerade6: masquerade6(link),
+                mtu: link.mtu,
                 ethernet: link.mac.is_some(),
                 forwarded_before4,
                 forwarded_before6,

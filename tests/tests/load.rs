@@ -227,6 +227,7 @@ impl Host {
             flows: FLOWS,
             timeouts: Timeouts::RFC,
             cgroup: self.cgroup.clone(),
+            fast_path: true,
         })
     }
 
@@ -239,6 +240,7 @@ impl Host {
         let network_program = NetworkProgram {
             bridge_ifindex: self.ifindex("br-a")?,
             bridge_mac: mac("br-a")?,
+            mtu: 1500,
             ipv4: Some(SubnetProgram {
                 subnet: "172.20.0.0/24".parse()?,
                 gateway: "172.20.0.1".parse()?,
@@ -268,6 +270,7 @@ impl Host {
         let uplink = Uplink {
             masquerade4: Some("10.0.0.2".parse()?),
             masquerade6: Some("fd00::2".parse()?),
+            mtu: 1500,
             ethernet: true,
             forwarded_before4: false,
             forwarded_before6: false,

@@ -39,7 +39,7 @@ use crate::{
         server::{Api, Socket},
         wire,
     },
-    config::{Config, Paths},
+    config::{Config, Paths, Switch},
     controller::{Controller, Snapshot},
     dataplane::{
         Dataplane,
@@ -93,6 +93,7 @@ pub(super) fn open_dataplane(config: &Config) -> Result<Box<dyn Dataplane>> {
         flows: config.flows,
         timeouts: config.timeouts(),
         cgroup,
+        fast_path: config.fast_path == Switch::On,
     };
     Ok(Box::new(Ebpf::open(options).context("open the ebpf dataplane")?))
 }

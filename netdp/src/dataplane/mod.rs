@@ -62,6 +62,8 @@ pub struct NetworkProgram {
     pub bridge_ifindex: u32,
     /// MAC of the bridge: the source of what is switched into a container on its behalf.
     pub bridge_mac: MacAddress,
+    /// MTU of the bridge and of the members' interfaces, in bytes.
+    pub mtu: u32,
     /// The IPv4 side; without one the network carries no IPv4 and no ARP.
     pub ipv4: Option<SubnetProgram<V4>>,
     /// The IPv6 side; without one the network carries no IPv6.
@@ -146,6 +148,8 @@ pub struct Uplink {
     pub masquerade4: Option<Ipv4Addr>,
     /// The same for IPv6.
     pub masquerade6: Option<Ipv6Addr>,
+    /// Its MTU in bytes.
+    pub mtu: u32,
     /// Whether frames carry an Ethernet header (tun devices do not).
     pub ethernet: bool,
     /// Whether the host forwarded IPv4 packets from here before us. Where it did not, only packets

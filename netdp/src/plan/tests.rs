@@ -238,6 +238,7 @@ fn the_program_names_what_exists() {
     let uplink = |masquerade: Option<[u8; 4]>, ethernet, forwarded_before4| Uplink {
         masquerade4: masquerade.map(Ipv4Addr::from),
         masquerade6: None,
+        mtu: 1500,
         ethernet,
         forwarded_before4,
         forwarded_before6: false,
@@ -249,6 +250,7 @@ fn the_program_names_what_exists() {
             NetworkProgram {
                 bridge_ifindex: 10,
                 bridge_mac: MacAddress([0x02, 0x42, 172, 20, 0, 1]),
+                mtu: 1500,
                 ipv4: Some(SubnetProgram {
                     subnet: "172.20.0.0/24".parse().unwrap(),
                     gateway: Ipv4Addr::new(172, 20, 0, 1),

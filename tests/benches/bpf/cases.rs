@@ -16,7 +16,7 @@ use crate::{
     datagram::{Datagram, Kind, Wire},
     family::{FAMILIES, Family},
     fixture::{
-        A, At, Fixture, HOST, ROUTER_MAC, TCX_NEXT, UPLINK_MAC, bridge_mac, from_container,
+        A, At, Fixture, HOST, ROUTER_MAC, TCX_NEXT, TCX_REDIRECT, UPLINK_MAC, bridge_mac, from_container,
         from_container_wire, from_outside_wire, from_uplink, hex, into_network, mac, socket,
         to_uplink,
     },
@@ -60,6 +60,8 @@ pub(crate) struct Case {
     packets: Rotation,
     /// The last packet of a measurement as it should leave.
     leaves: Vec<u8>,
+    /// Whether packets go past the host's stack.
+    is_fast: bool,
 }
 
 impl Case {
@@ -77,6 +79,7 @@ impl Case {
     pub(crate) fn measure(&self, fixture: &mut Fixture) -> Result<f64> {
         // Whoever opens a flow would otherwise have an absent agent's work to do.
         fixture.set_collection(Timeouts::RFC, true)?;
+        fixture.set_fast_path(self.is_fast)?;
         let before = fixture.backend().counters()?;
         let halves = fixture.halves()?;
         let context = fixture.context(self.at);
@@ -86,7 +89,8 @@ impl Case {
         }
         let ran = self.packets.run(fixture.loaded(self.at)?, &context, self.runs())?;
         let nothing = self.packets.run_nothing(&context, self.runs())?;
-        ensure!(ran.verdict == TCX_NEXT, "verdict {}", ran.verdict);
+        let verdict = if self.is_fast { TCX_REDIRECT } else { TCX_NEXT };
+        ensure!(ran.verdict == verdict, "verdict {}", ran.verdict);
         let (wanted, seen) = (hex(&self.leaves), hex(&ran.frame));
         ensure!(seen == wanted, "the last packet left as {seen}, wanted {wanted}");
         let wanted = if self.place.is_new { NEW as usize } else { 0 };
@@ -119,6 +123,8 @@ struct Step {
     at: At,
     /// Whether the flow begins here.
     opens: bool,
+    /// Hops that the packet loses, where it goes past the host's stack from here.
+    sent: Option<u8>,
     wires: fn(u32) -> (Wire, Wire),
 }
 
@@ -163,9 +169,13 @@ fn from_a1(wire: Wire) -> Wire {
 }
 
 /// The ways of packets of established flows.
-fn ways() -> [Step; 10] {
-    let step = |way, program, at, wires| Step { way, program, at, opens: false, wires };
-    let first = |way, program, at, wires| Step { way, program, at, opens: true, wires };
+fn ways() -> [Step; 16] {
+    let step = |way, program, at, wires| Step { way, program, at, opens: false, sent: None, wires };
+    let first = |way, program, at, wires| Step { opens: true, ..step(way, program, at, wires) };
+    let fast = |hops, way, program, at, wires| Step {
+        sent: Some(hops),
+        ..step(way, program, at, wires)
+    };
     let a1 = from_container("a1");
     let leaves = to_uplink("up0", Some("br-a"));
     let enters = into_network(A, Some("up0"));
@@ -202,17 +212,40 @@ fn ways() -> [Step; 10] {
             let arrives = across_translated(n).answer();
             (arrives, arrives.from(across(n).destination))
         }),
+        // The MAC addresses of the next link are the kernel's to find.
+        fast(1, "fast out", "from_container", a1, |n| {
+            (out(n), out(n).from(out_translated(n).source))
+        }),
+        fast(1, "fast answer to out", "from_uplink", from_uplink("up0"), |n| {
+            let arrives = out_translated(n).answer();
+            (arrives, into_a1(arrives.to(out(n).source)))
+        }),
+        fast(1, "fast in", "from_uplink", from_uplink("up0"), |n| {
+            (into(n), into_a1(into(n).to(socket("a1", 80))))
+        }),
+        fast(1, "fast answer to in", "from_container", a1, |n| {
+            let answer = from_a1(into(n).answer());
+            (answer.from(socket("a1", 80)), answer)
+        }),
+        fast(0, "fast switch", "from_container", from_container("a2"), |n| {
+            (across(n), across_translated(n))
+        }),
+        fast(0, "fast answer to switch", "from_container", a1, |n| {
+            let arrives = across_translated(n).answer();
+            (arrives, arrives.from(across(n).destination))
+        }),
     ]
 }
 
 /// Flows that open. A client's port is in its kernel's own range, which for what goes out means
 /// that another one is chosen.
-fn openings() -> [Step; 3] {
+fn openings() -> [Step; 5] {
     fn spread(n: u32, wire: fn(u32) -> Wire) -> Wire {
         let wire = wire(n % 128);
         wire.from(SocketAddrV4::new(*wire.source.ip(), 32_768 + (n / 128) as u16))
     }
-    let first = |way, program, at, wires| Step { way, program, at, opens: true, wires };
+    let step = |sent, way, program, at, wires| Step { way, program, at, opens: true, sent, wires };
+    let first = |way, program, at, wires| step(None, way, program, at, wires);
     [
         first("out", "from_container", from_container("a1"), |n| {
             let wire = spread(n, out);
@@ -227,6 +260,17 @@ fn openings() -> [Step; 3] {
             (wire, wire.to(socket("a1", 80)))
         }),
         first("switch", "from_container", from_container("a2"), |n| {
+            let source = socket("a2", 1024 + n as u16);
+            (across(n).from(source), across_translated(n).from(source))
+        }),
+        step(Some(1), "fast in", "from_uplink", from_uplink("up0"), |n| {
+            let wire = into(0).from(SocketAddrV4::new(
+                Ipv4Addr::from(0x0b00_0001 + n % 128),
+                32_768 + (n / 128) as u16,
+            ));
+            (wire, into_a1(wire.to(socket("a1", 80))))
+        }),
+        step(Some(0), "fast switch", "from_container", from_container("a2"), |n| {
             let source = socket("a2", 1024 + n as u16);
             (across(n).from(source), across_translated(n).from(source))
         }),
@@ -255,7 +299,8 @@ impl Step {
         let frames: Vec<_> = (0..flows).map(|n| self.arrives(family, kind, n)).collect();
         // What lies behind the longest headers is the same in all packets.
         let headers = ETHERNET_BYTES + if family == Family::V4 { 20 } else { 40 } + 20;
-        let last = (self.wires)((runs - 1) % flows).1;
+        let leaves = Datagram::new(kind, (self.wires)((runs - 1) % flows).1);
+        let ttl = leaves.ttl;
         Ok(Case {
             place: Place {
                 is_new,
@@ -266,7 +311,8 @@ impl Step {
             },
             at: self.at,
             packets: Rotation::new(&frames, headers)?,
-            leaves: Datagram::new(kind, last).frame(family),
+            leaves: leaves.with_ttl(ttl - self.sent.unwrap_or(0)).frame(family),
+            is_fast: self.sent.is_some(),
         })
     }
 }

@@ -32,7 +32,7 @@ use netdp::{
 use netdp_common::{
     addr::{Be32, Be128},
     aging::Collection,
-    config::Timeouts,
+    config::{Config, Timeouts},
     counter::Reason,
     flow::FlowKey,
     fragment::{FragmentKey, Ports},
@@ -247,6 +247,18 @@ pub(crate) struct At {
     arrived: Option<&'static str>,
 }
 
+impl At {
+    /// Whether packets there are on their way from or to the outside.
+    pub(crate) fn is_at_uplink(self) -> bool {
+        UPLINKS.iter().any(|(name, _)| *name == self.interface)
+    }
+
+    /// Whether packets there have no Ethernet header.
+    pub(crate) fn is_at_tun(self) -> bool {
+        self.interface == TUN
+    }
+}
+
 /// What a container sends.
 pub(crate) fn from_container(endpoint: &'static str) -> At {
     At { hook: Hook::FromContainer, interface: endpoint, arrived: Some(endpoint) }
@@ -273,33 +285,40 @@ pub(crate) struct Want {
     verdict: i32,
     /// `None` = as it came.
     wire: Option<Wire>,
+    /// Hops that it loses: nothing of what else a hook does costs one.
+    hops: u8,
     /// What is counted for the first frame; drops count every frame.
     counted: Option<(Option<NetworkId>, Reason)>,
 }
 
 /// Passes as it came.
 pub(crate) fn pass() -> Want {
-    Want { verdict: TCX_NEXT, wire: None, counted: None }
+    Want { verdict: TCX_NEXT, wire: None, hops: 0, counted: None }
 }
 
 /// Passes, rewritten.
 pub(crate) fn pass_as(wire: Wire) -> Want {
-    Want { verdict: TCX_NEXT, wire: Some(wire), counted: None }
+    Want { verdict: TCX_NEXT, wire: Some(wire), hops: 0, counted: None }
 }
 
 /// Goes back out of the interface it came from, rewritten.
 pub(crate) fn turn_around_as(wire: Wire) -> Want {
-    Want { verdict: TCX_REDIRECT, wire: Some(wire), counted: None }
+    Want { verdict: TCX_REDIRECT, wire: Some(wire), hops: 0, counted: None }
+}
+
+/// Sent past the host's stack, rewritten.
+pub(crate) fn sent_as(wire: Wire, hops: u8) -> Want {
+    Want { verdict: TCX_REDIRECT, wire: Some(wire), hops, counted: None }
 }
 
 /// Dropped and counted for a network.
 pub(crate) fn dropped(network: NetworkId, reason: Reason) -> Want {
-    Want { verdict: TCX_DROP, wire: None, counted: Some((Some(network), reason)) }
+    Want { verdict: TCX_DROP, wire: None, hops: 0, counted: Some((Some(network), reason)) }
 }
 
 /// Dropped and counted for none.
 pub(crate) fn dropped_for_nobody(reason: Reason) -> Want {
-    Want { verdict: TCX_DROP, wire: None, counted: Some((None, reason)) }
+    Want { verdict: TCX_DROP, wire: None, hops: 0, counted: Some((None, reason)) }
 }
 
 impl Want {
@@ -400,6 +419,7 @@ impl Fixture {
         self.program = standard_program(&self.ifindexes);
         let program = self.program.clone();
         self.backend().apply(&program)?;
+        self.set_fast_path(false)?;
         self.remove_halves(|_| true)?;
         self.forget_order()?;
         self.forget_fragments::<{ size_of::<FragmentKey<Be32>>() }>("FRAGMENT4")?;
@@ -450,6 +470,15 @@ impl Fixture {
         let mut value: Network = pod_read_unaligned(&map.get(&network.0, 0)?);
         value.endpoint_flows = flows;
         Ok(map.set(network.0, <[u8; SIZE]>::try_from(bytes_of(&value))?, 0)?)
+    }
+
+    /// Opens or closes the way past the host's stack.
+    pub(crate) fn set_fast_path(&self, is_open: bool) -> Result<()> {
+        const SIZE: usize = size_of::<Config>();
+        let mut map: Array<_, [u8; SIZE]> = Map::Array(self.map("CONFIG")?).try_into()?;
+        let mut value: Config = pod_read_unaligned(&map.get(&0, 0)?);
+        value.fast_path = is_open.into();
+        Ok(map.set(0, <[u8; SIZE]>::try_from(bytes_of(&value))?, 0)?)
     }
 
     fn forget_fragments<const KEY: usize>(&self, map: &str) -> Result<()> {
@@ -568,6 +597,7 @@ impl Fixture {
 
     fn try_expect(&mut self, at: At, datagram: &Datagram, want: Want) -> Result<Datagram> {
         let wanted = datagram.with_wire(want.wire.unwrap_or(datagram.wire));
+        let wanted = wanted.with_ttl(datagram.ttl - want.hops);
         let mut left = Vec::new();
         let frames = datagram.frames(self.family).into_iter().zip(wanted.frames(self.family));
         for (index, (frame, wanted)) in frames.enumerate() {
@@ -723,7 +753,13 @@ fn attached_programs() -> Result<BTreeMap<Hook, SchedClassifier>> {
 
 /// How the backend is opened.
 fn options(bpffs: &Path, flows: u32) -> EbpfOptions {
-    EbpfOptions { bpffs: bpffs.to_owned(), flows, timeouts: Timeouts::RFC, cgroup: None }
+    EbpfOptions {
+        bpffs: bpffs.to_owned(),
+        flows,
+        timeouts: Timeouts::RFC,
+        cgroup: None,
+        fast_path: false,
+    }
 }
 
 /// A bpffs of the test's own.
@@ -789,6 +825,7 @@ fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
         let network = NetworkProgram {
             bridge_ifindex: ifindexes[name],
             bridge_mac: MacAddress(bridge_mac(id)),
+            mtu: 1500,
             ipv4: Some(SubnetProgram {
                 subnet: Ipv4Net::new_assert(host_in(id, 0), 24),
                 gateway: gateway(id),
@@ -824,6 +861,7 @@ fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
         let uplink = Uplink {
             masquerade4: Some(address),
             masquerade6: Some(ipv6(address)),
+            mtu: 1500,
             ethernet: name != TUN,
             forwarded_before4: false,
             forwarded_before6: false,

@@ -13,7 +13,7 @@ use crate::{
         A, At, B, Fixture, HOST, HOST_SECOND, HOST_TUN, HOST_UP1, OUTSIDE, OUTSIDE_TUN,
         OUTSIDE_UP1, ROUTER_MAC, SNAT, SeenFlow, UPLINK_MAC, Want, address, bridge, bridge_mac,
         from_container, from_container_wire, from_outside_wire, from_uplink, gateway, into_network,
-        mac, network_of, pass, pass_as, to_uplink, turn_around_as,
+        mac, network_of, pass, pass_as, sent_as, to_uplink, turn_around_as,
     },
     halves::Zone,
 };
@@ -71,6 +71,7 @@ impl Talk {
 }
 
 /// One hook on the way: the packet as it arrives there and as it leaves.
+#[derive(Clone, Copy)]
 struct Leg {
     at: At,
     arrives: Wire,
@@ -78,11 +79,13 @@ struct Leg {
     turns_around: bool,
     /// The stack has forwarded it: one hop less to live.
     forwarded: bool,
+    /// It goes past the stack from here, and loses so many hops.
+    sent: Option<u8>,
 }
 
 impl Leg {
     fn arriving(at: At, arrives: Wire, leaves: Wire) -> Self {
-        Self { at, arrives, leaves, turns_around: false, forwarded: false }
+        Self { at, arrives, leaves, turns_around: false, forwarded: false, sent: None }
     }
 
     fn forwarded(at: At, arrives: Wire, leaves: Wire) -> Self {
@@ -90,7 +93,9 @@ impl Leg {
     }
 
     fn want(&self) -> Want {
-        if self.turns_around {
+        if let Some(hops) = self.sent {
+            sent_as(self.leaves, hops)
+        } else if self.turns_around {
             turn_around_as(self.leaves)
         } else if self.arrives == self.leaves {
             pass()
@@ -98,6 +103,23 @@ impl Leg {
             pass_as(self.leaves)
         }
     }
+}
+
+/// The way that these legs are where the host's stack is passed by: all that is done on it is done at
+/// once.
+fn shortened(legs: &[Leg]) -> Vec<Leg> {
+    let (first, last) = (&legs[0], &legs[legs.len() - 1]);
+    if first.turns_around {
+        return vec![Leg { turns_around: true, ..Leg::arriving(first.at, first.arrives, last.leaves) }];
+    }
+    // The kernel writes the addresses of the next link when it has found the next hop.
+    let leaves = if last.at.is_at_uplink() {
+        last.leaves.on_link(first.arrives.source_mac, first.arrives.destination_mac)
+    } else {
+        last.leaves
+    };
+    let hops = legs.iter().filter(|leg| leg.forwarded).count() as u8;
+    vec![Leg { sent: Some(hops), ..Leg::arriving(first.at, first.arrives, leaves) }]
 }
 
 /// A way and the way back.
@@ -108,6 +130,13 @@ struct Journey {
 }
 
 impl Journey {
+    /// Whether a packet in this shape may go past the host's stack.
+    fn may_be_shortened(&self, family: Family, shape: Shape) -> bool {
+        // Options are the stack's to read, and IPv6 has a header for fragments.
+        let is_plain = !shape.options && (family == Family::V4 || !shape.cut);
+        is_plain && !self.there.iter().any(|leg| leg.at.is_at_tun())
+    }
+
     /// The flow as the table should show it.
     fn record(&self, family: Family, talk: Talk, state: &'static str) -> SeenFlow {
         let (first, last) = (self.there[0].arrives, self.there[self.there.len() - 1].leaves);
@@ -130,27 +159,38 @@ fn walk(fixture: &mut Fixture, talks: &[Talk], journey: impl Fn(Talk) -> Journey
             continue;
         }
         for shape in Shape::ALL {
-            walk_once(fixture, talk, shape, &journey(talk))
-                .with_context(|| format!("{talk:?}, {shape:?}"))?;
-            fixture.remove_halves(|Zone(_)| true)?;
+            for fast_path in [false, true] {
+                fixture.set_fast_path(fast_path)?;
+                walk_once(fixture, talk, shape, &journey(talk), fast_path)
+                    .with_context(|| format!("{talk:?}, {shape:?}, fast path {fast_path}"))?;
+                fixture.remove_halves(|Zone(_)| true)?;
+            }
         }
     }
     Ok(())
 }
 
-fn walk_once(fixture: &mut Fixture, talk: Talk, shape: Shape, journey: &Journey) -> Result<()> {
+fn walk_once(
+    fixture: &mut Fixture,
+    talk: Talk,
+    shape: Shape,
+    journey: &Journey,
+    fast_path: bool,
+) -> Result<()> {
     let [asked, answered, established] = talk.states();
     for (round, (question, answer)) in talk.rounds().into_iter().enumerate() {
         // A SYN is never in pieces: the rest would count as data.
         let shape = Shape { cut: shape.cut && question != Kind::Syn, ..shape };
+        let is_short = fast_path && journey.may_be_shortened(fixture.family, shape);
+        let way = |legs: &[Leg]| if is_short { shortened(legs) } else { legs.to_vec() };
         let datagram = Datagram::new(question, journey.there[0].arrives);
-        travel(fixture, "question", &journey.there, datagram.shaped(shape), |want| {
+        travel(fixture, "question", &way(&journey.there), datagram.shaped(shape), |want| {
             if round == 0 { want.opening(journey.opens.0, journey.opens.1) } else { want }
         })?;
         let state = if round == 0 { asked } else { established };
         fixture.expect_flows(&[journey.record(fixture.family, talk, state)])?;
         let datagram = Datagram::new(answer, journey.back[0].arrives);
-        travel(fixture, "answer", &journey.back, datagram.shaped(shape), |want| want)?;
+        travel(fixture, "answer", &way(&journey.back), datagram.shaped(shape), |want| want)?;
         let state = if round == 0 { answered } else { established };
         fixture.expect_flows(&[journey.record(fixture.family, talk, state)])?;
     }

@@ -25,6 +25,7 @@ pub(super) fn between(wanted: &Image, found: &Image) -> Vec<Drift> {
         &found.interfaces,
         |ifindex| format!("with ifindex {ifindex}"),
     );
+    compare.tables("slot of the interface", &wanted.slots, &found.slots, ToString::to_string);
     compare.tables(
         "entry of the published port",
         &wanted.published_ports,

@@ -130,7 +130,7 @@ impl<F: Wired> Flows<F> {
                 let at = |address: F::Wire, port: Be16| (show::<F>(address), port.get());
                 records.push(FlowRecord {
                     protocol: key.proto,
-                    network: NetworkId(half.network),
+                    network: NetworkId(half.network()),
                     source: at(key.tuple.src, key.tuple.sport),
                     destination: at(key.tuple.dst, key.tuple.dport),
                     translated_source: at(half.to.src, half.to.sport),

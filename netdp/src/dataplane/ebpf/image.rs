@@ -10,7 +10,7 @@ use netdp_common::{
     config::Config,
     endpoint::Endpoint,
     flow::{Flow, FlowKey, IPPROTO_ICMP, IPPROTO_ICMPV6, flag as flow_flag},
-    interface::{Interface, flag as interface_flag, role},
+    interface::{Interface, Slot, flag as interface_flag, role, slot},
     network::{Network, Subnet, flag},
     policy::{PREFIX_BASE, PolicyKey, PolicyVerdict},
     publish::{AF_INET, AF_INET6, Published, PublishedKey, PublishedPort},
@@ -72,6 +72,8 @@ pub(super) struct Image {
     pub(super) networks: BTreeMap<u32, Network>,
     /// INTERFACE.
     pub(super) interfaces: BTreeMap<u32, Interface>,
+    /// INTERFACE_SLOT.
+    pub(super) slots: BTreeMap<u32, Slot>,
     /// PUBLISHED_PORT.
     pub(super) published_ports: BTreeMap<PublishedPort, u32>,
     /// Programs by ifindex.
@@ -98,18 +100,18 @@ pub(super) struct Side<A: Address> {
 }
 
 impl Image {
-    /// What `program` looks like in the maps, on the host whose network namespace has this cookie.
-    pub(super) fn render(program: &Program, netns_cookie: u64) -> Self {
+    /// What `program` looks like in the maps on this host.
+    pub(super) fn render(program: &Program, host: Host) -> Self {
         let mut image = Self::default();
         let ports = program.nat_ports;
         let config = Config {
-            netns_cookie,
+            netns_cookie: host.netns_cookie,
             nat_first: ports.reserved.0,
             nat_last: ports.reserved.1,
             ephemeral_first: ports.ephemeral.0,
             ephemeral_last: ports.ephemeral.1,
             has_mappings: program.networks.values().any(|network| network.nat.maps()).into(),
-            pad: 0,
+            fast_path: host.fast_path.into(),
         };
         image.config.insert(0, config);
         for (id, network) in &program.networks {
@@ -122,6 +124,7 @@ impl Image {
                 mac: endpoint.mac.0,
                 network: endpoint.network.0,
                 generation: id.0,
+                mtu: program.networks.get(&endpoint.network).map_or(0, |network| network.mtu),
                 ipv4: endpoint.ipv4.unwrap_or(Ipv4Addr::UNSPECIFIED).into(),
                 ipv6: endpoint.ipv6.unwrap_or(Ipv6Addr::UNSPECIFIED).into(),
             };
@@ -135,6 +138,7 @@ impl Image {
                 flags: flag(uplink.ethernet, interface_flag::ETHERNET)
                     | flag(uplink.forwarded_before4, interface_flag::FORWARDED_IPV4)
                     | flag(uplink.forwarded_before6, interface_flag::FORWARDED_IPV6),
+                mtu: uplink.mtu,
                 ipv4: uplink.masquerade4.unwrap_or(Ipv4Addr::UNSPECIFIED).into(),
                 ipv6: uplink.masquerade6.unwrap_or(Ipv6Addr::UNSPECIFIED).into(),
                 ..Interface::default()
@@ -143,6 +147,7 @@ impl Image {
             image.hooks.insert((Hook::FromUplink, ifindex));
             image.hooks.insert((Hook::ToUplink, ifindex));
         }
+        image.slots = slots(&image.interfaces);
         image.ipv4 = side::<V4>(program);
         image.ipv6 = side::<V6>(program);
         image.published_ports = published_ports(program);
@@ -171,6 +176,7 @@ impl Image {
             mac: network.bridge_mac.0,
             network: id,
             generation: 0,
+            mtu: network.mtu,
             ipv4: gateway4.into(),
             ipv6: gateway6.into(),
         };
@@ -226,6 +232,24 @@ impl<A: Address> Side<A> {
     }
 }
 
+/// What the maps say of the host whatever the program is.
+#[derive(Clone, Copy)]
+pub(super) struct Host {
+    /// The kernel's name of its network namespace; 0 where no socket is the host's.
+    pub(super) netns_cookie: u64,
+    /// Whether packets of flows go past its stack where they can.
+    pub(super) fast_path: bool,
+}
+
+/// The slots of interfaces; of several that have the same one, the oldest gets it.
+fn slots(interfaces: &BTreeMap<u32, Interface>) -> BTreeMap<u32, Slot> {
+    let mut slots = BTreeMap::new();
+    for (&ifindex, &interface) in interfaces {
+        slots.entry(slot(ifindex)).or_insert(Slot { ifindex, interface });
+    }
+    slots
+}
+
 /// The networks by id, and a family's maps: what flows rest on.
 pub(super) struct Footing<'a, A: Address> {
     pub(super) networks: &'a BTreeMap<u32, Network>,
@@ -238,7 +262,7 @@ impl<A: Address> Footing<'_, A> {
     /// Whether a half of a flow rests on something that is gone: a container, a published port,
     /// an address of the host.
     pub(super) fn is_lost(&self, key: &FlowKey<A>, half: &Flow<A>) -> bool {
-        let Some(network) = self.networks.get(&half.network) else { return true };
+        let Some(network) = self.networks.get(&half.network()) else { return true };
         // A half that arrives from a container is that container's.
         if key.network().is_some() {
             let own = self.side.endpoints.get(&key.tuple.src);
@@ -425,6 +449,7 @@ mod tests {
         let network = NetworkProgram {
             bridge_ifindex: 10,
             bridge_mac: MacAddress([2, 0x42, 172, 20, 0, 1]),
+            mtu: 1500,
             ipv4: None,
             ipv6: None,
             gateway_mode: GatewayMode::Nat,
@@ -437,7 +462,7 @@ mod tests {
             policy_generation: 1,
         };
         let program = Program { networks: [(NetworkId(1), network)].into(), ..Program::default() };
-        let image = Image::render(&program, 0);
+        let image = Image::render(&program, Host { netns_cookie: 0, fast_path: false });
         assert_eq!(image.networks[&1].endpoint_flows, 1000);
     }
 }

@@ -26,12 +26,12 @@ use tracing::{debug, info, warn};
 use self::{
     family::Wired,
     flows::{Flows, Survey},
-    image::{Footing, Image, Side},
+    image::{Footing, Host, Image, Side},
     object::Object,
     origins::Origins,
     pins::Pins,
     sys::Wire,
-    tables::{Hash, Indexed, Lpm, Table, absent_is_fine},
+    tables::{Hash, Indexed, Lpm, Slots, Table, absent_is_fine},
 };
 use super::{Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Program};
 use crate::{
@@ -74,6 +74,8 @@ pub struct EbpfOptions {
     /// The cgroup2 hierarchy, for the socket hooks; without one the host itself does not reach
     /// published ports.
     pub cgroup: Option<PathBuf>,
+    /// Whether packets of flows go past the host's stack where they can.
+    pub fast_path: bool,
 }
 
 /// The backend, open: programs loaded, pins adopted.
@@ -94,6 +96,7 @@ pub struct Ebpf {
     /// What the maps hold.
     current: Image,
     timeouts: Timeouts,
+    fast_path: bool,
     /// Whether the flows were checked against the maps since the backend was opened.
     flows_checked: bool,
     /// As the last collection left them.
@@ -105,6 +108,7 @@ struct Tables {
     config: Table<Indexed<Config>>,
     networks: Table<Indexed<Network>>,
     interfaces: Table<Hash<u32, Interface>>,
+    slots: Table<Slots>,
     published_ports: Table<Hash<PublishedPort, u32>>,
     ipv4: SideTables<V4>,
     ipv6: SideTables<V6>,
@@ -143,6 +147,7 @@ impl Ebpf {
             config: Table::new("CONFIG", object.take_map("CONFIG")?)?,
             networks: Table::new("NETWORK", object.take_map("NETWORK")?)?,
             interfaces: Table::new("INTERFACE", object.take_map("INTERFACE")?)?,
+            slots: Table::new("INTERFACE_SLOT", object.take_map("INTERFACE_SLOT")?)?,
             published_ports: Table::new("PUBLISHED_PORT", object.take_map("PUBLISHED_PORT")?)?,
             ipv4: SideTables::open(&mut object)?,
             ipv6: SideTables::open(&mut object)?,
@@ -169,6 +174,7 @@ impl Ebpf {
             usage,
             current,
             timeouts: options.timeouts,
+            fast_path: options.fast_path,
             flows_checked: false,
             flow_tables: Vec::new(),
         };
@@ -204,6 +210,10 @@ impl Ebpf {
     /// bpffs.
     pub fn has_socket_hooks(bpffs: &Path) -> bool {
         cgroup::are_pinned(&Pins::at(bpffs))
+    }
+
+    fn host(&self) -> Host {
+        Host { netns_cookie: self.object.netns_cookie(), fast_path: self.fast_path }
     }
 
     /// Makes the counter rows of a network; the programs count only in rows that are there.
@@ -328,6 +338,7 @@ impl Ebpf {
             }
         }
         writes += tables.interfaces.write(&mut current.interfaces, &wanted.interfaces)?;
+        writes += tables.slots.write(&mut current.slots, &wanted.slots)?;
         writes +=
             tables.published_ports.write(&mut current.published_ports, &wanted.published_ports)?;
         writes += tables.ipv4.write_published(&mut current.ipv4, &wanted.ipv4)?;
@@ -348,6 +359,7 @@ impl Ebpf {
         writes += tables.ipv6.delete_published(&mut current.ipv6, &wanted.ipv6)?;
         writes +=
             tables.published_ports.delete(&mut current.published_ports, &wanted.published_ports)?;
+        writes += tables.slots.delete(&mut current.slots, &wanted.slots)?;
         writes += tables.interfaces.delete(&mut current.interfaces, &wanted.interfaces)?;
         writes += tables.ipv4.delete_addresses(&mut current.ipv4, &wanted.ipv4)?;
         writes += tables.ipv6.delete_addresses(&mut current.ipv6, &wanted.ipv6)?;
@@ -389,6 +401,7 @@ impl Tables {
             config: self.config.entries()?,
             networks: self.networks.entries()?,
             interfaces: self.interfaces.entries()?,
+            slots: self.slots.entries()?,
             published_ports: self.published_ports.entries()?,
             hooks: object.attached.clone(),
             ipv4: self.ipv4.read()?,
@@ -481,7 +494,7 @@ impl Dataplane for Ebpf {
     }
 
     fn apply(&mut self, program: &Program) -> Result<Applied> {
-        let wanted = Image::render(program, self.object.netns_cookie());
+        let wanted = Image::render(program, self.host());
         let mut writes = 0;
         for &id in wanted.networks.keys() {
             if !self.current.networks.contains_key(&id) {
@@ -523,13 +536,14 @@ impl Dataplane for Ebpf {
     }
 
     fn check(&mut self, program: &Program) -> Result<Vec<Drift>> {
+        let host = self.host();
         let mut found = self.tables.read(&self.object)?;
         let object = &mut self.object;
         found.hooks.retain(|&(hook, ifindex)| object.is_attached(hook, ifindex));
         // What was found is what the next apply starts from, so it repairs.
         object.attached.clone_from(&found.hooks);
         self.current = found.clone();
-        let wanted = Image::render(program, object.netns_cookie());
+        let wanted = Image::render(program, host);
         // A guard that stays where nothing may pass is no drift.
         found
             .hooks

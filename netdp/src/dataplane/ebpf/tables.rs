@@ -6,6 +6,8 @@ use anyhow::{Context, Result};
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
 use bytemuck::{Pod, Zeroable};
 
+use netdp_common::interface::Slot;
+
 use super::{image::Prefix, sys::Wire};
 
 /// A map whose whole contents the agent decides.
@@ -81,6 +83,37 @@ impl<V: Pod + Zeroable + PartialEq> Backing<u32, V> for Indexed<V> {
 
     fn delete(&mut self, index: u32) -> Result<(), MapError> {
         self.set(index, Wire(V::zeroed()), 0)
+    }
+}
+
+/// INTERFACE_SLOT. A write to an array is not done at once, and the programs read meanwhile: they find
+/// no interface there while it changes, and look in INTERFACE.
+pub(super) struct Slots(Indexed<Slot>);
+
+impl TryFrom<Map> for Slots {
+    type Error = MapError;
+
+    fn try_from(map: Map) -> Result<Self, MapError> {
+        map.try_into().map(Self)
+    }
+}
+
+impl Backing<u32, Slot> for Slots {
+    fn entries(&self) -> Result<BTreeMap<u32, Slot>, MapError> {
+        self.0.entries()
+    }
+
+    fn write(&mut self, index: u32, slot: Slot) -> Result<(), MapError> {
+        let there = self.0.get(&index, 0)?.0;
+        Backing::write(&mut self.0, index, Slot { ifindex: 0, ..there })?;
+        Backing::write(&mut self.0, index, Slot { ifindex: 0, ..slot })?;
+        Backing::write(&mut self.0, index, slot)
+    }
+
+    fn delete(&mut self, index: u32) -> Result<(), MapError> {
+        let there = self.0.get(&index, 0)?.0;
+        Backing::write(&mut self.0, index, Slot { ifindex: 0, ..there })?;
+        self.0.delete(index)
     }
 }
 

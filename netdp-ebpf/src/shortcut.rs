@@ -1,0 +1,145 @@
+//! The way past the host's stack: what belongs to a flow goes from the hook at which it arrives
+//! straight out of the uplink, or into the container.
+//!
+//! Only what the stack would do nothing else with than forward it. All else it gets: packets at the
+//! end of their life, too large ones, options, interfaces without Ethernet.
+
+use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
+use netdp_common::{
+    counter::Reason,
+    flow::{Flow, stage},
+    interface::{Interface, flag as interface_flag, role},
+};
+
+use crate::{
+    family::Family,
+    flow, kernel, maps,
+    maps::Lane,
+    packet::{Packet, Route},
+    verdict::{Decision, Verdict, drop},
+};
+
+/// What [`send`] returns where the packet is left to the stack, untouched.
+pub(crate) const LEFT: i32 = i32::MIN;
+/// What it returns where the kernel refused to write to it.
+pub(crate) const BROKEN: i32 = i32::MIN + 1;
+
+/// Whether there is a way past the stack at all.
+#[inline(always)]
+pub(crate) fn is_open() -> bool {
+    maps::config().is_some_and(|config| config.fast_path != 0)
+}
+
+/// Sends a packet that arrived in `zone`, and that `half` leads to a container, straight there;
+/// `None` where the stack has to take it, as it is.
+#[inline(always)]
+pub(crate) fn into_container<F: Family>(
+    packet: &Packet<'_, F>,
+    half: &Flow<F::Address>,
+    zone: u32,
+) -> Decision<Option<Verdict>> {
+    let exit = if is_open() { container_exit::<F>(packet, half) } else { 0 };
+    flow::note_exit(packet, zone, half, exit);
+    by::<F>(packet, half, exit, u32::MAX)
+}
+
+/// Sends a packet that arrived in `zone`, and that `half` leads to the world, straight out by this
+/// route; `None` where the stack has to take it, as it is.
+#[inline(always)]
+pub(crate) fn out<F: Family>(
+    packet: &Packet<'_, F>,
+    half: &Flow<F::Address>,
+    zone: u32,
+    route: Route,
+    exit: &Interface,
+) -> Decision<Option<Verdict>> {
+    let has_way = is_open() && exit.flags & interface_flag::ETHERNET != 0;
+    // What goes by a route with a smaller MTU than its interface is for the stack to judge, each
+    // time, and so is what goes by one whose MTU the kernel does not tell.
+    let is_plain = route.mtu >= exit.mtu;
+    flow::note_exit(packet, zone, half, if has_way && is_plain { route.ifindex } else { 0 });
+    let limit = if route.mtu == Route::UNKNOWN_MTU { F::LEAST_MTU } else { route.mtu };
+    by::<F>(packet, half, if has_way { route.ifindex } else { 0 }, limit)
+}
+
+/// The host's end of the veth of the container that a half leads to; 0 where it is not the
+/// container that the flow was opened for, which is the wall's to judge.
+#[inline(always)]
+fn container_exit<F: Family>(packet: &Packet<'_, F>, half: &Flow<F::Address>) -> u32 {
+    let known = maps::near_interface(half.exit);
+    if known.is_some_and(|exit| leads_to_endpoint::<F>(exit, half)) {
+        return half.exit;
+    }
+    let Some(endpoint) = F::endpoint(half.to.dst) else { return 0 };
+    let own = F::flow(&half.peer_key(packet.proto));
+    let is_own = own.is_some_and(|own| own.generation() == endpoint.generation);
+    if is_own && endpoint.network == half.reply_zone() { endpoint.ifindex } else { 0 }
+}
+
+/// Whether an interface that a half has led to before is still that container's.
+#[inline(always)]
+pub(crate) fn leads_to_endpoint<F: Family>(exit: &Interface, half: &Flow<F::Address>) -> bool {
+    exit.role == role::ENDPOINT && *F::address(exit) == half.to.dst
+}
+
+#[inline(always)]
+fn by<F: Family>(
+    packet: &Packet<'_, F>,
+    half: &Flow<F::Address>,
+    exit: u32,
+    limit: u32,
+) -> Decision<Option<Verdict>> {
+    match if exit == 0 { LEFT } else { F::send(packet.skb(), exit, limit) } {
+        LEFT => {
+            maps::count_lane(Lane::Stack);
+            Ok(None)
+        }
+        BROKEN => drop(Reason::Rewrite, half.network()),
+        code => Ok(Some(Verdict::Sent(code))),
+    }
+}
+
+/// Sends the packet whose headers lie in [`crate::maps::Maps::headers`], rewritten as the half in
+/// [`crate::maps::Maps::half`] says, out of the interface `exit` if it has no more than `limit` bytes.
+/// Returns what the hook has to return, [`LEFT`] or [`BROKEN`].
+#[inline(always)]
+pub(crate) fn send<F: Family>(skb: *mut __sk_buff, exit: u32, limit: u32) -> i32 {
+    let ctx = TcContext::new(skb);
+    let Some(mut packet) = Packet::<F>::parsed(&ctx) else { return LEFT };
+    let (Some(half), Some(interface)) = (F::half(), maps::interface(exit)) else { return LEFT };
+    let is_switched = half.stage == stage::SWITCH;
+    let lasts = is_switched || packet.ttl > 1;
+    if !lasts || !packet.is_plain_frame() || !packet.fits(limit.min(interface.mtu)) {
+        return LEFT;
+    }
+    match carry(&mut packet, half, exit, interface, is_switched) {
+        Ok(code) => {
+            maps::count_lane(Lane::Fast);
+            code
+        }
+        Err(_) => BROKEN,
+    }
+}
+
+#[inline(always)]
+fn carry<F: Family>(
+    packet: &mut Packet<'_, F>,
+    half: &Flow<F::Address>,
+    exit: u32,
+    interface: &Interface,
+    is_switched: bool,
+) -> Result<i32, Reason> {
+    packet.rewrite(&half.to)?;
+    if !is_switched {
+        packet.set_life(packet.ttl - 1)?;
+    }
+    if interface.role == role::UPLINK {
+        return Ok(kernel::redirect_neighbour(exit));
+    }
+    packet.set_destination_mac(&interface.mac)?;
+    if !is_switched {
+        let network = maps::network(interface.network).ok_or(Reason::NotReady)?;
+        packet.set_source_mac(&network.mac)?;
+    }
+    Ok(kernel::redirect_peer(exit))
+}
