@@ -107,6 +107,15 @@ impl Bytes {
         value as u16
     }
 
+    /// Writes 32 bits from a native integer.
+    #[inline(always)]
+    fn set_word(self, offset: usize, value: u32) {
+        // SAFETY: the verifier sees to it that nothing is written but the packet.
+        unsafe {
+            asm!("*(u32 *)({0} + 0) = {1}", in(reg) self.0 + offset, in(reg) u64::from(value), options(nostack));
+        };
+    }
+
     /// 32 bits as a native integer.
     #[inline(always)]
     fn word(self, offset: usize) -> u32 {
@@ -222,6 +231,12 @@ fn is_from(frame: Bytes, mac: &[u8; 6]) -> bool {
     frame.half(6) == u16::from_ne_bytes([a, b]) && frame.word(8) == u32::from_ne_bytes([c, d, e, f])
 }
 
+#[inline(always)]
+fn halves(mac: &[u8; 6]) -> [u16; 3] {
+    let [a, b, c, d, e, f] = *mac;
+    [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]), u16::from_ne_bytes([e, f])]
+}
+
 /// Whether the policy that has a say has not changed since it was asked.
 #[inline(always)]
 fn is_approved<A: Address>(half: &Flow<A>) -> bool {
@@ -315,19 +330,32 @@ fn send<F: Plain>(
         None => kernel::account(skb, changed),
     }
     head.key.tuple = to;
-    let at = (EthHdr::LEN + first) as u32;
-    let bytes = (4 + size_of_val(&head.key.tuple)) as u32;
-    kernel::store(skb, at, (&raw const *head).cast(), bytes)?;
+    let ctx = TcContext::new(skb);
+    let start = ctx.data();
+    if start + EthHdr::LEN + size_of::<F::Header>() + 4 > ctx.data_end() {
+        return Err(Reason::Rewrite);
+    }
+    let frame = Bytes(start);
+    let words = (&raw const *head).cast::<u32>();
+    for word in 0..(4 + size_of_val(&head.key.tuple)) / 4 {
+        // SAFETY: as in `read`.
+        frame.set_word(EthHdr::LEN + first + 4 * word, unsafe { words.add(word).read() });
+    }
     if exit.role == role::UPLINK {
         return Ok(kernel::redirect_neighbour(half.exit));
     }
-    let mut macs = [[0_u8; 6]; 2];
-    macs[0] = exit.mac;
-    let mut bytes = 6;
-    if lost != 0 {
-        macs[1] = maps::network(exit.network).ok_or(Reason::NotReady)?.mac;
-        bytes = 12;
-    }
-    kernel::store(skb, 0, macs.as_ptr().cast(), bytes)?;
+    let source = if lost == 0 {
+        [frame.half(6), frame.half(8), frame.half(10)]
+    } else {
+        halves(&maps::network(exit.network).ok_or(Reason::NotReady)?.mac)
+    };
+    let destination = halves(&exit.mac);
+    let pair = |a: u16, b: u16| {
+        let ([a, b], [c, d]) = (a.to_ne_bytes(), b.to_ne_bytes());
+        u32::from_ne_bytes([a, b, c, d])
+    };
+    frame.set_word(0, pair(destination[0], destination[1]));
+    frame.set_word(4, pair(destination[2], source[0]));
+    frame.set_word(8, pair(source[1], source[2]));
     Ok(kernel::redirect_peer(half.exit))
 }

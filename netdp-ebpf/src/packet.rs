@@ -6,7 +6,7 @@ use core::ops::Deref;
 
 use aya_ebpf::{
     bindings::{
-        __sk_buff, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH,
+        __sk_buff, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LKUP_RET_NO_NEIGH,
         BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibLookup,
     },
     helpers::generated::{bpf_fib_lookup, bpf_skb_load_bytes},
@@ -33,6 +33,7 @@ use crate::{
     verdict::{Decision, drop},
 };
 
+const EINVAL: i32 = -22;
 /// What an error quotes at least of the transport header it is about (RFC 792).
 const QUOTED_TRANSPORT: usize = 8;
 const PACKET_OTHERHOST: u32 = 3;
@@ -717,9 +718,16 @@ fn route<F: Family>(skb: *mut __sk_buff, ifindex: u32, headers: &Headers<F>) -> 
     let addresses = Tuple { src: headers.source, dst: headers.destination, ..headers.tuple };
     F::set_route(&mut lookup, &addresses);
     let size = size_of::<FibLookup>() as i32;
-    // SAFETY: context and parameters are valid; the size is that of the structure.
-    let outcome = unsafe { bpf_fib_lookup(skb.cast(), &raw mut lookup, size, 0) } as u32;
-    match outcome {
+    let mut look_up = |flags| {
+        // SAFETY: context and parameters are valid; the size is that of the structure.
+        unsafe { bpf_fib_lookup(skb.cast(), &raw mut lookup, size, flags) as i32 }
+    };
+    let mut outcome = look_up(BPF_FIB_LOOKUP_SKIP_NEIGH);
+    if outcome == EINVAL {
+        // Before Linux 6.3 it looks for the next hop's MAC address, which is not needed here.
+        outcome = look_up(0);
+    }
+    match outcome as u32 {
         // Too large for the exit: the stack fragments it, or answers.
         BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED => {
             // SAFETY: both are the same two bytes.

@@ -27,7 +27,7 @@ use self::{
 };
 use crate::{
     config::Config,
-    dataplane::{Count, Dataplane, Drift, FlowRecord, FlowTable, Program},
+    dataplane::{Count, Dataplane, Drift, FlowRecord, FlowTable, Lanes, Program},
     facts::HostFacts,
     model::{EndpointId, Model, Refusal},
     netlink::{Netlink, events::Events, namespace},
@@ -222,6 +222,14 @@ impl Controller {
     /// Fails where the backend can't read them.
     pub async fn flows(&self) -> Result<Vec<FlowRecord>> {
         self.shared.dataplane.call(|dataplane| dataplane.flows()).await?
+    }
+
+    /// How packets of flows went.
+    ///
+    /// # Errors
+    /// Fails where the backend can't read it.
+    pub async fn lanes(&self) -> Result<Option<Lanes>> {
+        self.shared.dataplane.call(|dataplane| dataplane.lanes()).await?
     }
 
     /// What was counted so far.

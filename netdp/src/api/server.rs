@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     controller::{ChangeError, Controller},
-    dataplane::KernelFeature,
+    dataplane::{KernelFeature, Lanes},
     model::{self, Refusal},
     netlink::namespace,
 };
@@ -425,6 +425,7 @@ async fn flows(
 async fn status(State(api): State<Api>) -> Answer<wire::Status> {
     let snapshot = api.controller.snapshot();
     let counters = api.controller.counters().await?;
+    let lanes = api.controller.lanes().await?;
     let flows = api.controller.flows().await?.len();
     let model = &snapshot.model;
     Ok(Json(wire::Status {
@@ -436,6 +437,7 @@ async fn status(State(api): State<Api>) -> Answer<wire::Status> {
         published: model.endpoints.values().map(|endpoint| endpoint.published.len()).sum(),
         flows,
         flow_tables: snapshot.flow_tables.iter().map(wire::FlowTable::from).collect(),
+        lanes: lanes.map(|Lanes { fast, stack }| wire::Lanes { fast, stack }),
         uplinks: wire::Uplink::of(&snapshot.program, &snapshot.facts),
         counters: counters.iter().map(|count| wire::Counter::of(model, count)).collect(),
         troubles: snapshot.troubles,

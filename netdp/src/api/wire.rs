@@ -402,6 +402,8 @@ pub struct Status {
     pub flows: usize,
     /// How full the flow tables were when flows were last collected, seconds ago.
     pub flow_tables: Vec<FlowTable>,
+    /// How packets of flows went since the agent started; `null` where all go by the host's stack.
+    pub lanes: Option<Lanes>,
     /// Interfaces to the outside.
     pub uplinks: Vec<Uplink>,
     /// What was counted since the maps were made, zero rows left out.
@@ -425,6 +427,15 @@ pub struct Feature {
     pub is_there: bool,
     /// What is lost without it.
     pub without: String,
+}
+
+/// Packets of flows by the way they took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lanes {
+    /// Past the host's stack.
+    pub fast: u64,
+    /// By it.
+    pub stack: u64,
 }
 
 /// How full a family's flow table is.

@@ -187,6 +187,15 @@ pub struct Count {
     pub bytes: u64,
 }
 
+/// Packets of flows by the way they took, since the programs were loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lanes {
+    /// Past the host's stack.
+    pub fast: u64,
+    /// By it.
+    pub stack: u64,
+}
+
 /// One tracked connection, both halves put together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FlowRecord {
@@ -278,6 +287,14 @@ pub trait Dataplane: Send {
     /// # Errors
     /// Fails where the kernel can't be read.
     fn counters(&mut self) -> Result<Vec<Count>>;
+
+    /// How packets of flows went; `None` where all go one way.
+    ///
+    /// # Errors
+    /// Fails where the kernel can't be read.
+    fn lanes(&mut self) -> Result<Option<Lanes>> {
+        Ok(None)
+    }
 
     /// All tracked connections.
     ///

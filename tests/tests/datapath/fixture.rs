@@ -260,7 +260,7 @@ impl At {
 }
 
 /// What a container sends.
-pub(crate) fn from_container(endpoint: &'static str) -> At {
+pub(crate) const fn from_container(endpoint: &'static str) -> At {
     At { hook: Hook::FromContainer, interface: endpoint, arrived: Some(endpoint) }
 }
 
@@ -270,7 +270,7 @@ pub(crate) fn into_network(network: NetworkId, arrived: Option<&'static str>) ->
 }
 
 /// What comes in from outside.
-pub(crate) fn from_uplink(uplink: &'static str) -> At {
+pub(crate) const fn from_uplink(uplink: &'static str) -> At {
     At { hook: Hook::FromUplink, interface: uplink, arrived: Some(uplink) }
 }
 

@@ -19,6 +19,7 @@ mod apply;
 mod datagram;
 mod errors;
 mod family;
+mod fast;
 mod fixture;
 mod flows;
 mod halves;
@@ -58,6 +59,13 @@ const TRIALS: &[Promise] = trials! {
         a_published_port_answers_its_own_network,
         a_published_port_answers_its_own_network_without_icc,
         a_container_reaches_its_own_published_port_as_the_gateway;
+    fast:
+        a_flow_is_looked_at_once_a_second,
+        the_stack_answers_what_it_has_to,
+        a_closed_way_is_left_at_once,
+        a_new_rule_cuts_a_flow_on_the_fast_path,
+        a_container_that_is_gone_gets_nothing,
+        the_fast_path_does_what_the_stack_would;
     walls:
         networks_are_walls,
         internal_and_isolated_networks_have_no_way_out,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use aya::maps::{Array, HashMap, MapData, PerCpuHashMap};
+use aya::maps::{Array, HashMap, MapData, PerCpuArray, PerCpuHashMap};
 use netdp_common::{
     aging::Collection,
     config::{Config, Timeouts},
@@ -33,7 +33,9 @@ use self::{
     sys::Wire,
     tables::{Hash, Indexed, Lpm, Slots, Table, absent_is_fine},
 };
-use super::{Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Program};
+use super::{
+    Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program,
+};
 use crate::{
     family::{Family, V4, V6},
     model::NetworkId,
@@ -90,6 +92,7 @@ pub struct Ebpf {
     flows6: Flows<V6>,
     origins: Origins,
     counters: PerCpuHashMap<MapData, Wire<CounterKey>, Wire<Counter>>,
+    lanes: PerCpuArray<MapData, u64>,
     collection: Array<MapData, Wire<Collection>>,
     /// Flows that each endpoint has opened, by its generation.
     usage: HashMap<MapData, u32, u64>,
@@ -157,6 +160,7 @@ impl Ebpf {
         let origins = Origins::new(object.take_map("SOCKET_ORIGIN")?)?;
         let counters =
             PerCpuHashMap::try_from(object.take_map("COUNTERS")?).context("open map COUNTERS")?;
+        let lanes = PerCpuArray::try_from(object.take_map("LANES")?).context("open map LANES")?;
         let collection = open_collection(&mut object, &options.timeouts)?;
         let usage = HashMap::try_from(object.take_map("USAGE")?).context("open map USAGE")?;
         let current = tables.read(&object)?;
@@ -170,6 +174,7 @@ impl Ebpf {
             flows6,
             origins,
             counters,
+            lanes,
             collection,
             usage,
             current,
@@ -574,6 +579,13 @@ impl Dataplane for Ebpf {
         }
         counts.sort_by_key(|count| (count.network, count.reason));
         Ok(counts)
+    }
+
+    fn lanes(&mut self) -> Result<Option<Lanes>> {
+        let packets = |lane| -> Result<u64> {
+            Ok(self.lanes.get(&lane, 0).context("read map LANES")?.iter().sum())
+        };
+        Ok(Some(Lanes { fast: packets(0)?, stack: packets(1)? }))
     }
 
     fn flows(&mut self) -> Result<Vec<FlowRecord>> {
