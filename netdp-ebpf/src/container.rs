@@ -180,7 +180,7 @@ fn to_neighbour<F: Family>(packet: &Packet<'_, F>, sender: &Sender) -> Decision 
     if !sender.network.has(flag::ICC) {
         return sender.drop(Reason::Icc);
     }
-    Ok(Verdict::Pass)
+    Ok(shortcut::to_neighbour(packet, sender, shortcut::to_destination))
 }
 
 /// Whether it is what a DHCP server sends to its clients (RFC 2131, 4.1; RFC 8415, 7.2).

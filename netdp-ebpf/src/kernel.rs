@@ -4,9 +4,10 @@ use aya_ebpf::{
     Global,
     bindings::__sk_buff,
     helpers::generated::{
-        bpf_csum_update, bpf_get_prandom_u32, bpf_l4_csum_replace, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
-        bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_set_retval, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release,
-        bpf_skb_change_tail, bpf_skb_load_bytes_relative, bpf_skb_store_bytes,
+        bpf_csum_update, bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
+        bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_set_retval,
+        bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_change_tail,
+        bpf_skb_load_bytes_relative,
     },
 };
 use netdp_common::{
@@ -124,21 +125,6 @@ pub(crate) fn update_checksum(
 ) -> Result<(), Reason> {
     // SAFETY: the context is valid; takes numbers.
     let outcome = unsafe { bpf_l4_csum_replace(skb, at, 0, difference.get().into(), flags) };
-    if outcome == 0 { Ok(()) } else { Err(Reason::Rewrite) }
-}
-
-/// Writes `bytes` bytes into the packet at offset `at`.
-///
-/// Errors: as [`update_checksum`].
-#[inline(always)]
-pub(crate) fn store(
-    skb: *mut __sk_buff,
-    at: u32,
-    from: *const u8,
-    bytes: u32,
-) -> Result<(), Reason> {
-    // SAFETY: the context is valid; the verifier sees to it that there are as many bytes.
-    let outcome = unsafe { bpf_skb_store_bytes(skb, at, from.cast(), bytes, 0) };
     if outcome == 0 { Ok(()) } else { Err(Reason::Rewrite) }
 }
 

@@ -14,6 +14,7 @@ use crate::{
     container::{self, Sender},
     family::V6,
     packet::{Headers, Packet},
+    shortcut,
     verdict::{Decision, Verdict},
 };
 
@@ -56,7 +57,7 @@ pub(crate) fn on_link(packet: &Packet<'_, V6>, sender: &Sender) -> Option<Decisi
             }
             NEIGHBOUR_SOLICITATION | NEIGHBOUR_ADVERTISEMENT => {
                 return Some(if is_true(packet.skb(), packet, sender.interface) {
-                    Ok(Verdict::Pass)
+                    Ok(shortcut::to_neighbour(packet, sender, introduce))
                 } else {
                     sender.drop(Reason::SpoofedNeighbour)
                 });
@@ -108,6 +109,19 @@ fn between_link_locals(packet: &Packet<'_, V6>, sender: &Sender) -> Decision {
         return sender.drop(Reason::HostAccess);
     }
     Ok(Verdict::Pass)
+}
+
+/// Hands a solicitation to the neighbour that it asks for, and an advertisement to the one that it is
+/// for. A sub-program of its own, as [`is_true`].
+#[inline(never)]
+fn introduce(skb: *mut __sk_buff, headers: &Headers<V6>, network: u32, own: u32) -> i32 {
+    if headers.icmp_type == NEIGHBOUR_ADVERTISEMENT {
+        return shortcut::hand_over(headers, &headers.destination, network, own);
+    }
+    match SkBuff::new(skb).load(headers.outer.l4 + TARGET) {
+        Ok(target) => shortcut::hand_over(headers, &target, network, own),
+        Err(_) => shortcut::LEFT,
+    }
 }
 
 /// Whether a solicitation or advertisement is about its sender, or asks for somebody.

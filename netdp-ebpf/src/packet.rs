@@ -6,8 +6,8 @@ use core::ops::Deref;
 
 use aya_ebpf::{
     bindings::{
-        __sk_buff, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LKUP_RET_NO_NEIGH,
-        BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibLookup,
+        __sk_buff, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH,
+        BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_SKIP_NEIGH, bpf_fib_lookup as FibLookup,
     },
     helpers::generated::{bpf_fib_lookup, bpf_skb_load_bytes},
     programs::{TcContext, sk_buff::SkBuff},
@@ -376,12 +376,6 @@ impl<'a, F: Family> Packet<'a, F> {
         }
     }
 
-    /// The MAC addresses; Ethernet only.
-    #[inline(always)]
-    pub(crate) fn frame(&self) -> Frame {
-        self.headers.start.frame()
-    }
-
     /// The context, for helpers that want it raw.
     #[inline(always)]
     pub(crate) fn skb(&self) -> *mut __sk_buff {
@@ -657,6 +651,12 @@ impl<F: Family> Headers<F> {
             proto if proto == F::ICMP => Transport::Query,
             _ => Transport::Addresses,
         }
+    }
+
+    /// The MAC addresses; Ethernet only.
+    #[inline(always)]
+    pub(crate) fn frame(&self) -> Frame {
+        self.start.frame()
     }
 
     /// A word of the packet as it was parsed, counted from its IP header on, which has no options;

@@ -12,10 +12,11 @@ use netdp_common::{
 };
 
 use crate::{
+    container::Sender,
     family::Family,
     flow, kernel, maps,
     maps::Lane,
-    packet::{Packet, Route},
+    packet::{Headers, Packet, Route},
     verdict::{Decision, Verdict, drop},
 };
 
@@ -23,6 +24,9 @@ use crate::{
 pub(crate) const LEFT: i32 = i32::MIN;
 /// What it returns where the kernel refused to write to it.
 pub(crate) const BROKEN: i32 = i32::MIN + 1;
+
+/// The bit of a MAC address's first byte that tells a group from a station (IEEE 802).
+const GROUP: u8 = 1;
 
 /// Whether there is a way past the stack at all.
 #[inline(always)]
@@ -74,6 +78,55 @@ fn container_exit<F: Family>(packet: &Packet<'_, F>, half: &Flow<F::Address>) ->
     let own = F::flow(&half.peer_key(packet.proto));
     let is_own = own.is_some_and(|own| own.generation() == endpoint.generation);
     if is_own && endpoint.network == half.reply_zone() { endpoint.ifindex } else { 0 }
+}
+
+/// Hands a packet to another member of the sender's network, if it is for one that `find` finds;
+/// otherwise the bridge has to find who it is for. `find` gets packet, headers, and network and
+/// generation of the sender.
+#[inline(always)]
+pub(crate) fn to_neighbour<F: Family>(
+    packet: &Packet<'_, F>,
+    sender: &Sender,
+    find: fn(*mut __sk_buff, &Headers<F>, u32, u32) -> i32,
+) -> Verdict {
+    if !is_open() {
+        return Verdict::Pass;
+    }
+    match find(packet.skb(), packet.headers(), sender.id, sender.interface.generation) {
+        LEFT => Verdict::Pass,
+        code => Verdict::Sent(code),
+    }
+}
+
+/// Hands a packet to the member that has its destination's address. A sub-program of its own, for the
+/// stacks of its callers.
+#[inline(never)]
+pub(crate) fn to_destination<F: Family>(
+    _: *mut __sk_buff,
+    headers: &Headers<F>,
+    network: u32,
+    own_generation: u32,
+) -> i32 {
+    hand_over(headers, &headers.destination, network, own_generation)
+}
+
+/// Hands a packet to the member of a network that has `address`, if the frame is for that one.
+#[inline(always)]
+pub(crate) fn hand_over<F: Family>(
+    headers: &Headers<F>,
+    address: &F::Address,
+    network: u32,
+    own_generation: u32,
+) -> i32 {
+    let Some(peer) = F::endpoint(*address) else { return LEFT };
+    let station = headers.frame().destination;
+    // Solicitations go to a group that only the one with the address is in.
+    let is_for_peer = station == peer.mac || station[0] & GROUP != 0;
+    if peer.network != network || peer.generation == own_generation || !is_for_peer {
+        return LEFT;
+    }
+    maps::count_lane(Lane::Fast);
+    kernel::redirect_peer(peer.ifindex)
 }
 
 /// Whether an interface that a half has led to before is still that container's.

@@ -18,7 +18,13 @@ pub struct Config {
     #[arg(long = "uplink", value_name = "IFACE")]
     pub uplinks: Vec<String>,
     /// Whether packets of flows go past the host's stack, its firewall included, where they can
-    #[arg(long, value_name = "on|off", value_enum, default_value = "on", hide_possible_values = true)]
+    #[arg(
+        long,
+        value_name = "on|off",
+        value_enum,
+        default_value = "on",
+        hide_possible_values = true
+    )]
     pub fast_path: Switch,
     /// Most flows of each family that are tracked at a time
     #[arg(long, value_name = "N", default_value_t = FLOWS_DEFAULT,

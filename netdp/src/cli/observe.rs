@@ -105,9 +105,7 @@ impl Status {
             if uplinks.is_empty() { "none".to_owned() } else { uplinks.join(", ") },
         );
         if let Some(wire::Lanes { fast, stack }) = status.lanes {
-            text.push_str(&format!(
-                "packets    {fast} past the host's stack, {stack} by it\n"
-            ));
+            text.push_str(&format!("packets    {fast} past the host's stack, {stack} by it\n"));
         }
         for trouble in &status.troubles {
             text.push_str(&format!("trouble    {trouble}\n"));

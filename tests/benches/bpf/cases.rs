@@ -16,9 +16,9 @@ use crate::{
     datagram::{Datagram, Kind, Wire},
     family::{FAMILIES, Family},
     fixture::{
-        A, At, Fixture, HOST, ROUTER_MAC, TCX_NEXT, TCX_REDIRECT, UPLINK_MAC, bridge_mac, from_container,
-        from_container_wire, from_outside_wire, from_uplink, hex, into_network, mac, socket,
-        to_uplink,
+        A, At, Fixture, HOST, ROUTER_MAC, TCX_NEXT, TCX_REDIRECT, UPLINK_MAC, bridge_mac,
+        from_container, from_container_wire, from_outside_wire, from_uplink, hex, into_network,
+        mac, socket, to_uplink,
     },
 };
 
@@ -172,10 +172,8 @@ fn from_a1(wire: Wire) -> Wire {
 fn ways() -> [Step; 16] {
     let step = |way, program, at, wires| Step { way, program, at, opens: false, sent: None, wires };
     let first = |way, program, at, wires| Step { opens: true, ..step(way, program, at, wires) };
-    let fast = |hops, way, program, at, wires| Step {
-        sent: Some(hops),
-        ..step(way, program, at, wires)
-    };
+    let fast =
+        |hops, way, program, at, wires| Step { sent: Some(hops), ..step(way, program, at, wires) };
     let a1 = from_container("a1");
     let leaves = to_uplink("up0", Some("br-a"));
     let enters = into_network(A, Some("up0"));

@@ -2,10 +2,10 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use etherparse::ArpOperation;
 use netdp_tests::harness::{Outcome, Row};
-use netdp_tests::lab::SecondInterface;
+use netdp_tests::lab::{Lab, SecondInterface};
 use netdp_tests::namespace::Namespace;
 use netdp_tests::net::{Family, IPV4, IPV6, Net};
 use netdp_tests::packet::{BROADCAST, Envelope, arp};
@@ -41,6 +41,53 @@ pub(crate) fn neighbours_talk_untranslated(row: &Row) -> Result<Outcome> {
 fn neighbour_mac(namespace: &Namespace, address: IpAddr) -> Result<Option<String>> {
     let neighbours = namespace.ip_json(&["neighbour", "show", "to", &address.to_string()])?;
     Ok(neighbours[0]["lladdr"].as_str().map(String::from))
+}
+
+/// A firewall of the host's that forwards nothing.
+const FORWARD_NOTHING: &str =
+    "table inet others { chain forward { type filter hook forward priority 0; policy drop; }; }";
+
+/// Runs `nft` on the host.
+fn nft(lab: &Lab, rules: &str) -> Result<()> {
+    let said = lab.host().output("nft", &[rules])?;
+    let error = String::from_utf8_lossy(&said.stderr);
+    ensure!(said.status.success(), "nft {rules}: {}", error.trim());
+    Ok(())
+}
+
+pub(crate) fn rules_of_others_do_not_matter(row: &Row) -> Result<Outcome> {
+    let net = row.net();
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let _outside = lab.outside().tcp_server("outside", (net.outside, 80))?;
+        let _outside_udp = lab.outside().udp_server("outside", (net.outside, 80))?;
+        let talk = || -> Result<()> {
+            lab.outside().tcp((net.host, 8080)).exchange()?.by("a1")?.saw_client_at(net.outside)?;
+            lab.outside().udp((net.host, 8080)).exchange()?.by("a1")?.saw_client_at(net.outside)?;
+            for client in [&containers.a1, &containers.b1] {
+                client.tcp((net.outside, 80)).exchange()?.saw_client_at(net.host)?;
+                client.udp((net.outside, 80)).exchange()?.saw_client_at(net.host)?;
+                client.ping(net.outside).replied()?;
+            }
+            containers.b1.tcp((net.host, 8080)).exchange()?.by("a1")?.saw_client_at(net.b1)?;
+            containers.a2.tcp((net.host, 8080)).exchange()?.by("a1")?.saw_client_at(net.a2)?;
+            containers.a2.tcp((net.a1, 80)).exchange()?.by("a1")?.saw_client_at(net.a2)?;
+            lab.host().tcp((net.host, 8080)).exchange()?.by("a1")?;
+            // Walls stand, whoever flushes what.
+            counted(lab, "isolation", || containers.b1.tcp((net.a1, 80)).dropped())?;
+            counted(lab, "direct_access", || lab.outside().tcp((net.a1, 80)).dropped())
+        };
+        nft(lab, FORWARD_NOTHING).context("with a chain that forwards nothing")?;
+        talk()?;
+        let mut open = lab.outside().tcp((net.host, 8080)).open()?;
+        open.exchange(100)?;
+        nft(lab, "flush ruleset")?;
+        talk().context("after a flush")?;
+        open.exchange(100_000).context("of a connection from before")?;
+        let lanes = &lab.json(&["status"])?["lanes"];
+        ensure!(lanes["fast"].as_u64() > Some(100), "packets went {lanes}");
+        Ok(())
+    })
 }
 
 pub(crate) fn icc_off_parts_neighbours(row: &Row) -> Result<Outcome> {

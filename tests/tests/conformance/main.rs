@@ -79,6 +79,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("ISO-07", isolation::routed_network_accepts_published_ports),
     ("ISO-08", isolation::internal_network_is_closed),
     ("ISO-09", isolation::isolated_network_has_no_host),
+    ("ISO-10", isolation::rules_of_others_do_not_matter),
     ("ISO-11", isolation::other_family_does_not_pass),
     ("ISO-12", isolation::host_reaches_every_container_port),
     ("POL-01", policy::listed_sources_pass_and_others_do_not),

@@ -19,8 +19,8 @@ use crate::{
     family::Family,
     fixture::{
         A, At, Fixture, HOST, OUTSIDE, Outcome, TCX_NEXT, TCX_REDIRECT, bridge_mac, dropped,
-        from_container, from_container_wire, from_outside_wire, from_uplink, hex, id_of, mac,
-        pass, pass_as, sent_as, socket, to_uplink,
+        from_container, from_container_wire, from_outside_wire, from_uplink, hex, id_of, mac, pass,
+        pass_as, sent_as, socket, to_uplink,
     },
     halves::Fate,
     policies,
@@ -121,14 +121,24 @@ pub(crate) fn the_stack_answers_what_it_has_to(fixture: &mut Fixture) -> Result<
     talk(fixture)?;
     for kind in [Kind::Udp, Kind::Segment] {
         let last_hop = |wire| Datagram::new(kind, wire).with_ttl(1);
-        fixture.expect("at its end, in", UPLINK, &last_hop(into()), pass_as(into().to(socket("a1", 80))))?;
+        fixture.expect(
+            "at its end, in",
+            UPLINK,
+            &last_hop(into()),
+            pass_as(into().to(socket("a1", 80))),
+        )?;
         fixture.expect("at its end, out", CONTAINER, &last_hop(out()), pass())?;
         let large = |wire| {
             let mut datagram = Datagram::new(kind, wire);
             datagram.payload = vec![7; 1500];
             datagram
         };
-        fixture.expect("too large, in", UPLINK, &large(into()), pass_as(into().to(socket("a1", 80))))?;
+        fixture.expect(
+            "too large, in",
+            UPLINK,
+            &large(into()),
+            pass_as(into().to(socket("a1", 80))),
+        )?;
         fixture.expect("too large, out", CONTAINER, &large(out()), pass())?;
         // What is as large as can be goes.
         let headers = large(out()).frame(fixture.family).len() - 1500 - ETHERNET;
@@ -240,7 +250,12 @@ fn compare(fixture: &Fixture, at: At, frame: &[u8]) -> Result<bool> {
     if fixture.family == Family::V4 {
         // Right or wrong before, the header's sum stays what it was.
         let sums = [&seen, &wanted].map(|frame| sum(&frame[ETHERNET..ETHERNET + 20]));
-        ensure!(sums[0] == sums[1], "the sum of the header is {:04x}, not {:04x}", sums[0], sums[1]);
+        ensure!(
+            sums[0] == sums[1],
+            "the sum of the header is {:04x}, not {:04x}",
+            sums[0],
+            sums[1]
+        );
         for frame in [&mut seen, &mut wanted] {
             frame[ETHERNET + 10..ETHERNET + 12].fill(0);
         }

@@ -110,7 +110,10 @@ impl Leg {
 fn shortened(legs: &[Leg]) -> Vec<Leg> {
     let (first, last) = (&legs[0], &legs[legs.len() - 1]);
     if first.turns_around {
-        return vec![Leg { turns_around: true, ..Leg::arriving(first.at, first.arrives, last.leaves) }];
+        return vec![Leg {
+            turns_around: true,
+            ..Leg::arriving(first.at, first.arrives, last.leaves)
+        }];
     }
     // The kernel writes the addresses of the next link when it has found the next hop.
     let leaves = if last.at.is_at_uplink() {
