@@ -51,8 +51,8 @@ wire! {
         /// Generation of the container whose packets this half is for; 0 in [`ZONE_WORLD`].
         pub generation: u32,
         /// ifindex of the interface by which the packet leaves past the host's stack: an uplink, or
-        /// the host's end of a container's veth; 0 where the stack has to take it. Looked up again
-        /// whenever [`Self::last_seen`] moves.
+        /// the host's end of a container's veth; 0 where the stack has to take it, or nobody has looked
+        /// since [`Self::last_seen`] moved.
         pub exit: u32,
         /// Generation of its policy under which the flow was last judged.
         pub policy_generation: u32,

@@ -59,6 +59,11 @@ fn note<F: Family>(
     let mut key = FlowKey::new(zone, headers.tuple, headers.proto);
     let Some(flow) = F::flow(&key) else { return Ok(false) };
     flow.copy_to(copy);
+    if copy.exit != 0 && copy.last_seen != kernel::now() {
+        // Good for the second in which it was found, whatever becomes of this packet.
+        flow.lead_out_of(0);
+        copy.exit = 0;
+    }
     let half = &*copy;
     if half.generation != generation {
         remove::<F>(&key, half);

@@ -21,7 +21,9 @@ use rtnetlink::{
         AddressFamily,
         address::{AddressAttribute, AddressFlags, AddressHeaderFlags},
         link::{InfoData, InfoVeth, LinkAttribute},
-        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+        neighbour::{
+            NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+        },
     },
 };
 
@@ -133,8 +135,26 @@ impl Netlink {
             self.change(LinkUnspec::new_with_index(ifindex).controller(bridge).up())
                 .await
                 .with_context(|| format!("connect {} to bridge {}", plan.name, plan.bridge))?;
+            self.tell_bridge(ifindex, plan.mac)
+                .await
+                .with_context(|| format!("tell bridge {} who is at {}", plan.bridge, plan.name))?;
         }
         Ok(())
+    }
+
+    /// Tells a bridge the MAC address behind its port `ifindex`. It learns from what it forwards,
+    /// and what goes past it teaches it nothing: it would flood what is for that station.
+    async fn tell_bridge(&self, ifindex: u32, mac: MacAddress) -> Result<()> {
+        self.handle
+            .neighbours()
+            .add_bridge(ifindex, &mac.0)
+            // A permanent one would be an address of the bridge itself.
+            .state(NeighbourState::Noarp)
+            .flags(NeighbourFlags::Controller)
+            .replace()
+            .execute()
+            .await
+            .map_err(kernel_error)
     }
 
     /// Makes the permanent neighbour entries of some interfaces exactly these.

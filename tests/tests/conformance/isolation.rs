@@ -238,7 +238,17 @@ pub(crate) fn host_reaches_every_container_port(row: &Row) -> Result<Outcome> {
         seen.by("a1")?.saw_client_at(net.gateway_a)?;
         expect_same("the replier", &seen.reply_from, &(net.a1, 80).endpoint())?;
         lab.host().ping(net.a1).replied()?;
-        lab.host().ping(net.b1).replied()
+        lab.host().ping(net.b1).replied()?;
+        // A bridge that has learned nothing would show to all what is for one.
+        let for_a1 = containers.a1.mac("eth0")?;
+        let overheard = containers.a2.sniff("eth0", move |frame| frame.starts_with(&for_a1))?;
+        let bridge = lab.json(&["network", "inspect", "net-a"])?[0]["bridge"].clone();
+        let bridge = bridge.as_str().context("read the name of the bridge")?;
+        for _ in 0..3 {
+            lab.host().ip(&format!("link set {bridge} type bridge fdb_flush\n"))?;
+            lab.host().ping(net.a1).replied()?;
+        }
+        expect_same("frames for a1 that a2 saw", &overheard.frames(), &vec![])
     })
 }
 
