@@ -4,10 +4,8 @@
 //! the stack), reading the packet where it lies. It decides nothing: whatever is not as plain as can
 //! be, and one packet of each flow in a second, is left to the program, untouched.
 
-use core::arch::asm;
-
 use aya_ebpf::{
-    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
+    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
     programs::TcContext,
 };
 use netdp_common::{
@@ -20,6 +18,7 @@ use netdp_common::{
 use network_types::{eth::EthHdr, tcp::TcpHdr, udp::UdpHdr};
 
 use crate::{
+    bytes::Bytes,
     family::{Family, V4, V6},
     kernel, maps,
     maps::Lane,
@@ -73,66 +72,11 @@ impl Plain for V6 {
     }
 }
 
-/// Bytes of a packet that the verifier knows to be there.
-#[derive(Clone, Copy)]
-pub(crate) struct Bytes(usize);
-
-impl Bytes {
-    #[inline(always)]
-    fn at(self, offset: usize) -> Self {
-        Self(self.0 + offset)
-    }
-
-    #[inline(always)]
-    fn byte(self, offset: usize) -> u8 {
-        let value: u64;
-        // SAFETY: the verifier sees to it that nothing is read but the packet.
-        unsafe {
-            asm!("{0} = *(u8 *)({1} + 0)", out(reg) value, in(reg) self.0 + offset, options(readonly, nostack));
-        };
-        value as u8
-    }
-
-    // Where they lie on no boundary, the compiler would read numbers byte by byte. The kernel's
-    // compiler knows better what the machine can do.
-
-    /// 16 bits as a native integer.
-    #[inline(always)]
-    fn half(self, offset: usize) -> u16 {
-        let value: u64;
-        // SAFETY: as in `byte`.
-        unsafe {
-            asm!("{0} = *(u16 *)({1} + 0)", out(reg) value, in(reg) self.0 + offset, options(readonly, nostack));
-        };
-        value as u16
-    }
-
-    /// Writes 32 bits from a native integer.
-    #[inline(always)]
-    fn set_word(self, offset: usize, value: u32) {
-        // SAFETY: the verifier sees to it that nothing is written but the packet.
-        unsafe {
-            asm!("*(u32 *)({0} + 0) = {1}", in(reg) self.0 + offset, in(reg) u64::from(value), options(nostack));
-        };
-    }
-
-    /// 32 bits as a native integer.
-    #[inline(always)]
-    fn word(self, offset: usize) -> u32 {
-        let value: u64;
-        // SAFETY: as in `byte`.
-        unsafe {
-            asm!("{0} = *(u32 *)({1} + 0)", out(reg) value, in(reg) self.0 + offset, options(readonly, nostack));
-        };
-        value as u32
-    }
-}
-
-/// What is rewritten, as it lies in the packet: the four bytes before the addresses, of which one is
-/// the time to live, addresses and ports. What follows belongs to the key only.
-#[repr(C)]
+/// What is rewritten.
 struct Head<A> {
+    /// The four bytes before the addresses: one is the time to live, and IPv4's checksum is there.
     before: [u8; 4],
+    /// Key of the flow, of which addresses and ports follow in the packet.
     key: FlowKey<A>,
 }
 
@@ -176,12 +120,8 @@ fn take<F: Plain>(
     if !shortcut::is_open() {
         return Ok(LEFT);
     }
-    let start = ctx.data();
-    let ip_header = size_of::<F::Header>();
-    if start + EthHdr::LEN + ip_header + TcpHdr::LEN > ctx.data_end() {
-        return Ok(LEFT);
-    }
-    let frame = Bytes(start);
+    let headers = EthHdr::LEN + size_of::<F::Header>() + TcpHdr::LEN;
+    let Some(frame) = Bytes::of(ctx, headers) else { return Ok(LEFT) };
     if let Some(sender) = sender
         && !is_from(frame, &sender.mac)
     {
@@ -216,7 +156,7 @@ fn take<F: Plain>(
         flow.acknowledge(&half, rest.acknowledged);
     }
     let lost = u8::from(!is_switched);
-    match send::<F>(ctx.skb.skb, &mut head, &half, exit, lost) {
+    match send::<F>(ctx, &mut head, &half, exit, lost) {
         Ok(code) => {
             maps::count_lane(Lane::Fast);
             Ok(code)
@@ -277,24 +217,22 @@ fn read<F: Plain>(ctx: &TcContext, ip: Bytes, zone: u32) -> Option<(Head<F::Addr
     let segment = kernel::segment_size(ctx.skb.skb);
     let bytes = if segment == 0 { length } else { headers + segment };
     let mut head = Head { before: [0; 4], key: FlowKey::new(zone, Default::default(), proto) };
-    let words = (&raw mut head).cast::<u32>();
     let first = F::ADDRESSES as usize - 4;
-    for word in 0..(4 + size_of_val(&head.key.tuple)) / 4 {
-        // SAFETY: within the bytes and the tuple, which together are words.
-        unsafe { words.add(word).write(ip.word(first + 4 * word)) };
-    }
+    ip.read(first, &mut head.before);
+    ip.read(first + 4, &mut head.key.tuple);
     Some((head, Rest { bytes, shown, acknowledged }))
 }
 
 /// Rewrites the packet, of whose life `lost` are lost, and sends it out of `exit`.
 #[inline(always)]
 fn send<F: Plain>(
-    skb: *mut __sk_buff,
+    ctx: &TcContext,
     head: &mut Head<F::Address>,
     half: &Flow<F::Address>,
     exit: &Interface,
     lost: u8,
 ) -> Result<i32, Reason> {
+    let skb = ctx.skb.skb;
     let (from, to) = (head.key.tuple, half.to);
     let addresses = from.src.difference(to.src).plus(from.dst.difference(to.dst));
     let at_transport = (EthHdr::LEN + size_of::<F::Header>()) as u32;
@@ -330,17 +268,13 @@ fn send<F: Plain>(
         None => kernel::account(skb, changed),
     }
     head.key.tuple = to;
-    let ctx = TcContext::new(skb);
-    let start = ctx.data();
-    if start + EthHdr::LEN + size_of::<F::Header>() + 4 > ctx.data_end() {
+    // The kernel may have moved the packet.
+    let Some(frame) = Bytes::of(ctx, at_transport as usize + 4) else {
         return Err(Reason::Rewrite);
-    }
-    let frame = Bytes(start);
-    let words = (&raw const *head).cast::<u32>();
-    for word in 0..(4 + size_of_val(&head.key.tuple)) / 4 {
-        // SAFETY: as in `read`.
-        frame.set_word(EthHdr::LEN + first + 4 * word, unsafe { words.add(word).read() });
-    }
+    };
+    let ip = frame.at(EthHdr::LEN);
+    ip.write(first, &head.before);
+    ip.write(first + 4, &head.key.tuple);
     if exit.role == role::UPLINK {
         return Ok(kernel::redirect_neighbour(half.exit));
     }

@@ -9,6 +9,7 @@
 
 mod aging;
 mod bridge;
+mod bytes;
 mod container;
 mod express;
 mod family;

@@ -16,6 +16,7 @@ const LINE_LIMIT: usize = 900;
 /// Where `unsafe` may be: raw packet and map pointers, wire layouts, system calls.
 const UNSAFE_HOMES: [&str; 9] = [
     "netdp-common/src/abi.rs",
+    "netdp-ebpf/src/bytes.rs",
     "netdp-ebpf/src/packet.rs",
     "netdp-ebpf/src/sock_addr.rs",
     "netdp-ebpf/src/maps.rs",

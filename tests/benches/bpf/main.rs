@@ -34,6 +34,8 @@ mod halves;
 #[path = "../../tests/datapath/host.rs"]
 mod host;
 mod report;
+#[path = "../../tests/datapath/standard.rs"]
+mod standard;
 
 /// Rounds of a whole run.
 const ROUNDS: usize = 100;

@@ -8,7 +8,7 @@ use netdp_tests::harness::{Outcome, Row};
 use netdp_tests::lab::{Lab, SecondInterface};
 use netdp_tests::namespace::Namespace;
 use netdp_tests::net::{Family, IPV4, IPV6, Net};
-use netdp_tests::packet::{BROADCAST, Envelope, arp};
+use netdp_tests::packet::{BROADCAST, Envelope, arp, summarise};
 use netdp_tests::probe::{Endpoint, Failure, expect_failure, expect_same};
 
 use crate::{counted, counted_soon, standard_containers};
@@ -77,6 +77,16 @@ pub(crate) fn rules_of_others_do_not_matter(row: &Row) -> Result<Outcome> {
             counted(lab, "isolation", || containers.b1.tcp((net.a1, 80)).dropped())?;
             counted(lab, "direct_access", || lab.outside().tcp((net.a1, 80)).dropped())
         };
+        let bridge = lab.json(&["network", "inspect", "net-a"])?[0]["bridge"].clone();
+        let bridge = bridge.as_str().context("read the name of the bridge")?;
+        let between = [net.outside, net.a1];
+        let of_both = move |frame: &[u8]| {
+            summarise(frame).is_some_and(|seen| {
+                between.contains(&seen.source) && between.contains(&seen.destination)
+            })
+        };
+        let on_bridge = lab.host().sniff(bridge, of_both)?;
+        let in_a1 = containers.a1.sniff("eth0", of_both)?;
         nft(lab, FORWARD_NOTHING).context("with a chain that forwards nothing")?;
         talk()?;
         let mut open = lab.outside().tcp((net.host, 8080)).open()?;
@@ -84,6 +94,9 @@ pub(crate) fn rules_of_others_do_not_matter(row: &Row) -> Result<Outcome> {
         nft(lab, "flush ruleset")?;
         talk().context("after a flush")?;
         open.exchange(100_000).context("of a connection from before")?;
+        // Where people look for packets: there and not there.
+        ensure!(!in_a1.frames().is_empty(), "nothing was seen in the container");
+        expect_same("frames on the bridge", &on_bridge.frames(), &vec![])?;
         let lanes = &lab.json(&["status"])?["lanes"];
         ensure!(lanes["fast"].as_u64() > Some(100), "packets went {lanes}");
         Ok(())

@@ -13,7 +13,8 @@ use netdp_common::{
 
 use crate::{
     family::Family,
-    fixture::{Fixture, id_of, published},
+    fixture::{Fixture, id_of},
+    standard::published,
 };
 
 pub(crate) fn publishing_a_port_is_at_most_two_writes(fixture: &mut Fixture) -> Result<()> {

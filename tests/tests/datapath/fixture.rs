@@ -5,7 +5,7 @@
 
 use std::{
     cell::{Cell, OnceCell, RefCell},
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs, hint,
     net::{IpAddr, Ipv4Addr, SocketAddrV4},
     os::fd::{AsFd, AsRawFd, BorrowedFd},
@@ -20,14 +20,12 @@ use aya::{
     programs::{SchedClassifier, TcAttachType},
 };
 use bytemuck::{bytes_of, pod_read_unaligned};
-use ipnet::{Ipv4Net, Ipv6Net};
 use netdp::{
     dataplane::{
-        Count, Dataplane, Drift, EndpointProgram, NatPorts, NetworkProgram, Program, PublishedKey,
-        PublishedTarget, SubnetProgram, Uplink,
+        Count, Dataplane, Drift, Program,
         ebpf::{Ebpf, EbpfOptions},
     },
-    model::{EndpointId, GatewayMode, MacAddress, NatBehaviour, NetworkId, Protocol},
+    model::{EndpointId, NetworkId},
 };
 use netdp_common::{
     addr::{Be32, Be128},
@@ -52,9 +50,10 @@ use tempfile::TempDir;
 
 use crate::{
     datagram::{Datagram, Wire, verify},
-    family::{Family, ipv6},
+    family::Family,
     halves::{self, Fate, Half, Zone},
     host::build_host,
+    standard::standard_program,
 };
 
 /// An ordinary network: a1, a2.
@@ -145,9 +144,9 @@ pub(crate) const BRIDGES: [(&str, NetworkId); 9] = [
 pub(crate) const UPLINKS: [(&str, Ipv4Addr); 4] =
     [("up0", HOST), ("up1", HOST_UP1), ("tun0", HOST_TUN), ("other0", Ipv4Addr::new(10, 3, 0, 2))];
 /// Without an Ethernet header.
-const TUN: &str = "tun0";
+pub(crate) const TUN: &str = "tun0";
 /// Not in the program.
-const UNKNOWN: &str = "other0";
+pub(crate) const UNKNOWN: &str = "other0";
 
 /// Address of an endpoint.
 pub(crate) fn address(endpoint: &str) -> Ipv4Addr {
@@ -812,108 +811,4 @@ thread_local! {
     /// Interfaces of the host by name, once it is built: no test changes them, and a namespace
     /// takes the kernel half a second to clear away.
     static HOST_INTERFACES: OnceCell<BTreeMap<&'static str, u32>> = const { OnceCell::new() };
-}
-
-fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
-    let networks = BRIDGES.map(|(name, id)| {
-        let gateway_mode = match id {
-            ISOLATED => GatewayMode::Isolated,
-            UNPROTECTED => GatewayMode::NatUnprotected,
-            ROUTED => GatewayMode::Routed,
-            _ => GatewayMode::Nat,
-        };
-        let network = NetworkProgram {
-            bridge_ifindex: ifindexes[name],
-            bridge_mac: MacAddress(bridge_mac(id)),
-            mtu: 1500,
-            ipv4: Some(SubnetProgram {
-                subnet: Ipv4Net::new_assert(host_in(id, 0), 24),
-                gateway: gateway(id),
-                snat_ip: (id == FIXED_SOURCE).then_some(SNAT),
-            }),
-            ipv6: Some(SubnetProgram {
-                subnet: Ipv6Net::new_assert(ipv6(gateway(id)), 64).trunc(),
-                gateway: ipv6(gateway(id)),
-                snat_ip: (id == FIXED_SOURCE).then_some(ipv6(SNAT)),
-            }),
-            gateway_mode,
-            internal: id == INTERNAL,
-            icc: id != ICC_OFF,
-            masquerade: id != UNMASQUERADED,
-            nat: NatBehaviour::EndpointDependent,
-            endpoint_flows: 0,
-            policy: Vec::new(),
-            policy_generation: 1,
-        };
-        (id, network)
-    });
-    let endpoints = MEMBERS.map(|(name, network)| {
-        let endpoint = EndpointProgram {
-            network,
-            ifindex: ifindexes[name],
-            ipv4: Some(address(name)),
-            ipv6: Some(ipv6(address(name))),
-            mac: MacAddress(mac(name)),
-        };
-        (id_of(name), endpoint)
-    });
-    let uplinks = UPLINKS.iter().filter(|(name, _)| *name != UNKNOWN).map(|&(name, address)| {
-        let uplink = Uplink {
-            masquerade4: Some(address),
-            masquerade6: Some(ipv6(address)),
-            mtu: 1500,
-            ethernet: name != TUN,
-            forwarded_before4: false,
-            forwarded_before6: false,
-        };
-        (ifindexes[name], uplink)
-    });
-    let local: BTreeSet<_> = UPLINKS
-        .iter()
-        .map(|&(_, address)| address)
-        .chain([HOST_SECOND, SNAT])
-        .chain(BRIDGES.map(|(_, id)| gateway(id)))
-        .flat_map(|party| [Family::V4, Family::V6].map(|family| family.address(party)))
-        .collect();
-    let mut program = Program {
-        nat_ports: NatPorts::default(),
-        networks: networks.into(),
-        endpoints: endpoints.into(),
-        published: BTreeMap::new(),
-        uplinks: uplinks.collect(),
-        local,
-    };
-    for protocol in [Protocol::Tcp, Protocol::Udp] {
-        let mut publish = |address, port, endpoint, container_port| {
-            for family in [Family::V4, Family::V6] {
-                let (key, target) =
-                    published(family, (address, port), protocol, (endpoint, container_port));
-                program.published.insert(key, target);
-            }
-        };
-        publish(Ipv4Addr::UNSPECIFIED, 8080, "a1", 80);
-        publish(Ipv4Addr::UNSPECIFIED, 8081, "a1", 80);
-        publish(HOST, 9090, "a1", 90);
-        publish(Ipv4Addr::UNSPECIFIED, 8443, "b1", 443);
-        publish(Ipv4Addr::UNSPECIFIED, 7070, "c1", 70);
-        publish(Ipv4Addr::UNSPECIFIED, 8082, "r1", 80);
-    }
-    program
-}
-
-/// A published port: what is dialled, and where that leads.
-pub(crate) fn published(
-    family: Family,
-    (address, port): (Ipv4Addr, u16),
-    protocol: Protocol,
-    (endpoint, container_port): (&str, u16),
-) -> (PublishedKey, PublishedTarget) {
-    (
-        PublishedKey { address: family.address(address), port, protocol },
-        PublishedTarget {
-            endpoint: id_of(endpoint),
-            address: family.address(self::address(endpoint)),
-            port: container_port,
-        },
-    )
 }

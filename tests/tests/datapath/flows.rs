@@ -19,9 +19,10 @@ use crate::{
     fixture::{
         A, FLOWS, Fixture, HOST, OUTSIDE, ROUTED, ROUTER_MAC, TCX_NEXT, UPLINK_MAC, address,
         bridge_mac, dropped, from_container, from_container_wire, from_outside_wire, from_uplink,
-        id_of, into_network, mac, pass, pass_as, published, socket, to_uplink,
+        id_of, into_network, mac, pass, pass_as, socket, to_uplink,
     },
     halves::{Fate, WORLD, Zone},
+    standard::published,
 };
 
 const SERVER: SocketAddrV4 = SocketAddrV4::new(OUTSIDE, 80);

@@ -31,6 +31,7 @@ mod mapping;
 mod nat;
 mod neighbours;
 mod policies;
+mod standard;
 mod walls;
 
 /// Tests by name.

@@ -20,8 +20,9 @@ use crate::{
     fixture::{
         A, FIXED_SOURCE, Fixture, HOST, OUTSIDE, ROUTER_MAC, TCX_REDIRECT, UPLINK_MAC, address,
         bridge_mac, dropped, from_container, from_container_wire, from_outside_wire, from_uplink,
-        gateway, hex, into_network, mac, network_of, pass, pass_as, published, socket, to_uplink,
+        gateway, hex, into_network, mac, network_of, pass, pass_as, socket, to_uplink,
     },
+    standard::published,
 };
 
 /// Opens a flow from a container to the world and returns the source it got. The packet has left

@@ -46,6 +46,8 @@ mod halves;
 mod host;
 mod oracle;
 mod seeds;
+#[path = "../datapath/standard.rs"]
+mod standard;
 
 const ETHERNET_BYTES: usize = 14;
 /// How long mutations go on where nobody says.

@@ -36,6 +36,8 @@ mod icmp_error;
 mod letter;
 mod model;
 mod stage;
+#[path = "../datapath/standard.rs"]
+mod standard;
 
 /// Stories for each family, of 40 events on average.
 const STORIES: u32 = 1350;

@@ -26,7 +26,7 @@ use crate::{
     fixture::{
         A, B, Fixture, HOST, Outcome, ROUTER_MAC, TCX_DROP, TCX_NEXT, TCX_REDIRECT, UPLINK_MAC,
         address, bridge, bridge_mac, from_container, from_uplink, hex, id_of, into_network, mac,
-        published, to_uplink,
+        to_uplink,
     },
     halves::{Fate, Half as Entry, Zone},
     letter::Letter,
@@ -34,6 +34,7 @@ use crate::{
         CONTAINERS, EPHEMERAL, Ends, HOST_SOCKET, Half, Key, LIMIT, LONGEST, Model, PUBLISHED,
         RESERVED, STEP, TIMEOUTS, Verdict, WORLD, network_of,
     },
+    standard::published,
 };
 
 /// A router somewhere on the way.
