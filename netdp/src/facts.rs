@@ -27,6 +27,8 @@ pub struct HostFacts {
     pub has_ipv6: bool,
     /// Interfaces have `net.ipv6.conf.<name>.force_forwarding` (Linux 6.17).
     pub can_force_forwarding: bool,
+    /// There are IPsec policies, which have to see what is forwarded.
+    pub has_ipsec: bool,
     /// `net.ipv4.ip_local_port_range`, inclusive.
     pub ephemeral_ports: (u16, u16),
     /// Ports that other programs of the host were found to have: none to choose.

@@ -240,7 +240,15 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
         bridges,
         veths,
         sysctls,
-        program: Program { nat_ports, networks, endpoints, published, uplinks, local },
+        program: Program {
+            nat_ports,
+            networks,
+            endpoints,
+            published,
+            uplinks,
+            needs_stack: facts.has_ipsec,
+            local,
+        },
         reservations: reservations(model),
     }
 }

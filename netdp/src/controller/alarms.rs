@@ -32,6 +32,7 @@ pub(super) enum About {
     /// By the name of the family.
     FlowTable(&'static str),
     Uplink(String),
+    Ipsec,
     /// The network, and the name of the family.
     SourceAddress(NetworkId, &'static str),
 }
@@ -69,7 +70,15 @@ pub(super) fn alarms(
             foreign_source::<V6>(network, network.ipv6.and_then(|side| side.snat_ip), facts),
         ]
     });
-    full.chain(missing).chain(foreign.flatten()).collect()
+    // A host without networks is left as it is.
+    let has_ipsec = facts.has_ipsec && !model.networks.is_empty();
+    let ipsec = has_ipsec.then(|| Alarm {
+        about: About::Ipsec,
+        text: "this host has IPsec policies, so nothing of a container goes past its stack: they \
+               would not see it"
+            .to_owned(),
+    });
+    full.chain(missing).chain(foreign.flatten()).chain(ipsec).collect()
 }
 
 /// Of a network that leaves with a source address that the host does not have.

@@ -36,6 +36,8 @@ pub struct Program {
     pub published: BTreeMap<PublishedKey, PublishedTarget>,
     /// Interfaces to the outside, by ifindex.
     pub uplinks: BTreeMap<u32, Uplink>,
+    /// The host's stack has to see what is forwarded: there are IPsec policies.
+    pub needs_stack: bool,
     /// The host's own addresses; loopback and IPv6 link-local ones left out.
     pub local: BTreeSet<IpAddr>,
 }

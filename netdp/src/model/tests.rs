@@ -56,6 +56,7 @@ pub(crate) fn host() -> HostFacts {
             route("2000::/3", 3),
         ],
         ephemeral_ports: (32_768, 60_999),
+        has_ipsec: false,
         ports_in_use: BTreeSet::new(),
     }
 }

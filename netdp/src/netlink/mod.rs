@@ -2,7 +2,8 @@
 //!
 //! Owns the socket, reading facts ([`read`]), making links and what hangs on them agree with a
 //! plan ([`link`]), work inside a container's namespace ([`namespace`]), the event stream
-//! ([`events`]), ending sockets ([`sockets`]), filters ([`tc`]) and sysctls ([`sysctl`]). Decides
+//! ([`events`]), ending sockets ([`sockets`]), filters ([`tc`]),
+//! sysctls ([`sysctl`]) and whether there is IPsec ([`xfrm`]). Decides
 //! nothing: what has to exist comes from the planner.
 
 use std::io;
@@ -17,6 +18,7 @@ mod read;
 pub mod sockets;
 pub mod sysctl;
 pub mod tc;
+mod xfrm;
 
 /// A routing socket of the network namespace that the opening thread was in; it stays with that
 /// namespace wherever it is used from.

@@ -22,7 +22,7 @@ use rtnetlink::{
     },
 };
 
-use super::{Netlink, kernel_error, link::UNFINISHED_GROUP, sysctl};
+use super::{Netlink, kernel_error, link::UNFINISHED_GROUP, sysctl, xfrm};
 use crate::{
     facts::{HostFacts, Link, LinkAddress, Route},
     model::MacAddress,
@@ -68,6 +68,7 @@ impl Netlink {
             is_ipv6_router: is_on(sysctl::read(IPV6_ROUTER_SYSCTL)?),
             has_ipv6: Path::new("/proc/sys/net/ipv6").exists(),
             can_force_forwarding,
+            has_ipsec: xfrm::has_policies()?,
             ephemeral_ports: sysctl::ephemeral_ports()?,
             ports_in_use: BTreeSet::new(),
         })

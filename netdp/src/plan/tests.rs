@@ -138,6 +138,7 @@ fn host() -> HostFacts {
         has_ipv6: true,
         can_force_forwarding: true,
         ephemeral_ports: (32_768, 60_999),
+        has_ipsec: false,
         ports_in_use: BTreeSet::new(),
     }
 }

@@ -70,6 +70,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("OUT-17", out::pings_with_one_identifier_stay_apart),
     ("OUT-18", other::other_protocols_leave_by_address),
     ("OUT-19", out::one_port_is_one_port_outside),
+    ("OUT-20", out::ipsec_policies_of_the_host_hold),
     ("ISO-01", isolation::neighbours_talk_untranslated),
     ("ISO-02", isolation::icc_off_parts_neighbours),
     ("ISO-03", isolation::networks_are_walls),

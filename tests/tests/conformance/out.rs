@@ -495,3 +495,34 @@ pub(crate) fn tunnel_is_an_uplink(row: &Row) -> Result<Outcome> {
         expect_same("packets that left un-NATed", &leaks.frames(), &vec![])
     })
 }
+
+/// How soon the agent notices what no event tells of.
+const LOOKED: Duration = Duration::from_secs(15);
+
+pub(crate) fn ipsec_policies_of_the_host_hold(row: &Row) -> Result<Outcome> {
+    let net = row.net();
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let _server = lab.outside().tcp_server("outside", (net.outside, 7))?;
+        let mut open = containers.a1.tcp((net.outside, 7)).open()?;
+        open.exchange(100)?.saw_client_at(net.host)?;
+        // Whoever has no key is not talked to.
+        let policy = |verb: &str, rest: &str| {
+            let whom = net.outside;
+            lab.host()
+                .ip(&format!("xfrm policy {verb} src {} dst {whom} dir fwd {rest}\n", net.a1))?;
+            lab.host().ip(&format!("xfrm policy {verb} src {} dst {whom} dir out {rest}\n", net.a1))
+        };
+        policy("add", "action block")?;
+        poll_until(LOOKED, "the policy to hold", || {
+            Ok(containers.a1.tcp((net.outside, 7)).dropped().is_ok().then_some(()))
+        })?;
+        ensure!(open.exchange(100).is_err(), "an open connection went past the policy");
+        // It is about nobody else.
+        containers.b1.tcp((net.outside, 7)).exchange()?.saw_client_at(net.host)?;
+        policy("delete", "")?;
+        poll_until(LOOKED, "the way to be free", || {
+            Ok(containers.a1.tcp((net.outside, 7)).exchange().is_ok().then_some(()))
+        })
+    })
+}

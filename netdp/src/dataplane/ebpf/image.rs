@@ -111,7 +111,7 @@ impl Image {
             ephemeral_first: ports.ephemeral.0,
             ephemeral_last: ports.ephemeral.1,
             has_mappings: program.networks.values().any(|network| network.nat.maps()).into(),
-            fast_path: host.fast_path.into(),
+            fast_path: (host.fast_path && !program.needs_stack).into(),
         };
         image.config.insert(0, config);
         for (id, network) in &program.networks {
