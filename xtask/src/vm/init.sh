@@ -18,12 +18,16 @@ for module in $(cat /modules); do
     modprobe -q "$module"
 done
 ip link set lo up
+# As systemd has it on other hosts.
+ulimit -H -n 524288
 
 echo "netdp-vm kernel $(uname -r)"
+# shellcheck disable=SC2046 # one word each
+export NETDP_BIN=/netdp $(cat /suites/environment)
 while read -r suite arguments; do
     echo "netdp-vm suite $suite"
     # shellcheck disable=SC2086 # words are what they are
-    NETDP_BIN=/netdp "/suites/$suite" --color never $arguments < /dev/null
+    NETDP_TEST_SKIP="/suites/$suite.skip" "/suites/$suite" --color never $arguments < /dev/null
     echo "netdp-vm exit $suite $?"
 done < /suites/list
 # QEMU is told to end where others would start again.
