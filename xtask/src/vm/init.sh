@@ -18,8 +18,6 @@ for module in $(cat /modules); do
     modprobe -q "$module"
 done
 ip link set lo up
-# As systemd has it on other hosts.
-ulimit -H -n 524288
 
 echo "netdp-vm kernel $(uname -r)"
 # shellcheck disable=SC2046 # one word each
