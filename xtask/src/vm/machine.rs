@@ -54,9 +54,10 @@ impl Acceleration {
     fn kernel_arguments(self) -> &'static str {
         match self {
             Self::Kvm => "",
-            // Each look at the default clock leaves the emulated processor; what guards real
-            // processors guards nothing here.
-            Self::Emulation => " clocksource=tsc tsc=reliable mitigations=off nokaslr",
+            // Code is translated once for each address that it runs at: at the same in every
+            // process, that is once and not thousands of times. Each look at the default clock
+            // leaves the emulated processor. What guards real processors guards nothing here.
+            Self::Emulation => " norandmaps nokaslr clocksource=tsc tsc=reliable mitigations=off",
         }
     }
 
