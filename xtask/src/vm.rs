@@ -186,7 +186,7 @@ fn limit(suites: &[Suite], acceleration: Acceleration) -> Duration {
     Duration::from_secs(match (is_gate, acceleration) {
         (true, _) => 120,
         (false, Acceleration::Kvm) => 1800,
-        (false, Acceleration::Emulation) => 4 * 3600,
+        (false, Acceleration::Emulation) => 7200,
     })
 }
 
