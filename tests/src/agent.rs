@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::namespace::{Fate, Namespace};
 use crate::probe::locked;
-use crate::runtime::{cgroup2_mount, poll_until};
+use crate::runtime::{cgroup2_mount, patient, poll_until, slowness};
 
 /// Loading every program through the verifier is most of this.
 const START_DEADLINE: Duration = Duration::from_secs(30);
@@ -26,6 +26,9 @@ const START_DEADLINE: Duration = Duration::from_secs(30);
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
 /// How long the API may take to refuse.
 const API_PATIENCE: Duration = Duration::from_secs(10);
+/// Room in the flow tables where everything takes longer: to make and to scan those of a real host
+/// would be most of what an emulated one does.
+const SLOW_FLOWS: u32 = 32_768;
 /// How much of the log a failure shows, in bytes.
 const LOG_TAIL_BYTES: u64 = 8 << 10;
 /// Exit code of a command that was refused or failed.
@@ -125,7 +128,8 @@ impl Agent {
         if let Some(cgroup) = cgroup2_mount()? {
             command.args(["--cgroup", &cgroup]);
         }
-        if let Some(flows) = self.flows {
+        let small = (slowness() > 1).then_some(SLOW_FLOWS);
+        if let Some(flows) = self.flows.or(small) {
             command.args(["--flows", &flows.to_string()]);
         }
         for (kind, seconds) in &self.timeouts {
@@ -255,7 +259,7 @@ impl Agent {
     pub fn request(&self, method: &str, path: &str, body: &[u8]) -> Result<(u16, String)> {
         let title = || format!("{method} {path}");
         let mut stream = UnixStream::connect(self.socket()).with_context(title)?;
-        stream.set_read_timeout(Some(API_PATIENCE)).with_context(title)?;
+        stream.set_read_timeout(Some(patient(API_PATIENCE))).with_context(title)?;
         let head = format!(
             "{method} {path} HTTP/1.1\r\nHost: netdp\r\nConnection: close\r\n\
              Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",

@@ -25,6 +25,7 @@ pub mod agent;
 pub mod bpf;
 pub mod diagnose;
 pub mod harness;
+pub mod kernels;
 pub mod lab;
 pub mod namespace;
 pub mod net;

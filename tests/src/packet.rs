@@ -376,12 +376,13 @@ mod tests {
             changed[offset] ^= 0x10;
             assert!(verify_checksums(&changed).is_err(), "byte {offset}");
         }
-        // No sum covers traffic class, flow label and hop limit of IPv6.
+        // No sum covers traffic class, flow label and hop limit of IPv6, and what the next header
+        // would be has none.
         let ipv6 = envelope(&IPV6).udp(4000, 80, b"payload");
         for offset in ETHERNET_BYTES..ipv6.len() {
             let mut changed = ipv6.clone();
             changed[offset] ^= 0x10;
-            let covered = !matches!(offset - ETHERNET_BYTES, 1..=3 | 7);
+            let covered = !matches!(offset - ETHERNET_BYTES, 1..=3 | 6 | 7);
             assert_eq!(verify_checksums(&changed).is_err(), covered, "byte {offset}");
         }
     }

@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -60,7 +61,30 @@ pub fn cgroup2_mount() -> Result<Option<String>> {
     }))
 }
 
-/// Looks until `look` finds something, or fails with what was awaited when `deadline` has passed.
+/// Names how many times as long everything takes where tests run: emulated machines set it.
+const SLOWNESS_VARIABLE: &str = "NETDP_SLOWNESS";
+
+/// A limit on the time that something may take, made longer where everything takes longer.
+///
+/// For whoever waits for what should come. What should not come is waited for as long as anywhere.
+#[must_use]
+pub fn patient(limit: Duration) -> Duration {
+    limit * slowness()
+}
+
+/// How many times as long everything takes here as on real hardware: 1 unless
+/// `NETDP_SLOWNESS` says another.
+#[must_use]
+pub fn slowness() -> u32 {
+    static SLOWNESS: OnceLock<u32> = OnceLock::new();
+    *SLOWNESS.get_or_init(|| {
+        let value = std::env::var(SLOWNESS_VARIABLE);
+        value.ok().and_then(|value| value.parse().ok()).unwrap_or(1)
+    })
+}
+
+/// Looks until `look` finds something, or fails with what was awaited when `deadline` has passed: a
+/// deadline that [`patient`] makes longer.
 ///
 /// # Errors
 /// When the deadline passes, or `look` fails.
@@ -69,6 +93,7 @@ pub fn poll_until<T>(
     what: &str,
     mut look: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
+    let deadline = patient(deadline);
     let end = Instant::now() + deadline;
     loop {
         if let Some(found) = look()? {

@@ -19,6 +19,7 @@ use netdp::dataplane::{
 use netdp::model::{EndpointId, GatewayMode, MacAddress, NatBehaviour, NetworkId};
 use netdp_common::config::Timeouts;
 use netdp_tests::harness::Outcome;
+use netdp_tests::kernels;
 use netdp_tests::namespace::Namespace;
 use netdp_tests::runtime::{cgroup2_mount, isolate};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -75,7 +76,7 @@ fn results() -> Result<Results> {
     isolate()?;
     let features = Features::probe();
     let mut results = Results::new();
-    let kernel = kernel_version()?;
+    let kernel = kernels::running()?;
     for row in &FEATURES {
         let outcome = if features.has(row.feature) {
             Ok(Outcome::Pass)
@@ -177,16 +178,6 @@ fn expect_none(drift: &[Drift], what: &str) -> Result<Outcome> {
     let found: Vec<_> = drift.iter().filter(|drift| drift.what.contains(what)).collect();
     ensure!(found.is_empty(), "differences: {found:?}");
     Ok(Outcome::Pass)
-}
-
-fn kernel_version() -> Result<(u32, u32)> {
-    let path = "/proc/sys/kernel/osrelease";
-    let release = fs::read_to_string(path).with_context(|| format!("read {path}"))?;
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) => Ok((major, minor)),
-        _ => anyhow::bail!("read the version in {release:?}"),
-    }
 }
 
 /// A network of one container and one uplink, and what the backend keeps outside of the namespace.

@@ -39,14 +39,23 @@ fn apt_get_as_root() -> Result<Command> {
     as_root(Path::new("apt-get"), &[("DEBIAN_FRONTEND", OsStr::new("noninteractive"))])
 }
 
-/// Debian's archive as this machine reaches it: a URI of its own apt sources.
+/// One of Debian's archives as this machine reaches it: a URI of its own apt sources.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Archive {
     uri: String,
 }
 
-/// The Debian archives among the machine's apt sources, in their order.
-pub(crate) fn archives() -> Result<Vec<Archive>> {
+/// Which of Debian's archives; each has suites of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// Releases.
+    Main,
+    /// What became of their packages since, where it could not wait: `bookworm-security`.
+    Security,
+}
+
+/// Debian's archives of one part among the machine's apt sources, in their order.
+pub(crate) fn archives(part: Part) -> Result<Vec<Archive>> {
     let codename = codename(&read(Path::new("/etc/os-release"))?);
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
@@ -61,7 +70,7 @@ pub(crate) fn archives() -> Result<Vec<Archive>> {
             Some("sources") => deb822_entries(&text),
             _ => Vec::new(),
         };
-        for entry in entries.iter().filter(|entry| entry.is_debian(&codename)) {
+        for entry in entries.iter().filter(|entry| entry.is_debian(part, &codename)) {
             let found = entry.uris.iter().map(|uri| Archive { uri: uri.clone() });
             archives.extend(found);
         }
@@ -91,9 +100,16 @@ struct Entry {
 impl Entry {
     /// Debian's own: its suite, its main component, and no other signer's key. A wrong guess
     /// costs a failed download and nothing else, for the signature is checked.
-    fn is_debian(&self, codename: &str) -> bool {
+    fn is_debian(&self, part: Part, codename: &str) -> bool {
         let of_debian = [codename, "stable", "testing", "unstable", "sid"];
-        self.suites.iter().any(|suite| !suite.is_empty() && of_debian.contains(&suite.as_str()))
+        let is_of_part = |suite: &String| {
+            let release = match part {
+                Part::Main => Some(suite.as_str()),
+                Part::Security => suite.strip_suffix("-security"),
+            };
+            release.is_some_and(|release| !release.is_empty() && of_debian.contains(&release))
+        };
+        self.suites.iter().any(is_of_part)
             && self.components.iter().any(|component| component == "main")
             && self.signed_by.as_ref().is_none_or(|key| key.contains("debian-archive"))
     }
@@ -154,13 +170,13 @@ fn deb822_entries(text: &str) -> Vec<Entry> {
 /// its downloads meet the machine's, and no root is needed.
 pub(crate) struct Suite<'a> {
     name: &'a str,
-    directory: &'a Path,
+    directory: PathBuf,
 }
 
 impl<'a> Suite<'a> {
     /// Fetches the package lists of `name` from `archive`. Errors when the archive has no
     /// such suite, does not answer, or Debian has not signed what it answers.
-    pub(crate) fn open(archive: &Archive, name: &'a str, directory: &'a Path) -> Result<Self> {
+    pub(crate) fn open(archive: &Archive, name: &'a str, directory: &Path) -> Result<Self> {
         ensure!(
             Path::new(KEYRING).exists(),
             "{KEYRING} is missing: install debian-archive-keyring"
@@ -171,7 +187,7 @@ impl<'a> Suite<'a> {
         }
         let source = format!("deb [signed-by={KEYRING}] {} {name} main\n", archive.uri);
         fs::write(directory.join("sources.list"), source).context("write a sources list")?;
-        let suite = Self { name, directory };
+        let suite = Self { name, directory: directory.to_owned() };
         let title = format!("fetch Debian's package list of {name}");
         try_quiet(&title, suite.tool("apt-get").arg("update"), PATIENCE)?;
         Ok(suite)
@@ -291,11 +307,23 @@ Enabled: no
 
     #[test]
     fn only_debians_own_archive_counts() {
-        let debian = |entry: Entry| entry.is_debian("bookworm");
+        let debian = |entry: Entry| entry.is_debian(Part::Main, "bookworm");
         assert!(debian(entry("http://mirror.example/debian", &["bookworm"], &["main"], None)));
         assert!(!debian(entry("http://x.example/sec", &["bookworm-security"], &["main"], None)));
         assert!(!debian(entry("http://x.example/d", &["bookworm"], &["stable"], None)));
         assert!(!debian(entry("http://x.example/d", &["bookworm"], &["main"], Some("/x.gpg"))));
+    }
+
+    #[test]
+    fn security_suites_are_told_from_releases() {
+        let both = entry("http://x.example/d", &["bookworm", "bookworm-security"], &["main"], None);
+        assert!(both.is_debian(Part::Main, "bookworm"));
+        assert!(both.is_debian(Part::Security, "bookworm"));
+        let security = entry("http://x.example/s", &["stable-security"], &["main"], None);
+        assert!(!security.is_debian(Part::Main, "bookworm"));
+        assert!(security.is_debian(Part::Security, "bookworm"));
+        let other = entry("http://x.example/o", &["bookworm-updates"], &["main"], None);
+        assert!(!other.is_debian(Part::Security, "bookworm"));
     }
 
     #[test]

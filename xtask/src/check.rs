@@ -9,8 +9,18 @@ use crate::process::run_quiet;
 use crate::{cargo, setup, tidy};
 
 /// The crates with unit tests that run on any host.
-pub(crate) const UNIT_TESTED: [&str; 8] =
-    ["--lib", "--bins", "--package", "netdp-common", "--package", "netdp", "--package", "xtask"];
+pub(crate) const UNIT_TESTED: [&str; 10] = [
+    "--lib",
+    "--bins",
+    "--package",
+    "netdp-common",
+    "--package",
+    "netdp",
+    "--package",
+    "netdp-tests",
+    "--package",
+    "xtask",
+];
 
 /// Runs every check, also after one has failed, so that one run names all that is wrong.
 pub(crate) fn run() -> Result<()> {

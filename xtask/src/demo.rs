@@ -23,7 +23,13 @@ pub(crate) fn run(keep: bool) -> Result<()> {
 
 /// Builds the agent and returns its path, which tests and demo run.
 pub(crate) fn netdp_binary() -> Result<PathBuf> {
-    cargo::build_one("build netdp", "netdp", &["build", "--package", "netdp"])
+    netdp_built_as("dev")
+}
+
+/// As [`netdp_binary`], by another of the workspace's profiles.
+pub(crate) fn netdp_built_as(profile: &str) -> Result<PathBuf> {
+    let arguments = ["build", "--package", "netdp", "--profile", profile];
+    cargo::build_one("build netdp", "netdp", &arguments)
 }
 
 /// Builds the demo and returns the command that runs it with the agent `netdp`, as root.

@@ -56,6 +56,12 @@ enum Task {
         /// Run only tests whose names contain WORD
         #[arg(long, value_name = "WORD")]
         only: Option<String>,
+        /// Leave out tests whose names contain WORD
+        #[arg(long, value_name = "WORD")]
+        skip: Vec<String>,
+        /// Leave out what has passed on the kernel since the last whole run began
+        #[arg(long)]
+        resume: bool,
         /// End a machine that is not over after this long
         #[arg(long, value_name = "SECONDS")]
         timeout: Option<u64>,
@@ -111,7 +117,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             }
             return test::run(&suites, json.as_deref());
         }
-        Task::Vm { kernel, mut suites, only, timeout } => {
+        Task::Vm { kernel, mut suites, only, skip, resume, timeout } => {
             if suites.is_empty() {
                 suites.push(test::Suite::Load);
             }
@@ -120,7 +126,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
                 Cli::command().error(ErrorKind::InvalidValue, message).exit()
             }
             let limit = timeout.map(Duration::from_secs);
-            let options = vm::Options { suites: &suites, filter: only.as_deref(), limit };
+            let (filter, skipped) = (only.as_deref(), &skip[..]);
+            let options = vm::Options { suites: &suites, filter, skipped, resume, limit };
             return vm::run(kernel, &options);
         }
         Task::Bench { what, json, quick } => bench::run(what, json.as_deref(), quick)?,

@@ -95,7 +95,7 @@ fn add_with_rustup(library: &Path) -> Result<()> {
 
 fn add_from_debian(library: &Path, release: &str) -> Result<()> {
     ensure!(apt::is_available(), "no apt here to take Debian's {PACKAGE} from");
-    let archives = apt::archives()?;
+    let archives = apt::archives(apt::Part::Main)?;
     ensure!(!archives.is_empty(), "none of the machine's apt sources is Debian's archive");
     let mut seen = Vec::new();
     for archive in &archives {

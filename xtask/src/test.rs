@@ -3,6 +3,7 @@
 
 use std::env;
 use std::ffi::OsStr;
+use std::fmt::{self, Display, Formatter};
 use std::fs;
 use std::iter::Sum;
 use std::ops::Add;
@@ -127,7 +128,7 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
 
 /// The gate of every kernel, one after the other, whatever fails.
 fn run_machines() -> Counts {
-    let options = vm::Options { suites: &[Suite::Load], filter: None, limit: None };
+    let options = vm::Options::all(&[Suite::Load]);
     let run = |line: vm::Line| {
         vm::run_on(line, &options).unwrap_or_else(|error| {
             eprintln!("{}: {error:#}", line.name());
@@ -197,9 +198,15 @@ fn run_as_root(suite: Suite, environment: &[(&str, &OsStr)]) -> Result<Counts> {
 }
 
 /// Builds a suite of the tests crate.
-pub(crate) fn executable(suite: Suite) -> Result<PathBuf> {
+fn executable(suite: Suite) -> Result<PathBuf> {
+    executable_built_as(suite, "dev")
+}
+
+/// Builds a suite of the tests crate by one of the workspace's profiles.
+pub(crate) fn executable_built_as(suite: Suite, profile: &str) -> Result<PathBuf> {
     let name = suite.name();
-    let arguments = ["test", "--no-run", "--package", "netdp-tests", "--test", &name];
+    let package = ["test", "--no-run", "--package", "netdp-tests"];
+    let arguments = [&package[..], &["--profile", profile, "--test", &name]].concat();
     cargo::build_one(&format!("build the suite {name}"), &name, &arguments)
 }
 
@@ -266,9 +273,21 @@ impl Counts {
         Self { passed: usize::from(passed), failed: usize::from(!passed), skipped: 0 }
     }
 
+    /// So many that passed.
+    pub(crate) fn of_passed(passed: usize) -> Self {
+        Self { passed, failed: 0, skipped: 0 }
+    }
+
     /// Whether tests ran and none failed.
     pub(crate) fn is_well(self) -> bool {
         self.passed > 0 && self.failed == 0
+    }
+}
+
+impl Display for Counts {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { passed, failed, skipped } = self;
+        write!(f, "{passed} passed, {failed} failed, {skipped} skipped")
     }
 }
 
@@ -308,9 +327,9 @@ fn report(outcomes: &[Outcome]) -> bool {
     if !idle.is_empty() {
         eprintln!("error: no test ran in {}", idle.join(", "));
     }
-    let Counts { passed, failed, skipped } = outcomes.iter().map(|outcome| outcome.counts).sum();
-    println!("{passed} passed, {failed} failed, {skipped} skipped");
-    failed == 0 && idle.is_empty()
+    let total: Counts = outcomes.iter().map(|outcome| outcome.counts).sum();
+    println!("{total}");
+    total.failed == 0 && idle.is_empty()
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use self::initramfs::Initramfs;
 use self::kernel::Kernel;
 pub(crate) use self::kernel::Line;
 use self::machine::{Acceleration, Machine};
+use self::record::Record;
 use crate::process::find_program;
 use crate::test::{self, Counts, Suite};
 use crate::{cargo, demo, setup};
@@ -22,6 +23,7 @@ use crate::{cargo, demo, setup};
 mod initramfs;
 mod kernel;
 mod machine;
+mod record;
 
 /// For a question to a program of this machine.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -97,22 +99,40 @@ pub(crate) struct Options<'a> {
     pub(crate) suites: &'a [Suite],
     /// Only tests whose names contain it are run.
     pub(crate) filter: Option<&'a str>,
+    /// Tests whose names contain one of them are not run.
+    pub(crate) skipped: &'a [String],
+    /// What has passed on the kernel since the last whole run began is not run again.
+    pub(crate) resume: bool,
     pub(crate) limit: Option<Duration>,
+}
+
+impl<'a> Options<'a> {
+    /// All tests of `suites`.
+    pub(crate) fn all(suites: &'a [Suite]) -> Self {
+        Self { suites, filter: None, skipped: &[], resume: false, limit: None }
+    }
 }
 
 /// Runs suites on the kernels chosen. Succeeds when every suite ran on each and none failed.
 pub(crate) fn run(choice: Choice, options: &Options) -> Result<ExitCode> {
     setup::run(setup::Scope::Machines)?;
     let mut all_well = true;
+    let mut summary = String::new();
     for line in choice.lines() {
+        let name = line.name();
         match run_on(line, options) {
-            Ok(counts) => all_well &= counts.is_well(),
+            Ok(counts) => {
+                all_well &= counts.is_well();
+                summary.push_str(&format!("{name}: {counts}\n"));
+            }
             Err(error) => {
-                eprintln!("{}: {error:#}", line.name());
+                eprintln!("{name}: {error:#}");
                 all_well = false;
+                summary.push_str(&format!("{name}: did not end\n"));
             }
         }
     }
+    print!("{summary}");
     Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -122,9 +142,13 @@ pub(crate) fn run_on(line: Line, options: &Options) -> Result<Counts> {
     let directory = cargo::side_target_dir("vm");
     let kernel = Kernel::get(line, &directory)?;
     let acceleration = machine::acceleration(&kernel.image)?;
+    let mut record = Record::open(directory.join(format!("{name}.passed")));
+    if !options.resume && options.filter.is_none() {
+        record.clear()?;
+    }
     let scratch = tempfile::tempdir_in(&directory).context("create a directory")?;
     let initramfs = scratch.path().join("initramfs");
-    contents(&kernel, options, scratch.path())?.write(&initramfs)?;
+    contents(&kernel, acceleration, options, &record, scratch.path())?.write(&initramfs)?;
     let console = directory.join(format!("{name}.console"));
     // What an earlier machine said must not pass for this one's last words.
     fs::write(&console, "").with_context(|| format!("empty {}", console.display()))?;
@@ -133,10 +157,21 @@ pub(crate) fn run_on(line: Line, options: &Options) -> Result<Counts> {
 
     let started = Instant::now();
     let mut report = Report::default();
+    if options.resume {
+        for suite in options.suites {
+            let before = record.passed(&suite.name()).count();
+            println!("{name}: {before} tests of {} passed before", suite.name());
+            report.counts = report.counts + Counts::of_passed(before);
+        }
+    }
     let limit = options.limit.unwrap_or_else(|| limit(options.suites, acceleration));
     machine.run(acceleration, limit, |text| {
         if let Some(shown) = report.hear(text) {
             println!("{name}: {shown}");
+        }
+        match passed_test(text) {
+            Some(test) => record.add(&report.suite, test),
+            None => Ok(()),
         }
     })?;
     println!("{name}: over after {:.1} s", started.elapsed().as_secs_f32());
@@ -155,7 +190,22 @@ fn limit(suites: &[Suite], acceleration: Acceleration) -> Duration {
     })
 }
 
-fn contents(kernel: &Kernel, options: &Options, scratch: &Path) -> Result<Initramfs> {
+/// How what runs in a machine is built. The gate is what every change waits for, and short: it
+/// takes what is built already.
+fn profile(suites: &[Suite], acceleration: Acceleration) -> &'static str {
+    match acceleration {
+        Acceleration::Emulation if suites != [Suite::Load] => "guest",
+        Acceleration::Emulation | Acceleration::Kvm => "dev",
+    }
+}
+
+fn contents(
+    kernel: &Kernel,
+    acceleration: Acceleration,
+    options: &Options,
+    record: &Record,
+    scratch: &Path,
+) -> Result<Initramfs> {
     let mut archive = Initramfs::new();
     archive.add("/init", INIT.as_bytes());
     let program = |name: &str| {
@@ -165,15 +215,26 @@ fn contents(kernel: &Kernel, options: &Options, scratch: &Path) -> Result<Initra
     for name in PROGRAMS {
         archive.add_program(Path::new("/usr/sbin").join(name), &program(name)?)?;
     }
-    archive.add_stripped("/netdp", &demo::netdp_binary()?, scratch)?;
+    let profile = profile(options.suites, acceleration);
+    archive.add_stripped("/netdp", &demo::netdp_built_as(profile)?, scratch)?;
+    let mut arguments = options.filter.unwrap_or_default().to_owned();
+    for word in options.skipped {
+        arguments.push_str(&format!(" --skip {word}"));
+    }
     let mut list = String::new();
     for suite in options.suites {
         let name = suite.name();
         ensure!(suite.is_executable(), "{name} is no suite for a machine of its own");
-        archive.add_stripped(format!("/suites/{name}"), &test::executable(*suite)?, scratch)?;
-        list.push_str(&format!("{name} {}\n", options.filter.unwrap_or_default()));
+        let executable = test::executable_built_as(*suite, profile)?;
+        archive.add_stripped(format!("/suites/{name}"), &executable, scratch)?;
+        let passed = record.passed(&name).filter(|_| options.resume);
+        let passed = passed.map(|test| format!("{test}\n")).collect::<String>();
+        archive.add(format!("/suites/{name}.skip"), passed.as_bytes());
+        list.push_str(&format!("{name} {arguments}\n"));
     }
     archive.add("/suites/list", list.as_bytes());
+    let environment = format!("NETDP_SLOWNESS={}\n", acceleration.slowness());
+    archive.add("/suites/environment", environment.as_bytes());
     archive.add("/modules", MODULES.join("\n").as_bytes());
     for file in kernel.module_files(&MODULES)? {
         archive.add_file(PathBuf::from("/").join(&file), &kernel.path(&file))?;
@@ -181,10 +242,17 @@ fn contents(kernel: &Kernel, options: &Options, scratch: &Path) -> Result<Initra
     Ok(archive)
 }
 
+/// The name in `test NAME ... ok`.
+fn passed_test(text: &str) -> Option<&str> {
+    Some(text.strip_prefix("test ")?.strip_suffix("... ok")?.trim())
+}
+
 /// What a machine has said so far.
 #[derive(Default)]
 struct Report {
     counts: Counts,
+    /// The suite at hand.
+    suite: String,
     /// Suites that ended, and how.
     ended: Vec<(String, i32)>,
     /// Failed tests before the suite at hand.
@@ -200,6 +268,9 @@ impl Report {
             }
             return Some(text);
         };
+        if let Some(suite) = word.strip_prefix("suite ") {
+            suite.clone_into(&mut self.suite);
+        }
         if let Some((suite, code)) = word.strip_prefix("exit ").and_then(|end| end.split_once(' '))
         {
             let code = code.parse().unwrap_or(i32::MAX);
@@ -233,11 +304,19 @@ mod tests {
     fn machines_are_heard_line_by_line() {
         let mut report = Report::default();
         assert_eq!(report.hear("netdp-vm suite load"), Some("suite load"));
+        assert_eq!(report.suite, "load");
         assert_eq!(report.hear("test a ... ok"), Some("test a ... ok"));
         report.hear("test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out");
         assert_eq!(report.hear("netdp-vm exit load 0"), None);
         let counts = report.counts(&[Suite::Load]).unwrap();
         assert!(counts.is_well());
+    }
+
+    #[test]
+    fn tests_that_passed_are_told_from_others() {
+        assert_eq!(passed_test("test PUB-01/ebpf/ipv4 ... ok"), Some("PUB-01/ebpf/ipv4"));
+        assert_eq!(passed_test("test PUB-01/ebpf/ipv4 ... FAILED"), None);
+        assert_eq!(passed_test("test a/b           ... ignored"), None);
     }
 
     #[test]

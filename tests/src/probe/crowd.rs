@@ -9,6 +9,7 @@ use socket2::{Domain, Socket, Type};
 
 use super::{Endpoint, PATIENCE};
 use crate::namespace::Namespace;
+use crate::runtime::patient;
 
 /// Lets this process open `files` files more than a test usually does.
 ///
@@ -58,9 +59,9 @@ impl Namespace {
         let streams = self.run(|| {
             (first..first + count)
                 .map(|mark| {
-                    let stream = TcpStream::connect_timeout(&server, PATIENCE)
+                    let stream = TcpStream::connect_timeout(&server, patient(PATIENCE))
                         .with_context(|| format!("open connection {mark} to {server}"))?;
-                    stream.set_read_timeout(Some(PATIENCE))?;
+                    stream.set_read_timeout(Some(patient(PATIENCE)))?;
                     Ok((mark, stream))
                 })
                 .collect::<Result<Vec<_>>>()
@@ -118,7 +119,7 @@ impl CrowdServer {
         let mut seen = Vec::with_capacity(count);
         for _ in 0..count {
             let (mut client, peer) = self.listener.accept().context("accept one of a crowd")?;
-            client.set_read_timeout(Some(PATIENCE))?;
+            client.set_read_timeout(Some(patient(PATIENCE)))?;
             let mark = read_mark(&mut client).with_context(|| format!("hear {peer}"))?;
             client.write_all(&mark.to_be_bytes())?;
             seen.push((peer, mark));

@@ -15,6 +15,7 @@ use super::{
     Address, Failure, PATIENCE, SHORT_PATIENCE, expect_failure, payload, set_fragmentation,
 };
 use crate::namespace::Namespace;
+use crate::runtime::patient;
 
 /// Header of an ICMP echo, of either family.
 const ECHO_BYTES: usize = 8;
@@ -34,7 +35,7 @@ impl Namespace {
             ttl: 64,
             packet_bytes: 84,
             dont_fragment: false,
-            patience: PATIENCE,
+            patience: patient(PATIENCE),
         }
     }
 }

@@ -17,6 +17,7 @@ use super::{
     check_reply, encode_reply, expect_failure, locked, payload,
 };
 use crate::namespace::Namespace;
+use crate::runtime::patient;
 
 /// Largest request a server accepts, in bytes.
 const MAX_REQUEST_BYTES: u32 = 64 << 20;
@@ -43,7 +44,7 @@ impl Namespace {
             destination: destination.endpoint(),
             source: None,
             bytes: TCP_PAYLOAD_BYTES,
-            patience: PATIENCE,
+            patience: patient(PATIENCE),
         }
     }
 }
@@ -178,7 +179,7 @@ impl TcpProbe {
     /// Sets how long to wait for the connection.
     #[must_use]
     pub fn patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+        self.patience = patient(patience);
         self
     }
 
@@ -209,8 +210,8 @@ impl TcpProbe {
             socket.bind(&source.into())?;
         }
         socket.connect_timeout(&self.destination.into(), self.patience)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        socket.set_write_timeout(Some(PATIENCE))?;
+        socket.set_read_timeout(Some(patient(PATIENCE)))?;
+        socket.set_write_timeout(Some(patient(PATIENCE)))?;
         Ok(socket.into())
     }
 

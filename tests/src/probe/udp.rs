@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::ops::Deref;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::net::if_::if_nametoindex;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::{InterfaceIndexOrAddress, SockRef};
 
 use super::{
@@ -17,6 +18,7 @@ use super::{
     check_reply, encode_reply, expect_failure, locked, payload, set_fragmentation,
 };
 use crate::namespace::Namespace;
+use crate::runtime::patient;
 
 /// Larger than any UDP payload over IPv4.
 const BUFFER_BYTES: usize = 1 << 16;
@@ -44,7 +46,7 @@ impl Namespace {
             destination,
             source: any_address(destination),
             bytes: 64,
-            patience: PATIENCE,
+            patience: patient(PATIENCE),
             dont_fragment: false,
             connected: false,
         }
@@ -79,7 +81,14 @@ impl UdpServer {
             let socket = socket.try_clone().context("clone a socket")?;
             move || {
                 let mut buffer = vec![0; BUFFER_BYTES];
-                while !stopping.load(Ordering::SeqCst) {
+                loop {
+                    // A receive that a shutdown ends has no sender, and the standard library takes
+                    // whatever is on its stack for one.
+                    let mut readable = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+                    poll(&mut readable, PollTimeout::NONE).ok();
+                    if stopping.load(Ordering::SeqCst) {
+                        break;
+                    }
                     // An ICMP error for an earlier reply surfaces here and is no reason to stop.
                     let Ok((bytes, peer)) = socket.recv_from(&mut buffer) else { continue };
                     locked(&received).push(Datagram { peer, bytes });

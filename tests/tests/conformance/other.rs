@@ -63,10 +63,17 @@ fn expect_arrival(
         let packet = summarise(frame).filter(|packet| packet.protocol == protocol);
         packet.is_some_and(|packet| (packet.source, packet.destination) == ends)
     })?;
-    sender.inject(link, frame)?;
     let what = format!("protocol {protocol} from {} to {}", ends.0, ends.1);
-    let arrived = arrivals.wait_for(PATIENCE, &what, |_| true)?;
     let content = |frame: &[u8]| payload_of(frame, protocol.into()).map(<[u8]>::to_vec);
+    let is_whole = |arrived: &[u8]| content(arrived) == content(frame);
+    sender.inject(link, frame)?;
+    let mut arrived = arrivals.wait_for(PATIENCE, &what, |_| true)?;
+    if protocol == SCTP && !is_whole(&arrived) {
+        // A receiver whose kernel has SCTP puts zero for the checksum while it computes it, in the
+        // packet that the sniffer is about to copy (sctp_compute_cksum). It hardly does so twice.
+        sender.inject(link, frame)?;
+        arrived = arrivals.wait_for(PATIENCE, &what, is_whole)?;
+    }
     expect_same(&what, &content(&arrived), &content(frame))?;
     Ok(arrived)
 }

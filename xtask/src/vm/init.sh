@@ -20,10 +20,12 @@ done
 ip link set lo up
 
 echo "netdp-vm kernel $(uname -r)"
+# shellcheck disable=SC2046 # one word each
+export NETDP_BIN=/netdp $(cat /suites/environment)
 while read -r suite arguments; do
     echo "netdp-vm suite $suite"
     # shellcheck disable=SC2086 # words are what they are
-    NETDP_BIN=/netdp "/suites/$suite" --color never $arguments < /dev/null
+    NETDP_TEST_SKIP="/suites/$suite.skip" "/suites/$suite" --color never $arguments < /dev/null
     echo "netdp-vm exit $suite $?"
 done < /suites/list
 # QEMU is told to end where others would start again.

@@ -10,7 +10,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 
-use crate::apt::{self, Suite};
+use crate::apt::{self, Part, Suite};
 use crate::process::{find_program, run_quiet};
 
 /// The smallest flavour of Debian's kernels for this machine.
@@ -43,14 +43,14 @@ impl Line {
         }
     }
 
-    /// The suites that carry it, the one to prefer first. Debian gives `sid` a new line every
-    /// few months, so this is where a line that is gone has to be replaced.
-    fn suites(self) -> &'static [&'static str] {
+    /// Where Debian has it. Debian gives `sid` a new line every few months, so this is where a line
+    /// that is gone has to be replaced.
+    fn places(self) -> &'static [(Part, &'static str)] {
         match self {
-            Self::V5_10 => &["bullseye"],
-            Self::V6_1 => &["bookworm"],
-            Self::V6_12 => &["trixie", "bookworm-backports"],
-            Self::V7_2 => &["sid"],
+            Self::V5_10 => &[(Part::Main, "bullseye"), (Part::Security, "bullseye-security")],
+            Self::V6_1 => &[(Part::Main, "bookworm"), (Part::Security, "bookworm-security")],
+            Self::V6_12 => &[(Part::Main, "trixie"), (Part::Security, "trixie-security")],
+            Self::V7_2 => &[(Part::Main, "sid")],
         }
     }
 }
@@ -72,27 +72,29 @@ impl Kernel {
             return Self::open(root);
         }
         ensure!(apt::is_available(), "no apt here to take Debian's kernel {} from", line.name());
-        let archives = apt::archives()?;
-        ensure!(!archives.is_empty(), "none of the machine's apt sources is Debian's archive");
         fs::create_dir_all(cache).with_context(|| format!("create {}", cache.display()))?;
+        let scratch = tempfile::tempdir_in(cache).context("create a directory")?;
+        let mut newest: Option<(String, Suite)> = None;
         let mut seen = Vec::new();
-        for archive in &archives {
-            for suite in line.suites() {
-                let scratch = tempfile::tempdir_in(cache).context("create a directory")?;
-                let fetched = Suite::open(archive, suite, scratch.path())
-                    .and_then(|suite| fetch(&suite, line, &scratch.path().join("root")));
-                match fetched {
-                    Ok(()) => {
-                        // Whoever interrupts it leaves no half of a kernel.
-                        fs::rename(scratch.path().join("root"), &root)
-                            .with_context(|| format!("create {}", root.display()))?;
-                        return Self::open(root);
+        for &(part, name) in line.places() {
+            match newest_in(part, name, line, &scratch.path().join(name)) {
+                Ok(found) => {
+                    let is_newer = |best: &(String, Suite)| numbers(&found.0) > numbers(&best.0);
+                    if newest.as_ref().is_none_or(is_newer) {
+                        newest = Some(found);
                     }
-                    Err(error) => seen.push(format!("{suite}: {error:#}")),
                 }
+                Err(error) => seen.push(format!("{name}: {error:#}")),
             }
         }
-        bail!("no Debian suite gave a kernel {} ({})", line.name(), seen.join("; "))
+        let Some((release, suite)) = newest else {
+            bail!("no Debian suite gave a kernel {} ({})", line.name(), seen.join("; "))
+        };
+        let unfinished = scratch.path().join("root");
+        fetch(&suite, &release, &unfinished)?;
+        // Whoever interrupts it leaves no half of a kernel.
+        fs::rename(&unfinished, &root).with_context(|| format!("create {}", root.display()))?;
+        Self::open(root)
     }
 
     fn open(root: PathBuf) -> Result<Self> {
@@ -131,19 +133,39 @@ impl Kernel {
     }
 }
 
-/// Unpacks the newest kernel of `line` into `root`: `vmlinuz` and `lib/modules`.
-fn fetch(suite: &Suite, line: Line, root: &Path) -> Result<()> {
-    let prefix = "linux-image-";
-    let names = suite.names(&format!("{prefix}{}.", line.name()))?;
-    let release = names
-        .iter()
-        .filter_map(|name| name.strip_prefix(prefix))
-        .filter(|release| release.ends_with(FLAVOUR))
-        .max_by_key(|release| numbers(release))
-        .context("has none")?;
+/// What the names of packages with kernels begin with.
+const IMAGE: &str = "linux-image-";
+
+/// The newest kernel of `line` in a suite of Debian's, and the suite, with its lists in
+/// `directory`: from the first of the machine's sources that has one.
+fn newest_in<'a>(
+    part: Part,
+    name: &'a str,
+    line: Line,
+    directory: &Path,
+) -> Result<(String, Suite<'a>)> {
+    let mut seen = Vec::new();
+    for archive in apt::archives(part)? {
+        let found = Suite::open(&archive, name, directory).and_then(|suite| {
+            let names = suite.names(&format!("{IMAGE}{}.", line.name()))?;
+            let releases = names.iter().filter_map(|name| name.strip_prefix(IMAGE));
+            let of_flavour = releases.filter(|release| release.ends_with(FLAVOUR));
+            let newest = of_flavour.max_by_key(|release| numbers(release)).context("has none")?;
+            Ok((newest.to_owned(), suite))
+        });
+        match found {
+            Ok(found) => return Ok(found),
+            Err(error) => seen.push(format!("{error:#}")),
+        }
+    }
+    bail!("{}", if seen.is_empty() { "no apt source here".to_owned() } else { seen.join("; ") })
+}
+
+/// Unpacks the kernel `release` into `root`: `vmlinuz` and `lib/modules`.
+fn fetch(suite: &Suite, release: &str, root: &Path) -> Result<()> {
     let unpacked = root.with_extension("unpacked");
     // Since Linux 7.1 Debian has image and modules in packages of their own.
-    for package in ["linux-image-", "linux-binary-", "linux-modules-"] {
+    for package in [IMAGE, "linux-binary-", "linux-modules-"] {
         let package = format!("{package}{release}");
         let versions = suite.versions(&package)?;
         if let Some(version) = versions.first() {
