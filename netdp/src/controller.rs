@@ -138,7 +138,11 @@ impl Controller {
         let mut state = State {
             model: Arc::new(model),
             facts,
-            setting: Setting { uplinks: config.uplinks.iter().cloned().collect(), originals },
+            setting: Setting {
+                uplinks: config.uplinks.iter().cloned().collect(),
+                originals,
+                filters_bridges: false,
+            },
             program: Arc::default(),
             troubles: Vec::new(),
             flow_tables: Vec::new(),

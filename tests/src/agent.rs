@@ -16,6 +16,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
+use crate::backend::Backend;
 use crate::namespace::{Fate, Namespace};
 use crate::probe::locked;
 use crate::runtime::{cgroup2_mount, poll_until};
@@ -36,6 +37,7 @@ const EXIT_REFUSED: i32 = 1;
 pub struct Agent {
     program: PathBuf,
     namespace: Namespace,
+    backend: Mutex<Backend>,
     directory: PathBuf,
     uplinks: Vec<String>,
     flows: Option<u32>,
@@ -58,6 +60,7 @@ impl Agent {
         Ok(Self {
             program: find_program()?,
             namespace: namespace.clone(),
+            backend: Mutex::new(Backend::Ebpf),
             directory: directory.to_owned(),
             uplinks,
             flows: None,
@@ -65,6 +68,11 @@ impl Agent {
             fate,
             child: Mutex::new(None),
         })
+    }
+
+    /// Has another backend from the next start on.
+    pub fn use_backend(&self, backend: Backend) {
+        *locked(&self.backend) = backend;
     }
 
     /// Gives the flow table room for `flows` flows instead of the default.
@@ -118,7 +126,9 @@ impl Agent {
             .open(self.log_path())
             .context("open the agent's log")?;
         let mut command = self.namespace.command(&self.program, self.fate)?;
-        command.args(["agent", "--dataplane", "ebpf"]);
+        let backend = *locked(&self.backend);
+        command.args(["agent", "--dataplane", backend.name()]);
+        command.envs(backend.environment());
         for (flag, name) in [("--state-dir", "state"), ("--run-dir", "run"), ("--bpffs", "bpf")] {
             command.arg(flag).arg(self.directory.join(name));
         }

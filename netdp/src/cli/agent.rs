@@ -39,11 +39,12 @@ use crate::{
         server::{Api, Socket},
         wire,
     },
-    config::{Config, Paths},
+    config::{Config, DataplaneChoice, Paths},
     controller::{Controller, Snapshot},
     dataplane::{
         Dataplane,
         ebpf::{Ebpf, EbpfOptions, cgroup2_mount},
+        iptables::Iptables,
     },
     store::Store,
 };
@@ -78,6 +79,9 @@ pub(super) fn open_store(paths: &Paths) -> Result<Store> {
 
 /// Opens the backend that this configuration means.
 pub(super) fn open_dataplane(config: &Config) -> Result<Box<dyn Dataplane>> {
+    if config.dataplane == DataplaneChoice::Iptables {
+        return Ok(Box::new(Iptables::open().context("open the iptables dataplane")?));
+    }
     let cgroup = match &config.paths.cgroup {
         Some(cgroup) => Some(cgroup.clone()),
         None => cgroup2_mount()?,

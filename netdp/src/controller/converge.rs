@@ -110,6 +110,7 @@ impl State {
         before: Option<&Model>,
     ) -> Result<Vec<Failure>> {
         let mut pass = Pass { model, before, failures: Vec::new(), dressed: Vec::new() };
+        self.setting.filters_bridges = self.filters_bridges().await?;
         let facts = self.netlink.read_facts().await?;
         self.follow_renames(&facts).await?;
         let outgoing = plan::plan(model, &facts, &self.setting);
@@ -214,6 +215,11 @@ impl State {
             pass.note(Subject::Endpoint(id), result)?;
         }
         Ok(())
+    }
+
+    /// Whether the backend of now has to see what bridges switch.
+    async fn filters_bridges(&self) -> Result<bool> {
+        self.dataplane.call(|dataplane| dataplane.needs_bridge_filter()).await
     }
 
     /// `true` if the backend enforces the plan's program now.

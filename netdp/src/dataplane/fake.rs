@@ -101,6 +101,10 @@ impl Dataplane for Fake {
         false
     }
 
+    fn needs_bridge_filter(&self) -> bool {
+        false
+    }
+
     fn features(&self) -> Vec<KernelFeature> {
         Vec::new()
     }

@@ -22,6 +22,7 @@ use crate::{
 
 pub mod ebpf;
 pub mod fake;
+pub mod iptables;
 
 /// Everything a backend has to enforce, complete: what is not in it has to go.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -38,6 +39,8 @@ pub struct Program {
     pub uplinks: BTreeMap<u32, Uplink>,
     /// The host's own addresses; loopback and IPv6 link-local ones left out.
     pub local: BTreeSet<IpAddr>,
+    /// Names of the interfaces above, by ifindex.
+    pub names: BTreeMap<u32, String>,
 }
 
 /// Port ranges (inclusive) that source NAT works with.
@@ -294,6 +297,9 @@ pub trait Dataplane: Send {
     /// Whether it keeps programs of the host from binding the published ports of TCP and UDP, from
     /// `apply` on and whether the agent is there or not. Where it does not, somebody else has to.
     fn keeps_ports(&self) -> bool;
+
+    /// Whether bridged packets have to meet the rules of iptables, and leave by the port they came by.
+    fn needs_bridge_filter(&self) -> bool;
 
     /// What the backend asks of a kernel, and whether this one has it.
     fn features(&self) -> Vec<KernelFeature>;

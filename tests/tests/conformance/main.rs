@@ -9,10 +9,11 @@ use std::net::IpAddr;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use netdp_tests::backend::{Backend, Variant};
 use netdp_tests::harness::{Outcome, Row, run_rows};
 use netdp_tests::lab::{Lab, Offload};
 use netdp_tests::namespace::Namespace;
-use netdp_tests::net::FAMILIES;
+use netdp_tests::net::{FAMILIES, Family};
 use netdp_tests::probe::{PATIENCE, TcpServer, UdpServer};
 use netdp_tests::runtime::poll_until;
 
@@ -31,7 +32,7 @@ const WITH_OFFLOAD_OFF: bool = true;
 
 type Check = fn(&Row) -> Result<Outcome>;
 
-/// Rows of the eBPF backend, each for every family.
+/// The rows, each for every backend and family.
 const CHECKS: &[(&str, Check)] = &[
     ("PUB-01", publishing::client_address_reaches_the_container),
     ("PUB-02", publishing::host_reaches_the_published_port),
@@ -107,11 +108,38 @@ fn main() -> ExitCode {
     let mut rows = Vec::new();
     for &offload in variants {
         for &family in FAMILIES {
-            let row = |&(id, run)| Row { id, backend: "ebpf", family, offload, run };
-            rows.extend(CHECKS.iter().map(row));
+            let backends = [Backend::Ebpf, Backend::Iptables(programs(offload))];
+            for backend in backends {
+                let row = |&(id, run)| {
+                    let unkept = unkept(id, backend, family);
+                    Row { id, backend, unkept, family, offload, run }
+                };
+                rows.extend(CHECKS.iter().map(row));
+            }
         }
     }
     run_rows(rows)
+}
+
+/// Both sets of programs write the same rules, and neither cares for offloads: each is tried with
+/// one of the two.
+fn programs(offload: Offload) -> Variant {
+    match offload {
+        Offload::On => Variant::Nft,
+        Offload::Off => Variant::Legacy,
+    }
+}
+
+/// Promises that iptables can't keep, in which family, and why.
+const UNKEPT_BY_IPTABLES: &[(&str, &[Family], &str)] = &[];
+
+/// Why a backend does not keep a promise; `None` where it does.
+fn unkept(id: &str, backend: Backend, family: Family) -> Option<&'static str> {
+    let is_it = |(unkept, families, _): &&(&str, &[Family], &'static str)| {
+        *unkept == id && families.contains(&family)
+    };
+    let row = UNKEPT_BY_IPTABLES.iter().find(is_it)?;
+    (backend != Backend::Ebpf).then_some(row.2)
 }
 
 /// Containers A1, A2 and B1, and what serves in A1.

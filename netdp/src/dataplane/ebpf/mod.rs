@@ -580,6 +580,10 @@ impl Dataplane for Ebpf {
         self.object.keeps_ports()
     }
 
+    fn needs_bridge_filter(&self) -> bool {
+        false
+    }
+
     fn features(&self) -> Vec<KernelFeature> {
         self.features.rows()
     }
