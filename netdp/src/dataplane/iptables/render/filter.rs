@@ -18,7 +18,7 @@ const REFUSED: [u8; 3] = [33, 136, 51];
 /// Matches packets whose destination was a published port, and their answers.
 const TRANSLATED: &str = "-m conntrack --ctstate DNAT";
 /// Matches the first packet of such a connection.
-const NEWLY_TRANSLATED: &str = "-m conntrack --ctstate NEW --ctstatus DNAT";
+const NEWLY_TRANSLATED: &str = "-m conntrack --ctstate NEW -m conntrack --ctstate DNAT";
 
 pub(super) fn render<F: Filtered>(view: &View<'_, F>, rules: &mut RuleSet) {
     let mut forward = rules.chain(Table::Filter, hook_chain("FORWARD"));
