@@ -29,6 +29,7 @@ use crate::{
     config::Config,
     dataplane::{Count, Dataplane, Drift, FlowRecord, FlowTable, Program},
     facts::HostFacts,
+    loopback::{self, Loopback},
     model::{EndpointId, Model, Refusal},
     netlink::{Netlink, events::Events, namespace},
     plan::{Setting, link_drift, plan, reservations},
@@ -98,6 +99,7 @@ struct State {
     netlink: Netlink,
     store: Blocking<Store>,
     reservations: Blocking<Reservations>,
+    loopback: Loopback,
     dataplane: Arc<Blocking<Box<dyn Dataplane>>>,
     snapshot: watch::Sender<Snapshot>,
 }
@@ -151,6 +153,7 @@ impl Controller {
             netlink,
             store,
             reservations: Blocking::new(Reservations::new()),
+            loopback: Loopback::default(),
             dataplane: Arc::clone(&dataplane),
             snapshot,
         };
@@ -285,6 +288,17 @@ impl State {
         Ok(if is_backend { Keeper::Backend } else { Keeper::Sockets })
     }
 
+    /// Serves published ports at loopback addresses, where the backend can't; what could not be.
+    async fn serve_loopback(&self) -> Result<Vec<String>> {
+        let is_backend = self.dataplane.call(|dataplane| dataplane.reaches_loopback()).await?;
+        let wanted = match is_backend {
+            true => BTreeMap::new(),
+            false => loopback::wanted(&self.program.published),
+        };
+        let loopback = self.loopback.clone();
+        self.reservations.call(move |ports| loopback.follow(&wanted, ports)).await
+    }
+
     async fn change(&mut self, model: Model, prepared: Prepared) -> Result<(), ChangeError> {
         let before = Arc::clone(&self.model);
         if model == *before {
@@ -300,14 +314,16 @@ impl State {
                     // The backend may have found out that it can't.
                     reservations.hold(&wanted, keeper)
                 });
-                let refused = refused.await?;
-                self.report(troubles(&failures, refused));
+                let mut troubles = troubles(&failures, refused.await?);
+                troubles.extend(self.serve_loopback().await?);
+                self.report(troubles);
                 self.model = model;
                 self.publish();
                 Ok(())
             }
             Err(error) => {
                 let left = self.undo().await;
+                self.serve_loopback().await?;
                 self.publish();
                 Err(ChangeError::Failed(match left {
                     None => error,
@@ -389,7 +405,9 @@ impl State {
         let failures = self.converge(&model, None).await?;
         let (wanted, keeper) = (reservations(&model), self.port_keeper().await?);
         let refused = self.reservations.call(move |ports| ports.hold(&wanted, keeper)).await?;
-        self.report(troubles(&failures, refused));
+        let mut troubles = troubles(&failures, refused);
+        troubles.extend(self.serve_loopback().await?);
+        self.report(troubles);
         if model != before {
             self.store.call(move |store| store.save(&before, &model)).await??;
         }
@@ -430,7 +448,11 @@ impl State {
             Ok(failures) => failures.into_iter().map(Failure::into_error).collect(),
             Err(error) => vec![error],
         };
-        let emptied = self.reservations.call(|ports| ports.hold(&BTreeSet::new(), Keeper::Backend));
+        let loopback = self.loopback.clone();
+        let emptied = self.reservations.call(move |ports| {
+            loopback.follow(&BTreeMap::new(), ports);
+            ports.hold(&BTreeSet::new(), Keeper::Backend)
+        });
         errors.extend(emptied.await.err());
         let purged = self.dataplane.call(|dataplane| dataplane.purge()).await.flatten();
         errors.extend(purged.context("purge the dataplane").err());

@@ -34,6 +34,15 @@ pub enum Outcome {
     Skip(String),
 }
 
+/// Why a backend does not keep a promise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unkept {
+    /// It can't: a test that passes is news.
+    For(&'static str),
+    /// It can't on some hosts.
+    Perhaps(&'static str),
+}
+
 /// One promise, for one backend and one address family.
 #[derive(Clone, Copy, Debug)]
 pub struct Row {
@@ -42,7 +51,7 @@ pub struct Row {
     /// What has to keep it.
     pub backend: Backend,
     /// Why the backend can't keep it, if it can't: then it must not.
-    pub unkept: Option<&'static str>,
+    pub unkept: Option<Unkept>,
     /// The family that the row is about.
     pub family: Family,
     /// Whether the lab's links have offloads.
@@ -106,10 +115,12 @@ impl Row {
     fn outcome(&self) -> Result<Outcome> {
         let outcome = catch(|| (self.run)(self));
         match (self.unkept, outcome) {
-            (Some(reason), Ok(Outcome::Pass)) => {
+            (Some(Unkept::For(reason)), Ok(Outcome::Pass)) => {
                 Err(anyhow!("it passes, although it is marked as not kept ({reason}): unmark it"))
             }
-            (Some(reason), Err(_)) => Ok(Outcome::Skip(reason.to_owned())),
+            (Some(Unkept::For(reason) | Unkept::Perhaps(reason)), Err(_)) => {
+                Ok(Outcome::Skip(reason.to_owned()))
+            }
             (_, outcome) => outcome,
         }
     }

@@ -298,6 +298,10 @@ pub trait Dataplane: Send {
     /// `apply` on and whether the agent is there or not. Where it does not, somebody else has to.
     fn keeps_ports(&self) -> bool;
 
+    /// Whether programs of the host reach published ports at loopback addresses by it. Where they do
+    /// not, the agent has to serve them.
+    fn reaches_loopback(&self) -> bool;
+
     /// Whether bridged packets have to meet the rules of iptables, and leave by the port they came by.
     fn needs_bridge_filter(&self) -> bool;
 

@@ -294,10 +294,8 @@ impl Tuple {
                 _ => {}
             }
         }
-        let way = Way {
-            source: (source?, source_port),
-            destination: (destination?, destination_port),
-        };
+        let way =
+            Way { source: (source?, source_port), destination: (destination?, destination_port) };
         Some(Self { protocol: protocol?, way })
     }
 }
@@ -326,8 +324,7 @@ mod tests {
 
     fn tuple(source: [u8; 4], destination: [u8; 4], ports: [u8; 2]) -> Vec<u8> {
         let addresses = nested(1, &[(1, &source), (2, &destination)]);
-        let protocol =
-            nested(2, &[(1, &[6]), (2, &[0, ports[0]]), (3, &[0, ports[1]])]);
+        let protocol = nested(2, &[(1, &[6]), (2, &[0, ports[0]]), (3, &[0, ports[1]])]);
         [addresses, protocol].concat()
     }
 

@@ -580,6 +580,10 @@ impl Dataplane for Ebpf {
         self.object.keeps_ports()
     }
 
+    fn reaches_loopback(&self) -> bool {
+        true
+    }
+
     fn needs_bridge_filter(&self) -> bool {
         false
     }

@@ -106,10 +106,8 @@ impl Filtered for V6 {
         "-p ipv6-icmp -m icmp6 --icmpv6-type 130",
     ];
     const ON_LINK: &'static [&'static str] = &["fe80::/10", "ff00::/8"];
-    const DISCOVERY: &'static [&'static str] = &[
-        "-p ipv6-icmp -m icmp6 --icmpv6-type 135",
-        "-p ipv6-icmp -m icmp6 --icmpv6-type 136",
-    ];
+    const DISCOVERY: &'static [&'static str] =
+        &["-p ipv6-icmp -m icmp6 --icmpv6-type 135", "-p ipv6-icmp -m icmp6 --icmpv6-type 136"];
     const WITHOUT_ADDRESS: &'static [&'static str] = &[
         "-s ::/128 -p ipv6-icmp -m icmp6 --icmpv6-type 133",
         "-s ::/128 -p ipv6-icmp -m icmp6 --icmpv6-type 135",

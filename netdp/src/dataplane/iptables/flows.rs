@@ -142,9 +142,8 @@ fn addresses(program: &Program) -> impl Iterator<Item = (&crate::model::Endpoint
 /// The connections of networks, for people.
 pub(super) fn records(program: &Program, tracked: &[Tracked]) -> Vec<FlowRecord> {
     let subnets: Vec<_> = subnets(program).collect();
-    let network_of = |address: IpAddr| {
-        subnets.iter().find(|(_, net)| net.contains(&address)).map(|(id, _)| *id)
-    };
+    let network_of =
+        |address: IpAddr| subnets.iter().find(|(_, net)| net.contains(&address)).map(|(id, _)| *id);
     let record = |tracked: &Tracked| {
         let Tracked { original, reply, .. } = tracked;
         // Neighbours need no flow of ours, nor does the host.

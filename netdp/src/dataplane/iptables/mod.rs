@@ -155,19 +155,24 @@ impl<F: Filtered> Tables<F> {
         if let Some(text) = transaction(&wanted, &found, &write) {
             self.tool.restore(&text)?;
         }
+        if wanted.0.is_empty() && found != Found::default() {
+            self.tool.remove_empty_tables()?;
+        }
         self.note(wanted)?;
         Ok(write.len())
     }
 
     /// The chains that are not yet as they have to be.
     fn to_write(&self, wanted: &RuleSet, found: &Found) -> ChainSet {
-        let all = wanted.0.iter().flat_map(|(&table, chains)| {
-            chains.keys().map(move |name| (table, name.clone()))
-        });
+        let all = wanted
+            .0
+            .iter()
+            .flat_map(|(&table, chains)| chains.keys().map(move |name| (table, name.clone())));
         let Some(written) = &self.written else { return all.collect() };
         let differing = written.differing(found);
         let is_same = |(table, name): &(Table, String)| {
-            let rules = |set: &RuleSet| set.table(*table).and_then(|chains| chains.get(name)).cloned();
+            let rules =
+                |set: &RuleSet| set.table(*table).and_then(|chains| chains.get(name)).cloned();
             rules(&written.rules) == rules(wanted)
         };
         all.filter(|key| differing.contains(key) || !is_same(key)).collect()
@@ -293,6 +298,10 @@ impl Dataplane for Iptables {
     }
 
     fn keeps_ports(&self) -> bool {
+        false
+    }
+
+    fn reaches_loopback(&self) -> bool {
         false
     }
 

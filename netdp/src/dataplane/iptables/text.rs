@@ -84,9 +84,9 @@ impl Found {
 
     /// Hooks whose first rule is not our jump, or that have more than one.
     pub(super) fn displaced(&self) -> impl Iterator<Item = (Table, &'static str)> {
-        let hooks = Table::ALL.into_iter().flat_map(|table| {
-            table.hooks().iter().map(move |&hook| (table, hook))
-        });
+        let hooks = Table::ALL
+            .into_iter()
+            .flat_map(|table| table.hooks().iter().map(move |&hook| (table, hook)));
         hooks.filter(|&(table, hook)| self.jumps(table, hook) != [0])
     }
 }
@@ -208,7 +208,9 @@ COMMIT
         for hook in ["INPUT", "FORWARD", "OUTPUT"] {
             rules.chain(Table::Filter, hook_chain(hook));
         }
-        rules.chain(Table::Filter, "NETDP-FORWARD").add("-i c -m comment --comment netdp:1:icc", "-j DROP");
+        rules
+            .chain(Table::Filter, "NETDP-FORWARD")
+            .add("-i c -m comment --comment netdp:1:icc", "-j DROP");
         rules
     }
 
@@ -247,6 +249,9 @@ COMMIT
     fn nothing_to_do_is_no_transaction() {
         assert_eq!(transaction(&RuleSet::default(), &Found::default(), &ChainSet::new()), None);
         let all = transaction(&RuleSet::default(), &Found::parse(SAVED), &ChainSet::new()).unwrap();
-        assert!(all.contains("-D FORWARD -j NETDP-FORWARD\n-X NETDP-FORWARD\n-X NETDP-OLD\n"), "{all}");
+        assert!(
+            all.contains("-D FORWARD -j NETDP-FORWARD\n-X NETDP-FORWARD\n-X NETDP-OLD\n"),
+            "{all}"
+        );
     }
 }

@@ -11,10 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::{
-    rules::Table,
-    text::Found,
-};
+use super::{rules::Table, text::Found};
 
 /// Chooses the variant whatever the host uses: "legacy" or "nft". Tests try both on one host.
 const VARIANT_VARIABLE: &str = "NETDP_IPTABLES";

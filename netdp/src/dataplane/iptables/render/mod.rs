@@ -75,7 +75,8 @@ impl<'a, F: Filtered> View<'a, F> {
         let name = |ifindex: u32| program.names.get(&ifindex).map(String::as_str);
         let mut members: BTreeMap<NetworkId, Vec<Member<'a, F>>> = BTreeMap::new();
         for endpoint in program.endpoints.values() {
-            let (Some(address), Some(interface)) = (F::address_of(endpoint), name(endpoint.ifindex))
+            let (Some(address), Some(interface)) =
+                (F::address_of(endpoint), name(endpoint.ifindex))
             else {
                 continue;
             };

@@ -5,13 +5,11 @@ use std::collections::BTreeMap;
 use netdp_common::counter::Reason;
 
 use super::{Net, View, host};
-use crate::{
-    dataplane::{
-        SubnetProgram,
-        iptables::{
-            family::Filtered,
-            rules::{RuleSet, Table, hook_chain},
-        },
+use crate::dataplane::{
+    SubnetProgram,
+    iptables::{
+        family::Filtered,
+        rules::{RuleSet, Table, hook_chain},
     },
 };
 
