@@ -27,7 +27,7 @@ use self::{
 };
 use crate::{
     config::Config,
-    dataplane::{Count, Dataplane, Drift, FlowRecord, FlowTable, Program},
+    dataplane::{Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Program},
     facts::HostFacts,
     loopback::{self, Loopback},
     model::{EndpointId, Model, Refusal},
@@ -102,6 +102,17 @@ struct State {
     loopback: Loopback,
     dataplane: Arc<Blocking<Box<dyn Dataplane>>>,
     snapshot: watch::Sender<Snapshot>,
+}
+
+/// What enforces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// "ebpf", "iptables".
+    pub name: &'static str,
+    /// Why it is this one.
+    pub reason: String,
+    /// What it asks of the kernel.
+    pub features: Vec<KernelFeature>,
 }
 
 /// Why a change did not happen. Either way, nothing changed.
@@ -221,6 +232,19 @@ impl Controller {
         let change = tokio::spawn(async move { state.change(model, prepared).await });
         change.await.context("finish the change")??;
         Ok(value)
+    }
+
+    /// What enforces, why it is that, and what it asks of the kernel.
+    ///
+    /// # Errors
+    /// The backend has panicked.
+    pub async fn backend(&self) -> Result<Backend> {
+        let describe = |dataplane: &mut Box<dyn Dataplane>| Backend {
+            name: dataplane.name(),
+            reason: dataplane.reason(),
+            features: dataplane.features(),
+        };
+        self.shared.dataplane.call(describe).await
     }
 
     /// All tracked connections.

@@ -123,6 +123,7 @@ impl State {
         let facts = self.netlink.read_facts().await?;
         let present = plan::plan(model, &facts, &self.setting);
         let is_applied = self.apply(&mut pass, &present).await?;
+        let (facts, present) = self.follow_backend(&mut pass, facts, present).await?;
         if is_applied {
             self.open(&mut pass, &present, &facts).await?;
         }
@@ -215,6 +216,26 @@ impl State {
             pass.note(Subject::Endpoint(id), result)?;
         }
         Ok(())
+    }
+
+    /// A backend that has just given way to another one may leave bridges that don't go by that: puts
+    /// them right before anything is opened.
+    async fn follow_backend(
+        &mut self,
+        pass: &mut Pass<'_>,
+        facts: HostFacts,
+        present: Plan,
+    ) -> Result<(HostFacts, Plan)> {
+        let filters = self.filters_bridges().await?;
+        if filters == self.setting.filters_bridges {
+            return Ok((facts, present));
+        }
+        self.setting.filters_bridges = filters;
+        let present = plan::plan(pass.model, &facts, &self.setting);
+        self.make_links(pass, &present, &facts).await?;
+        let facts = self.netlink.read_facts().await?;
+        let present = plan::plan(pass.model, &facts, &self.setting);
+        Ok((facts, present))
     }
 
     /// Whether the backend of now has to see what bridges switch.

@@ -23,6 +23,7 @@ use crate::{
 pub mod ebpf;
 pub mod fake;
 pub mod iptables;
+pub mod select;
 
 /// Everything a backend has to enforce, complete: what is not in it has to go.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -252,6 +253,11 @@ pub fn protocol_name(number: u8) -> Cow<'static, str> {
 pub trait Dataplane: Send {
     /// "ebpf", "iptables".
     fn name(&self) -> &'static str;
+
+    /// Why it is this one, in words for the operator.
+    fn reason(&self) -> String {
+        String::new()
+    }
 
     /// Makes the kernel enforce `program`. Flows of endpoints and published ports that are gone
     /// are gone when it returns.

@@ -47,6 +47,12 @@ impl Tracked {
         self.status & DST_NAT != 0
     }
 
+    /// Whether an address or a port of it was translated.
+    pub fn is_translated(&self) -> bool {
+        (self.original.source, self.original.destination)
+            != (self.reply.destination, self.reply.source)
+    }
+
     /// Whether an answer was seen.
     pub fn is_answered(&self) -> bool {
         const SEEN_REPLY: u32 = 1 << 1;

@@ -33,6 +33,18 @@ pub(super) fn end_stale(before: Option<&Program>, now: &Program) -> Result<usize
     conntrack::end(stale).context("end connections of what is gone")
 }
 
+/// Ends the translated connections of a program's networks; returns how many.
+pub(super) fn end_translated(program: &Program) -> Result<usize> {
+    let subnets: Vec<IpNet> = subnets(program).map(|(_, net)| net).collect();
+    let is_ours = |address: IpAddr| subnets.iter().any(|net| net.contains(&address));
+    let is_translated = |tracked: &&Tracked| {
+        let ends = [tracked.original.source.0, tracked.reply.source.0];
+        tracked.is_translated() && ends.into_iter().any(is_ours)
+    };
+    let tracked = conntrack::list()?;
+    conntrack::end(tracked.iter().filter(is_translated)).context("end translated connections")
+}
+
 /// Knows what has gone.
 struct Judge<'a> {
     now: &'a Program,

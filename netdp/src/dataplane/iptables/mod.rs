@@ -59,12 +59,13 @@ impl Iptables {
         Ok(Self { ipv4, ipv6, program: None })
     }
 
-    /// Removes every rule of ours from this network namespace, whichever variant wrote it. Returns
-    /// whether there was something.
+    /// Removes every rule of ours from this network namespace, whichever variant wrote it, and the
+    /// connections of `program` that netfilter would go on translating. Returns whether there was
+    /// something.
     ///
     /// # Errors
     /// Goes on after each failure and names them all.
-    pub fn purge_rules() -> Result<bool> {
+    pub fn purge_rules(program: &Program) -> Result<bool> {
         let mut there = false;
         let mut errors = Vec::new();
         for variant in Variant::ALL {
@@ -75,6 +76,9 @@ impl Iptables {
                     Err(error) => errors.push(format!("{error:#}")),
                 }
             }
+        }
+        if there && let Err(error) = flows::end_translated(program) {
+            errors.push(format!("{error:#}"));
         }
         if errors.is_empty() { Ok(there) } else { Err(anyhow!(errors.join("; "))) }
     }
@@ -257,8 +261,8 @@ impl Dataplane for Iptables {
         if let Some(ipv6) = &mut self.ipv6 {
             ipv6.written = None;
         }
-        self.program = None;
-        Self::purge_rules().map(drop)
+        let program = self.program.take().unwrap_or_default();
+        Self::purge_rules(&program).map(drop)
     }
 
     fn counters(&mut self) -> Result<Vec<Count>> {
