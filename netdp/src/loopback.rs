@@ -24,7 +24,7 @@ use tokio::{
     net::{TcpListener, TcpStream, UdpSocket},
     runtime::Handle,
     sync::mpsc,
-    task::{AbortHandle, JoinSet},
+    task::{JoinHandle, JoinSet},
     time::{sleep, timeout},
 };
 use tracing::debug;
@@ -54,12 +54,21 @@ pub struct Loopback(Arc<Mutex<BTreeMap<PublishedKey, Forwarder>>>);
 #[derive(Debug)]
 struct Forwarder {
     target: SocketAddr,
-    task: AbortHandle,
+    task: JoinHandle<()>,
 }
 
 impl Drop for Forwarder {
     fn drop(&mut self) {
         self.task.abort();
+    }
+}
+
+impl Forwarder {
+    /// Ends it, and returns when its socket is closed: the next one may want the port.
+    fn end(mut self, runtime: &Handle) {
+        self.task.abort();
+        // It ends by being aborted, which is no result to look at.
+        let _aborted = runtime.block_on(&mut self.task);
     }
 }
 
@@ -86,14 +95,26 @@ pub fn wanted<'a>(
 
 impl Loopback {
     /// Serves exactly these from now on, as far as they can be had, and says which could not. To be
-    /// called where a tokio runtime is.
+    /// called where a tokio runtime is, on a thread that may block.
     pub fn follow(
         &self,
         wanted: &BTreeMap<PublishedKey, SocketAddr>,
         reservations: &Reservations,
     ) -> Vec<String> {
         let mut forwarders = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        forwarders.retain(|key, forwarder| wanted.get(key) == Some(&forwarder.target));
+        let is_gone =
+            |key: &PublishedKey, there: &mut Forwarder| wanted.get(key) != Some(&there.target);
+        let gone: Vec<_> = forwarders.extract_if(.., is_gone).collect();
+        if gone.is_empty() && wanted.is_empty() {
+            return Vec::new();
+        }
+        let runtime = match Handle::try_current() {
+            Ok(runtime) => runtime,
+            Err(error) => return vec![format!("serve loopback addresses: {error}")],
+        };
+        for (_, forwarder) in gone {
+            forwarder.end(&runtime);
+        }
         let mut failures = Vec::new();
         for (&key, &target) in wanted {
             if forwarders.contains_key(&key) {
@@ -101,7 +122,7 @@ impl Loopback {
             }
             match reservations
                 .share(key, || bound(key))
-                .and_then(|socket| serve(key, socket, target))
+                .and_then(|socket| serve(&runtime, key, socket, target))
             {
                 Ok(task) => drop(forwarders.insert(key, Forwarder { target, task })),
                 Err(error) => {
@@ -137,15 +158,19 @@ fn bound(key: PublishedKey) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-fn serve(key: PublishedKey, socket: OwnedFd, target: SocketAddr) -> io::Result<AbortHandle> {
-    let runtime = Handle::try_current().map_err(io::Error::other)?;
+fn serve(
+    runtime: &Handle,
+    key: PublishedKey,
+    socket: OwnedFd,
+    target: SocketAddr,
+) -> io::Result<JoinHandle<()>> {
     let _context = runtime.enter();
     Ok(if key.protocol == Protocol::Udp {
         let listener = UdpSocket::from_std(socket.into())?;
-        runtime.spawn(forward_datagrams(Arc::new(listener), target)).abort_handle()
+        runtime.spawn(forward_datagrams(Arc::new(listener), target))
     } else {
         let listener = TcpListener::from_std(StdTcpListener::from(socket))?;
-        runtime.spawn(forward_connections(listener, target)).abort_handle()
+        runtime.spawn(forward_connections(listener, target))
     })
 }
 

@@ -347,7 +347,8 @@ fn normal(path: &Path) -> Option<PathBuf> {
 }
 
 /// Where promises are tested; ids stand there as `("PUB-01",` or head the file.
-const PROMISE_TESTS: [&str; 2] = ["tests/tests/conformance/main.rs", "tests/tests/lifecycle.rs"];
+const PROMISE_TESTS: [&str; 2] =
+    ["tests/tests/conformance/main.rs", "tests/tests/lifecycle/main.rs"];
 
 /// Where the list of families is that tests run in.
 const PROMISE_FAMILIES: &str = "tests/src/net.rs";

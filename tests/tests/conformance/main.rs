@@ -17,6 +17,7 @@ use netdp_tests::net::{FAMILIES, Family};
 use netdp_tests::probe::{PATIENCE, TcpServer, UdpServer};
 use netdp_tests::runtime::poll_until;
 
+mod backends;
 mod hostile;
 mod isolation;
 mod lifecycle;
@@ -93,6 +94,8 @@ const CHECKS: &[(&str, Check)] = &[
     ("LIF-06", load::syn_flood_leaves_open_flows_alone),
     ("LIF-07", lifecycle::vanished_container_leaves_nothing),
     ("LIF-10", lifecycle::purge_leaves_the_host_as_before),
+    ("LIF-11", backends::backends_take_each_others_place),
+    ("LIF-13", backends::rules_that_others_wipe_come_back),
     ("SEC-01", security::forged_sources_are_dropped),
     ("SEC-02", hostile::rogue_configuration_is_dropped),
     ("SEC-03", security::outside_can_not_pretend_to_be_inside),

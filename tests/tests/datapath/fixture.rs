@@ -844,6 +844,7 @@ fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Program {
         published: BTreeMap::new(),
         uplinks: uplinks.collect(),
         local,
+        names: BTreeMap::new(),
     };
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         let mut publish = |address, port, endpoint, container_port| {

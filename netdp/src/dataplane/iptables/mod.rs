@@ -59,6 +59,15 @@ impl Iptables {
         Ok(Self { ipv4, ipv6, program: None })
     }
 
+    /// What this host's iptables is, in words for the operator.
+    ///
+    /// # Errors
+    /// It has none.
+    pub fn describe() -> Result<String> {
+        let (variant, _) = tool::chosen_variant()?;
+        Ok(format!("iptables of the variant {}", variant.name()))
+    }
+
     /// Removes every rule of ours from this network namespace, whichever variant wrote it, and the
     /// connections of `program` that netfilter would go on translating. Returns whether there was
     /// something.
