@@ -1,6 +1,8 @@
 //! LIF: one backend takes the other's place, and others take its rules away.
 
 use std::fs;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -12,10 +14,16 @@ use netdp_tests::packet::Envelope;
 use netdp_tests::probe::expect_same;
 use netdp_tests::runtime::poll_until;
 
-use crate::{Containers, standard_containers};
+use crate::{Containers, bridge_mac, standard_containers};
 
 /// How long the agent may take to notice what no event tells it.
 const NOTICED: Duration = Duration::from_secs(40);
+
+/// How often one knocks in a row.
+const KNOCKS: usize = 100;
+
+/// Between two rows of knocks.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// Fails unless what is allowed passes, and nothing else.
 fn expect_enforced(lab: &Lab, containers: &Containers) -> Result<()> {
@@ -30,8 +38,11 @@ fn expect_enforced(lab: &Lab, containers: &Containers) -> Result<()> {
     expect_same("clients of the container", &containers.a1_tcp.accepted().len(), &admitted)
 }
 
-/// Datagrams that no policy lets in, one after the other, by every way there is.
-fn intrusions(lab: &Lab, b1: &Namespace) -> Result<[(Namespace, &'static str, Vec<u8>); 2]> {
+/// A frame that nobody should be handed, who sends it, and on which link.
+type Knock = (Namespace, &'static str, Vec<u8>);
+
+/// What no policy lets in, by every way there is.
+fn knocks(lab: &Lab, b1: &Namespace) -> Result<[Knock; 2]> {
     let net = lab.net();
     let outside = Envelope {
         source_mac: lab.outside().mac("out0")?,
@@ -42,13 +53,13 @@ fn intrusions(lab: &Lab, b1: &Namespace) -> Result<[(Namespace, &'static str, Ve
     };
     let neighbour = Envelope {
         source_mac: b1.mac("eth0")?,
-        destination_mac: crate::bridge_mac(lab, "net-b")?,
+        destination_mac: bridge_mac(lab, "net-b")?,
         source: net.b1,
         ..outside
     };
     Ok([
-        (lab.outside().clone(), "out0", outside.udp(5000, 80, b"intruder")),
-        (b1.clone(), "eth0", neighbour.udp(5000, 80, b"intruder")),
+        (lab.outside().clone(), "out0", outside.udp(5000, 80, b"knock")),
+        (b1.clone(), "eth0", neighbour.udp(5000, 80, b"knock")),
     ])
 }
 
@@ -66,64 +77,64 @@ fn expect_nothing_left(lab: &Lab, backend: Backend) -> Result<()> {
     Ok(())
 }
 
+/// Knocks without a pause for as long as `work` takes.
+fn while_knocking(knocks: &[Knock], work: impl FnOnce() -> Result<()>) -> Result<()> {
+    thread::scope(|scope| {
+        let (working, is_over) = mpsc::channel::<()>();
+        let rounds = scope.spawn(move || -> Result<u64> {
+            let mut rounds = 0;
+            while is_over.recv_timeout(PAUSE) == Err(RecvTimeoutError::Timeout) {
+                for (from, link, frame) in knocks {
+                    from.flood(link, vec![frame.clone(); KNOCKS].into_iter())?;
+                }
+                rounds += 1;
+            }
+            Ok(rounds)
+        });
+        let done = work();
+        drop(working);
+        let rounds = rounds.join().ok().context("join whoever knocks")??;
+        ensure!(rounds > 0, "nobody knocked");
+        done
+    })
+}
+
 pub(crate) fn backends_take_each_others_place(row: &Row) -> Result<Outcome> {
     let net = row.net();
     let other = if row.is_ebpf() { Backend::Iptables(Variant::Nft) } else { Backend::Ebpf };
-    row.in_lab(
-        |builder| builder,
-        |lab| {
-            let containers = standard_containers(lab)?;
-            let _outside = lab.outside().tcp_server("outside", (net.outside, 7))?;
-            let policy = format!("allow from {}\ndeny from any\n", net.guests[0]);
-            lab.set_policy("net-a", &policy)?;
+    row.in_standard_lab(|lab| {
+        let containers = standard_containers(lab)?;
+        let _outside = lab.outside().tcp_server("outside", (net.outside, 7))?;
+        let policy = format!("allow from {}\ndeny from any\n", net.guests[0]);
+        lab.set_policy("net-a", &policy)?;
+        expect_enforced(lab, &containers)?;
+        let received = containers.a1_udp.received().len();
+        let knocks = knocks(lab, &containers.b1)?;
+        for (backend, gone) in [(other, row.backend), (row.backend, other)] {
+            let agent = lab.agent()?;
+            agent.stop()?;
+            agent.use_backend(backend);
+            while_knocking(&knocks, || agent.start())?;
+            let status = lab.json(&["status"])?;
+            expect_same("the dataplane", &status["dataplane"], &backend.name().into())?;
             expect_enforced(lab, &containers)?;
-            let received = containers.a1_udp.received().len();
-            let [outside, neighbour] = intrusions(lab, &containers.b1)?;
-            for backend in [other, row.backend] {
-                lab.agent()?.stop()?;
-                lab.agent()?.use_backend(backend);
-                // All the while, somebody knocks.
-                std::thread::scope(|scope| -> Result<()> {
-                    let (over, is_over) = std::sync::mpsc::channel::<()>();
-                    let knocks = scope.spawn(move || -> Result<u64> {
-                        let mut rounds = 0;
-                        while is_over
-                            .recv_timeout(Duration::from_millis(5))
-                            .is_err_and(|error| error == std::sync::mpsc::RecvTimeoutError::Timeout)
-                        {
-                            rounds += 1;
-                            for (from, link, frame) in
-                                [outside_of(&outside), outside_of(&neighbour)]
-                            {
-                                from.inject(link, frame)?;
-                            }
-                        }
-                        Ok(rounds)
-                    });
-                    let started = lab.agent()?.start();
-                    drop(over);
-                    let rounds = knocks.join().ok().context("join the knocks")??;
-                    ensure!(rounds > 10, "only {rounds} knocks");
-                    started
-                })?;
-                let status = lab.json(&["status"])?;
-                expect_same("the dataplane", &status["dataplane"], &backend.name().into())?;
-                expect_enforced(lab, &containers)?;
-                let gone = if backend == other { row.backend } else { other };
-                expect_nothing_left(lab, gone)?;
-                let check = lab.agent()?.request("GET", "/v1/check", b"")?;
-                expect_same("drift", &check, &(200, "[]".to_owned()))?;
-            }
-            let now = containers.a1_udp.received().len();
-            expect_same("datagrams of intruders", &now, &received)
-        },
-    )
+            expect_nothing_left(lab, gone)?;
+            expect_same("drift", &drift(lab)?, &NO_DRIFT.to_owned())?;
+        }
+        let now = containers.a1_udp.received().len();
+        expect_same("datagrams of whoever knocked", &now, &received)
+    })
 }
 
-fn outside_of<'a>(
-    (from, link, frame): &'a (Namespace, &'static str, Vec<u8>),
-) -> (&'a Namespace, &'static str, &'a [u8]) {
-    (from, link, frame)
+/// What the agent says when nothing differs.
+const NO_DRIFT: &str = "[]";
+
+/// What differs, as the agent sees it.
+fn drift(lab: &Lab) -> Result<String> {
+    let (status, answer) = lab.agent()?.request("GET", "/v1/check", b"")?;
+    expect_same("the status code", &status, &200)?;
+    // The body follows the head.
+    Ok(answer.rsplit("\r\n").next().unwrap_or_default().to_owned())
 }
 
 pub(crate) fn rules_that_others_wipe_come_back(row: &Row) -> Result<Outcome> {
@@ -135,19 +146,18 @@ pub(crate) fn rules_that_others_wipe_come_back(row: &Row) -> Result<Outcome> {
         lab.set_policy("net-a", &policy)?;
         expect_enforced(lab, &containers)?;
         for wipe in wipes(row.backend) {
-            for command in wipe {
+            for command in &wipe {
                 let (program, arguments) = command.split_first().context("read a command")?;
                 let output = lab.host().output(program, arguments)?;
                 let said = String::from_utf8_lossy(&output.stderr);
                 ensure!(output.status.success(), "{command:?}: {said}");
             }
             if !row.is_ebpf() {
-                let (_, drift) = lab.agent()?.request("GET", "/v1/check", b"")?;
+                let drift = drift(lab)?;
                 ensure!(drift.contains("tables chain"), "report the drift: {drift}");
             }
             poll_until(NOTICED, &format!("rules after {wipe:?}"), || {
-                let check = lab.agent()?.request("GET", "/v1/check", b"")?;
-                Ok((check == (200, "[]".to_owned())).then_some(()))
+                Ok((drift(lab)? == NO_DRIFT).then_some(()))
             })?;
             expect_enforced(lab, &containers)?;
         }
