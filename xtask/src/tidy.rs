@@ -369,7 +369,8 @@ fn split_unkept(tests: &str) -> (String, &str) {
 
 /// Whether the list names a promise in a family.
 fn is_unkept(list: &str, id: &str, family: &str) -> bool {
-    let entries = list.split(&format!("\"{id}\",")).skip(1);
+    let name = format!("\"{id}\",");
+    let entries = list.split(&name).skip(1);
     let mut families = entries.filter_map(|entry| entry.split("Unkept::").next());
     families.any(|families| families.contains("FAMILIES") || families.contains(family))
 }
