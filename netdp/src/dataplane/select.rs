@@ -35,7 +35,7 @@ pub fn select(choice: DataplaneChoice, options: EbpfOptions) -> Result<Selected>
     let asked = || "as --dataplane asks for".to_owned();
     let selected = match choice {
         DataplaneChoice::Ebpf => {
-            let backend = Ebpf::open(options).context("open the ebpf dataplane")?;
+            let backend = open_ebpf(options).context("open the ebpf dataplane")?;
             Selected { backend: Box::new(backend), reason: asked(), spare: None }
         }
         DataplaneChoice::Iptables => {
