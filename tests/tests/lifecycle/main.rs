@@ -2,6 +2,7 @@
 //! happens to an agent: meddling with its links and pins, a rival.
 
 mod fallback;
+mod scale;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -46,6 +47,10 @@ fn main() -> ExitCode {
         ("without_ebpf_the_agent_takes_iptables", || {
             in_each_family(fallback::without_ebpf_the_agent_takes_iptables)
         }),
+        (
+            "many_ports_are_one_transaction_and_one_port_is_a_short_one",
+            scale::many_ports_are_one_transaction_and_one_port_is_a_short_one,
+        ),
         ("with_ebpf_the_agent_takes_it", || in_each_family(fallback::with_ebpf_the_agent_takes_it)),
         ("a_bridge_that_lost_its_alias_passes_nothing", || {
             in_each_family(bridge_without_alias_passes_nothing)

@@ -17,7 +17,7 @@ use self::{
     family::Filtered,
     rules::{RuleSet, Table},
     text::{ChainSet, Found, FoundRule, counted, transaction},
-    tool::{Tool, Variant},
+    tool::Tool,
 };
 use super::{Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Program};
 use crate::{
@@ -32,6 +32,8 @@ mod render;
 mod rules;
 mod text;
 mod tool;
+
+pub use self::tool::Variant;
 
 /// Gone when the kernel does no IPv6.
 const IPV6_DIRECTORY: &str = "/proc/sys/net/ipv6";
@@ -52,6 +54,14 @@ impl Iptables {
     pub fn open() -> Result<Self> {
         let (variant, reason) = tool::chosen_variant()?;
         info!(variant = variant.name(), "using iptables: {reason}");
+        Self::open_as(variant)
+    }
+
+    /// The same with the programs of one variant.
+    ///
+    /// # Errors
+    /// As [`Iptables::open`].
+    pub fn open_as(variant: Variant) -> Result<Self> {
         bridges::ensure()?;
         let mut ipv4 = Tables::open(variant)?;
         ipv4.look().context("read the rules of this host")?;

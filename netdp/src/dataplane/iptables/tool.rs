@@ -24,7 +24,7 @@ const LOCK_PATIENCE: &str = "10";
 
 /// Which part of the kernel holds the rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Variant {
+pub enum Variant {
     /// The old tables.
     Legacy,
     /// nf_tables, in compatible tables.
@@ -32,9 +32,12 @@ pub(super) enum Variant {
 }
 
 impl Variant {
-    pub(super) const ALL: [Self; 2] = [Self::Legacy, Self::Nft];
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Legacy, Self::Nft];
 
-    pub(super) const fn name(self) -> &'static str {
+    /// As the names of its programs have it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Legacy => "legacy",
             Self::Nft => "nft",
