@@ -138,9 +138,6 @@ impl Config {
     /// # Errors
     /// Fails for a dataplane that this version lacks and a cgroup directory that is none.
     pub fn check(&self) -> Result<()> {
-        if self.dataplane == DataplaneChoice::Iptables {
-            bail!("the iptables dataplane is not available in this version: use --dataplane ebpf");
-        }
         if let Some(cgroup) = &self.paths.cgroup
             && !cgroup.join("cgroup.controllers").exists()
         {

@@ -27,8 +27,9 @@ use self::{
 };
 use crate::{
     config::Config,
-    dataplane::{Count, Dataplane, Drift, FlowRecord, FlowTable, Lanes, Program},
+    dataplane::{Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program},
     facts::HostFacts,
+    loopback::{self, Loopback},
     model::{EndpointId, Model, Refusal},
     netlink::{Netlink, events::Events, namespace},
     plan::{Setting, link_drift, plan, reservations},
@@ -98,8 +99,20 @@ struct State {
     netlink: Netlink,
     store: Blocking<Store>,
     reservations: Blocking<Reservations>,
+    loopback: Loopback,
     dataplane: Arc<Blocking<Box<dyn Dataplane>>>,
     snapshot: watch::Sender<Snapshot>,
+}
+
+/// What enforces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// "ebpf", "iptables".
+    pub name: &'static str,
+    /// Why it is this one.
+    pub reason: String,
+    /// What it asks of the kernel.
+    pub features: Vec<KernelFeature>,
 }
 
 /// Why a change did not happen. Either way, nothing changed.
@@ -138,7 +151,11 @@ impl Controller {
         let mut state = State {
             model: Arc::new(model),
             facts,
-            setting: Setting { uplinks: config.uplinks.iter().cloned().collect(), originals },
+            setting: Setting {
+                uplinks: config.uplinks.iter().cloned().collect(),
+                originals,
+                filters_bridges: false,
+            },
             program: Arc::default(),
             troubles: Vec::new(),
             flow_tables: Vec::new(),
@@ -147,6 +164,7 @@ impl Controller {
             netlink,
             store,
             reservations: Blocking::new(Reservations::new()),
+            loopback: Loopback::default(),
             dataplane: Arc::clone(&dataplane),
             snapshot,
         };
@@ -214,6 +232,19 @@ impl Controller {
         let change = tokio::spawn(async move { state.change(model, prepared).await });
         change.await.context("finish the change")??;
         Ok(value)
+    }
+
+    /// What enforces, why it is that, and what it asks of the kernel.
+    ///
+    /// # Errors
+    /// The backend has panicked.
+    pub async fn backend(&self) -> Result<Backend> {
+        let describe = |dataplane: &mut Box<dyn Dataplane>| Backend {
+            name: dataplane.name(),
+            reason: dataplane.reason(),
+            features: dataplane.features(),
+        };
+        self.shared.dataplane.call(describe).await
     }
 
     /// All tracked connections.
@@ -289,6 +320,17 @@ impl State {
         Ok(if is_backend { Keeper::Backend } else { Keeper::Sockets })
     }
 
+    /// Serves published ports at loopback addresses, where the backend can't; what could not be.
+    async fn serve_loopback(&self) -> Result<Vec<String>> {
+        let is_backend = self.dataplane.call(|dataplane| dataplane.reaches_loopback()).await?;
+        let wanted = match is_backend {
+            true => BTreeMap::new(),
+            false => loopback::wanted(&self.program.published),
+        };
+        let loopback = self.loopback.clone();
+        self.reservations.call(move |ports| loopback.follow(&wanted, ports)).await
+    }
+
     async fn change(&mut self, model: Model, prepared: Prepared) -> Result<(), ChangeError> {
         let before = Arc::clone(&self.model);
         if model == *before {
@@ -304,14 +346,16 @@ impl State {
                     // The backend may have found out that it can't.
                     reservations.hold(&wanted, keeper)
                 });
-                let refused = refused.await?;
-                self.report(troubles(&failures, refused));
+                let mut troubles = troubles(&failures, refused.await?);
+                troubles.extend(self.serve_loopback().await?);
+                self.report(troubles);
                 self.model = model;
                 self.publish();
                 Ok(())
             }
             Err(error) => {
                 let left = self.undo().await;
+                self.serve_loopback().await?;
                 self.publish();
                 Err(ChangeError::Failed(match left {
                     None => error,
@@ -393,7 +437,9 @@ impl State {
         let failures = self.converge(&model, None).await?;
         let (wanted, keeper) = (reservations(&model), self.port_keeper().await?);
         let refused = self.reservations.call(move |ports| ports.hold(&wanted, keeper)).await?;
-        self.report(troubles(&failures, refused));
+        let mut troubles = troubles(&failures, refused);
+        troubles.extend(self.serve_loopback().await?);
+        self.report(troubles);
         if model != before {
             self.store.call(move |store| store.save(&before, &model)).await??;
         }
@@ -434,7 +480,11 @@ impl State {
             Ok(failures) => failures.into_iter().map(Failure::into_error).collect(),
             Err(error) => vec![error],
         };
-        let emptied = self.reservations.call(|ports| ports.hold(&BTreeSet::new(), Keeper::Backend));
+        let loopback = self.loopback.clone();
+        let emptied = self.reservations.call(move |ports| {
+            loopback.follow(&BTreeMap::new(), ports);
+            ports.hold(&BTreeSet::new(), Keeper::Backend)
+        });
         errors.extend(emptied.await.err());
         let purged = self.dataplane.call(|dataplane| dataplane.purge()).await.flatten();
         errors.extend(purged.context("purge the dataplane").err());

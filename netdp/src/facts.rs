@@ -60,6 +60,9 @@ pub struct Link {
     pub forwarding: bool,
     /// `net.ipv6.conf.<name>.force_forwarding`, of links that are no port of another.
     pub forces_forwarding: bool,
+    /// A bridge whose packets meet the rules of iptables, or a port by which packets may leave that
+    /// came by it: what the iptables backend needs of ours.
+    pub is_filtered: bool,
 }
 
 /// An address of an interface.

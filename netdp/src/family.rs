@@ -54,7 +54,12 @@ pub trait Family: Copy + Debug + Default + Eq + Ord + 'static {
     fn last(net: Self::Net) -> Self::Address;
 
     /// An address with the prefix length of a net.
-    fn with_prefix_of(address: Self::Address, net: Self::Net) -> Self::Net;
+    fn with_prefix_of(address: Self::Address, net: Self::Net) -> Self::Net {
+        Self::net(address, Self::prefix_len(net))
+    }
+
+    /// An address and the length of a prefix that is at most as long as the address.
+    fn net(address: Self::Address, prefix_len: u8) -> Self::Net;
 
     /// The address that follows; behind the last one comes the first.
     fn next(address: Self::Address) -> Self::Address {
@@ -119,8 +124,8 @@ impl Family for V4 {
         net.broadcast()
     }
 
-    fn with_prefix_of(address: Ipv4Addr, net: Ipv4Net) -> Ipv4Net {
-        Ipv4Net::new_assert(address, net.prefix_len())
+    fn net(address: Ipv4Addr, prefix_len: u8) -> Ipv4Net {
+        Ipv4Net::new_assert(address, prefix_len)
     }
 }
 
@@ -174,7 +179,7 @@ impl Family for V6 {
         net.broadcast()
     }
 
-    fn with_prefix_of(address: Ipv6Addr, net: Ipv6Net) -> Ipv6Net {
-        Ipv6Net::new_assert(address, net.prefix_len())
+    fn net(address: Ipv6Addr, prefix_len: u8) -> Ipv6Net {
+        Ipv6Net::new_assert(address, prefix_len)
     }
 }

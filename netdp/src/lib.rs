@@ -11,6 +11,7 @@ pub mod dataplane;
 pub mod facts;
 pub mod family;
 pub mod ipam;
+pub mod loopback;
 pub mod model;
 pub mod netlink;
 pub mod plan;

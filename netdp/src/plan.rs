@@ -32,6 +32,9 @@ pub struct Setting {
     pub uplinks: BTreeSet<String>,
     /// Sysctls that we changed and the values they had, by path under `/proc/sys`.
     pub originals: BTreeMap<String, String>,
+    /// The backend works with iptables: what our bridges switch meets its rules, and may leave by the
+    /// port it came by.
+    pub filters_bridges: bool,
 }
 
 /// What has to exist, complete: what is ours and not in it has to go.
@@ -75,6 +78,8 @@ pub struct BridgePlan {
     pub ipv4: Option<Ipv4Net>,
     /// The IPv6 gateway; without one the bridge does no IPv6.
     pub ipv6: Option<Ipv6Net>,
+    /// See [`Setting::filters_bridges`].
+    pub is_filtered: bool,
 }
 
 impl BridgePlan {
@@ -107,6 +112,8 @@ pub struct VethPlan {
     pub ipv4: Option<InterfacePlan<V4>>,
     /// Its IPv6 side; without one the interface does no IPv6.
     pub ipv6: Option<InterfacePlan<V6>>,
+    /// See [`Setting::filters_bridges`].
+    pub is_filtered: bool,
 }
 
 /// One family of a container's interface.
@@ -168,7 +175,7 @@ pub const RESERVED_PORTS_SYSCTL: &str = "net/ipv4/ip_local_reserved_ports";
 /// Draws up what has to exist.
 pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
     let bridges: BTreeMap<_, _> =
-        model.networks.iter().map(|(&id, network)| (id, bridge(network))).collect();
+        model.networks.iter().map(|(&id, network)| (id, bridge(network, setting))).collect();
     let gateways = model.gateway_endpoints();
     // An endpoint without a network can't come out of the model's operations; it would only be
     // unreachable, so it is left out.
@@ -181,8 +188,9 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
                 let gateway = gateways.get(&(endpoint.netns_identity, is_ipv4));
                 gateway == Some(&id)
             };
-            let alias = model.alias(endpoint);
-            Some((id, veth(endpoint, network, alias, (is_gateway(true), is_gateway(false)))))
+            let gateways = (is_gateway(true), is_gateway(false));
+            let veth = veth(endpoint, network, model.alias(endpoint), gateways);
+            Some((id, VethPlan { is_filtered: setting.filters_bridges, ..veth }))
         })
         .collect();
     let uplinks = uplinks(model, facts, setting);
@@ -235,6 +243,15 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
         .filter(|&address| !address.is_loopback() && !is_ipv6_link_local(address))
         .collect();
 
+    let named = networks
+        .values()
+        .map(|network| network.bridge_ifindex)
+        .chain(endpoints.values().map(|endpoint| endpoint.ifindex))
+        .chain(uplinks.keys().copied());
+    let names = named
+        .filter_map(|ifindex| Some((ifindex, facts.links.get(&ifindex)?.name.clone())))
+        .collect();
+
     Plan {
         orphans: orphans(facts, &bridges, &veths),
         bridges,
@@ -248,6 +265,7 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
             uplinks,
             needs_stack: facts.has_ipsec,
             local,
+            names,
         },
         reservations: reservations(model),
     }
@@ -293,6 +311,9 @@ pub fn link_drift(plan: &Plan, facts: &HostFacts) -> Vec<Drift> {
                 if !link.up {
                     drift.push(format!("bridge {} is down", bridge.name));
                 }
+                if link.is_filtered != bridge.is_filtered {
+                    drift.push(format!("bridge {} does not go by the dataplane", bridge.name));
+                }
                 for net in bridge.addresses().filter(|&net| !link.has_address(net)) {
                     drift.push(format!("bridge {} lacks {net}", bridge.name));
                 }
@@ -313,6 +334,9 @@ pub fn link_drift(plan: &Plan, facts: &HostFacts) -> Vec<Drift> {
             }
             Some((_, link)) if !link.up => {
                 drift.push(format!("interface {} is down", veth.name));
+            }
+            Some((_, link)) if link.is_filtered != veth.is_filtered => {
+                drift.push(format!("interface {} does not go by the dataplane", veth.name));
             }
             Some(_) => {}
         }
@@ -347,7 +371,7 @@ pub fn is_port_of(facts: &HostFacts, link: &Link, bridge: &str) -> bool {
         .is_some_and(|master| master.name == bridge)
 }
 
-fn bridge(network: &Network) -> BridgePlan {
+fn bridge(network: &Network, setting: &Setting) -> BridgePlan {
     BridgePlan {
         name: network.bridge.clone(),
         alias: network.alias(),
@@ -355,6 +379,7 @@ fn bridge(network: &Network) -> BridgePlan {
         mtu: network.mtu,
         ipv4: network.ipv4.map(|side| V4::with_prefix_of(side.gateway, side.subnet)),
         ipv6: network.ipv6.map(|side| V6::with_prefix_of(side.gateway, side.subnet)),
+        is_filtered: setting.filters_bridges,
     }
 }
 
@@ -371,6 +396,7 @@ fn veth(endpoint: &Endpoint, network: &Network, alias: String, gateways: (bool, 
         mac: endpoint.mac,
         ipv4: interface(endpoint.ipv4, network.ipv4, gateways.0),
         ipv6: interface(endpoint.ipv6, network.ipv6, gateways.1),
+        is_filtered: false,
     }
 }
 

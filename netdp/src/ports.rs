@@ -17,7 +17,7 @@ use nix::{
     sys::resource::{Resource, getrlimit, setrlimit},
     sys::socket::{
         AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, setsockopt, socket,
-        sockopt::{IpFreebind, Ipv6V6Only, RcvBuf},
+        sockopt::{IpFreebind, Ipv6V6Only, RcvBuf, ReuseAddr},
     },
 };
 use thiserror::Error;
@@ -195,6 +195,33 @@ impl Reservations {
         let (taken, failures) = take(self.missing(wanted, keeper), keeper);
         self.held.extend(taken);
         failures
+    }
+
+    /// Runs `take`, which binds a socket of ours beside the one that holds the port: with SO_REUSEADDR
+    /// on both they don't conflict, and for no longer than that. Once ours listens, or has no such
+    /// option any more, nobody else's can join them.
+    ///
+    /// # Errors
+    /// Those of `take`, and of the option.
+    pub fn share<T>(
+        &self,
+        key: PublishedKey,
+        take: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        let on_all = match key.address {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        };
+        let holders = [key, PublishedKey { address: on_all, ..key }];
+        let holders: Vec<&OwnedFd> =
+            holders.iter().filter_map(|key| self.held.get(key)?.as_ref()).collect();
+        let set = |is_shared: bool| {
+            holders.iter().try_for_each(|holder| setsockopt(holder, ReuseAddr, &is_shared))
+        };
+        set(true)?;
+        let taken = take();
+        set(false)?;
+        taken
     }
 
     fn missing<'a>(

@@ -16,9 +16,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
+use crate::backend::Backend;
 use crate::namespace::{Fate, Namespace};
 use crate::probe::locked;
 use crate::runtime::{cgroup2_mount, patient, poll_until, slowness};
+use crate::sys::forbid_bpf_before_exec;
 
 /// Loading every program through the verifier is most of this.
 const START_DEADLINE: Duration = Duration::from_secs(30);
@@ -34,11 +36,23 @@ const LOG_TAIL_BYTES: u64 = 8 << 10;
 /// Exit code of a command that was refused or failed.
 const EXIT_REFUSED: i32 = 1;
 
+/// What a process may not do with bpf(2).
+pub use crate::sys::Forbidden;
+
+/// How the next process is started.
+#[derive(Clone, Copy, Debug)]
+struct Circumstances {
+    dataplane: &'static str,
+    environment: Option<(&'static str, &'static str)>,
+    forbidden: Option<Forbidden>,
+}
+
 /// One agent in one namespace, running or not.
 #[derive(Debug)]
 pub struct Agent {
     program: PathBuf,
     namespace: Namespace,
+    circumstances: Mutex<Circumstances>,
     directory: PathBuf,
     uplinks: Vec<String>,
     flows: Option<u32>,
@@ -61,6 +75,11 @@ impl Agent {
         Ok(Self {
             program: find_program()?,
             namespace: namespace.clone(),
+            circumstances: Mutex::new(Circumstances {
+                dataplane: Backend::Ebpf.name(),
+                environment: None,
+                forbidden: None,
+            }),
             directory: directory.to_owned(),
             uplinks,
             flows: None,
@@ -68,6 +87,23 @@ impl Agent {
             fate,
             child: Mutex::new(None),
         })
+    }
+
+    /// Has another backend from the next start on.
+    pub fn use_backend(&self, backend: Backend) {
+        let mut circumstances = locked(&self.circumstances);
+        circumstances.dataplane = backend.name();
+        circumstances.environment = backend.environment();
+    }
+
+    /// Lets the agent choose its backend from the next start on.
+    pub fn use_any_backend(&self) {
+        locked(&self.circumstances).dataplane = "auto";
+    }
+
+    /// Forbids the agent some of bpf(2) from the next start on.
+    pub fn forbid(&self, forbidden: Forbidden) {
+        locked(&self.circumstances).forbidden = Some(forbidden);
     }
 
     /// Gives the flow table room for `flows` flows instead of the default.
@@ -121,7 +157,12 @@ impl Agent {
             .open(self.log_path())
             .context("open the agent's log")?;
         let mut command = self.namespace.command(&self.program, self.fate)?;
-        command.args(["agent", "--dataplane", "ebpf"]);
+        let circumstances = *locked(&self.circumstances);
+        command.args(["agent", "--dataplane", circumstances.dataplane]);
+        command.envs(circumstances.environment);
+        if let Some(forbidden) = circumstances.forbidden {
+            forbid_bpf_before_exec(&mut command, forbidden);
+        }
         for (flag, name) in [("--state-dir", "state"), ("--run-dir", "run"), ("--bpffs", "bpf")] {
             command.arg(flag).arg(self.directory.join(name));
         }

@@ -22,6 +22,11 @@ pub fn report(lab: &Lab) -> String {
         }
     }
     section(&mut text, "host: nft list ruleset", lab.host().output("nft", &["list", "ruleset"]));
+    for family in ["iptables", "ip6tables"] {
+        let program = format!("{family}-legacy-save");
+        let output = lab.host().output(&program, &["--counters"]);
+        section(&mut text, &format!("host: {program}"), output);
+    }
     if is_installed("bpftool") {
         for question in [["prog", "list"], ["map", "list"], ["link", "list"], ["net", "list"]] {
             let output = lab.host().output("bpftool", &question);

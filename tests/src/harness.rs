@@ -14,6 +14,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use libtest_mimic::{Arguments, Completion, Trial};
 use serde::Serialize;
 
+use crate::backend::{Backend, Variant};
 use crate::kernels::{self, Exception};
 use crate::lab::{Lab, LabBuilder, Offload};
 use crate::net::{Family, Net};
@@ -38,13 +39,24 @@ pub enum Outcome {
     Skip(String),
 }
 
+/// Why a backend does not keep a promise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unkept {
+    /// It can't: a test that passes is news.
+    For(&'static str),
+    /// It can't on some hosts.
+    Perhaps(&'static str),
+}
+
 /// One promise, for one backend and one address family.
 #[derive(Clone, Copy, Debug)]
 pub struct Row {
     /// Its id in the behaviour catalogue.
     pub id: &'static str,
-    /// `ebpf` or `iptables`.
-    pub backend: &'static str,
+    /// What has to keep it.
+    pub backend: Backend,
+    /// Why the backend can't keep it, if it can't: then it must not.
+    pub unkept: Option<Unkept>,
     /// The family that the row is about.
     pub family: Family,
     /// Whether the lab's links have offloads.
@@ -60,7 +72,14 @@ impl Row {
         self.family.net()
     }
 
-    /// Runs `test` in a lab of its own, then checks that the host has no netfilter rule.
+    /// Whether the eBPF backend has to keep it.
+    #[must_use]
+    pub fn is_ebpf(&self) -> bool {
+        self.backend == Backend::Ebpf
+    }
+
+    /// Runs `test` in a lab of its own, then checks that the host has no netfilter rule if the
+    /// backend needs none.
     ///
     /// # Errors
     /// When the lab can't be built, or with the lab's description when the test fails.
@@ -69,8 +88,10 @@ impl Row {
         prepare: impl FnOnce(LabBuilder) -> LabBuilder,
         test: impl FnOnce(&Lab) -> Result<()>,
     ) -> Result<Outcome> {
-        let lab = prepare(Lab::builder().family(self.family).offload(self.offload)).build()?;
-        lab.explain(test(&lab).and_then(|()| lab.expect_no_netfilter()))?;
+        let builder = Lab::builder().family(self.family).offload(self.offload);
+        let lab = prepare(builder.backend(self.backend)).build()?;
+        let is_clean = || if self.is_ebpf() { lab.expect_no_netfilter() } else { Ok(()) };
+        lab.explain(test(&lab).and_then(|()| is_clean()))?;
         Ok(Outcome::Pass)
     }
 
@@ -83,11 +104,30 @@ impl Row {
     }
 
     fn trial_name(&self) -> String {
-        let variant = match self.offload {
+        let programs = match self.backend {
+            Backend::Iptables(Variant::Legacy) => "/legacy",
+            Backend::Ebpf | Backend::Iptables(Variant::Nft) => "",
+        };
+        let offload = match self.offload {
             Offload::On => "",
             Offload::Off => "/offload-off",
         };
-        format!("{}/{}/{}{variant}", self.id, self.backend, self.family.name())
+        let (backend, family) = (self.backend.name(), self.family.name());
+        format!("{}/{backend}/{family}{programs}{offload}", self.id)
+    }
+
+    /// Runs the test. One that can't pass is skipped for as long as it does not.
+    fn outcome(&self) -> Result<Outcome> {
+        let outcome = catch(|| (self.run)(self));
+        match (self.unkept, outcome) {
+            (Some(Unkept::For(reason)), Ok(Outcome::Pass)) => {
+                Err(anyhow!("it passes, although it is marked as not kept ({reason}): unmark it"))
+            }
+            (Some(Unkept::For(reason) | Unkept::Perhaps(reason)), Err(_)) => {
+                Ok(Outcome::Skip(reason.to_owned()))
+            }
+            (_, outcome) => outcome,
+        }
     }
 }
 
@@ -113,7 +153,7 @@ pub fn run_rows(rows: Vec<Row>) -> ExitCode {
     let trials = rows.into_iter().map(|row| {
         let record = Arc::clone(&record);
         Trial::ignorable_test(row.trial_name(), move || {
-            let outcome = excused(&row, catch(|| (row.run)(&row)));
+            let outcome = excused(&row, row.outcome());
             record.add(&row, &outcome)?;
             match outcome {
                 Ok(Outcome::Pass) => Ok(Completion::Completed),
@@ -128,7 +168,8 @@ pub fn run_rows(rows: Vec<Row>) -> ExitCode {
 /// What counts of a row on a kernel that is known not to keep its promise.
 fn excused(row: &Row, outcome: Result<Outcome>) -> Result<Outcome> {
     let kernel = kernels::running()?;
-    let Some(exception) = Exception::find(row.id, row.family, kernel) else { return outcome };
+    let exception = Exception::find(row.id, row.family, kernel).filter(|_| row.is_ebpf());
+    let Some(exception) = exception else { return outcome };
     match outcome {
         Ok(Outcome::Pass) => {
             let ((major, minor), reason) = (kernel, exception.reason);
@@ -213,10 +254,11 @@ impl Record {
             Err(error) => (Verdict::Fail, format!("{}: {}", row.trial_name(), brief(error))),
         };
         let family = row.family.name();
-        let entry = Entry { id: row.id, backend: row.backend, family, result, reason };
+        let backend = row.backend.name();
+        let entry = Entry { id: row.id, backend, family, result, reason };
         let mut entries = locked(&self.entries);
         entries
-            .entry((row.id, row.backend, family))
+            .entry((row.id, backend, family))
             .and_modify(|known| {
                 if entry.result > known.result {
                     *known = entry.clone();

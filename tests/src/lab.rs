@@ -26,6 +26,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::agent::Agent;
+use crate::backend::Backend;
 use crate::diagnose;
 use crate::harness::Report;
 use crate::namespace::{Fate, Namespace};
@@ -73,6 +74,7 @@ enum AgentState {
 #[derive(Clone, Debug)]
 pub struct LabBuilder {
     family: Family,
+    backend: Backend,
     second: SecondInterface,
     offload: Offload,
     agent: AgentState,
@@ -87,6 +89,13 @@ impl LabBuilder {
     #[must_use]
     pub fn family(mut self, family: Family) -> Self {
         self.family = family;
+        self
+    }
+
+    /// Chooses what enforces the networks.
+    #[must_use]
+    pub fn backend(mut self, backend: Backend) -> Self {
+        self.backend = backend;
         self
     }
 
@@ -197,6 +206,7 @@ impl LabBuilder {
         if self.agent != AgentState::Missing {
             let agent =
                 Agent::new(&lab.host, &lab.directory, uplinks, fate)?.with_timeouts(self.timeouts);
+            agent.use_backend(self.backend);
             lab.agent = Some(match self.flows {
                 Some(flows) => agent.with_flows(flows),
                 None => agent,
@@ -231,6 +241,7 @@ impl Lab {
     pub fn builder() -> LabBuilder {
         LabBuilder {
             family: Family::Ipv4,
+            backend: Backend::Ebpf,
             second: SecondInterface::Absent,
             offload: Offload::On,
             agent: AgentState::Running,

@@ -22,6 +22,7 @@
 #![expect(clippy::panic, reason = "a malformed address in a test is a mistake of the test")]
 
 pub mod agent;
+pub mod backend;
 pub mod bpf;
 pub mod diagnose;
 pub mod harness;

@@ -51,6 +51,8 @@ impl Snapshot {
             Ok(settings)
         })?;
         state.extend(settings);
+        // Not a setting: netfilter says there how many connections it knows.
+        state.retain(|name, _| !name.ends_with("/nf_conntrack_count"));
         let mut pins = BTreeMap::new();
         read_tree(&lab.bpffs(), &mut pins)?;
         state.extend(pins);

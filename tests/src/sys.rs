@@ -41,6 +41,59 @@ pub(crate) fn enter_before_exec(command: &mut Command, netns: OwnedFd, fate: Fat
     unsafe { command.pre_exec(prepare) };
 }
 
+/// What a process may not do with bpf(2): it gets EPERM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Forbidden {
+    /// Anything.
+    Everything,
+    /// Loading programs (`BPF_PROG_LOAD`).
+    Loading,
+    /// Attaching them (`BPF_LINK_CREATE`).
+    Attaching,
+}
+
+/// Makes `command`, and all that it starts, fail where it does what is forbidden.
+pub(crate) fn forbid_bpf_before_exec(command: &mut Command, forbidden: Forbidden) {
+    // The offsets of linux/seccomp.h's seccomp_data: the system call, and the low half of its first
+    // argument, which is bpf(2)'s command (linux/bpf.h).
+    const NUMBER: u32 = 0;
+    const COMMAND: u32 = if cfg!(target_endian = "little") { 16 } else { 20 };
+    let forbidden = match forbidden {
+        Forbidden::Everything => None,
+        Forbidden::Loading => Some(5),
+        Forbidden::Attaching => Some(28),
+    };
+    let statement = |code: u32, k| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let load = |offset| statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset);
+    let answer = |what| statement(libc::BPF_RET | libc::BPF_K, what);
+    // Goes on where it is equal, else to the last but one.
+    let is_equal = |k, jf| libc::sock_filter {
+        jf,
+        ..statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, k)
+    };
+    let refuse = answer(libc::SECCOMP_RET_ERRNO | libc::EPERM as u32);
+    let allow = answer(libc::SECCOMP_RET_ALLOW);
+    let bpf = libc::SYS_bpf as u32;
+    let mut filter = match forbidden {
+        None => vec![load(NUMBER), is_equal(bpf, 1), refuse, allow],
+        Some(name) => {
+            let (call, command) = (is_equal(bpf, 3), is_equal(name, 1));
+            vec![load(NUMBER), call, load(COMMAND), command, refuse, allow]
+        }
+    };
+    let prepare = move || {
+        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+        nix::sys::prctl::set_no_new_privs()?;
+        // SAFETY: the program and its filter outlive the call, and its length is the filter's.
+        let result = unsafe {
+            libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
+        };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: between fork and exec the closure makes system calls only; it neither allocates nor locks.
+    unsafe { command.pre_exec(prepare) };
+}
+
 /// Opens a packet socket that sends on one interface and sees all of its frames, in both directions.
 pub(crate) fn packet_socket(ifindex: u32) -> io::Result<OwnedFd> {
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;

@@ -273,6 +273,7 @@ impl Host {
             published: BTreeMap::new(),
             uplinks: BTreeMap::from([(self.ifindex("up0")?, uplink)]),
             local: BTreeSet::from(["10.0.0.2".parse()?, "fd00::2".parse()?]),
+            names: BTreeMap::new(),
         })
     }
 

@@ -31,8 +31,8 @@ use super::{
     wire::{self, ErrorKind},
 };
 use crate::{
-    controller::{ChangeError, Controller},
-    dataplane::{KernelFeature, Lanes},
+    controller::{Backend, ChangeError, Controller},
+    dataplane::Lanes,
     model::{self, Refusal},
     netlink::namespace,
 };
@@ -41,8 +41,7 @@ use crate::{
 #[derive(Clone)]
 pub struct Api {
     controller: Controller,
-    dataplane: &'static str,
-    features: Vec<wire::Feature>,
+    backend: Backend,
     purged: watch::Sender<bool>,
 }
 
@@ -53,14 +52,9 @@ struct Failure(wire::Error);
 type Answer<T> = Result<Json<T>, Failure>;
 
 impl Api {
-    /// Serves this controller, whose backend has this name.
-    pub fn new(
-        controller: Controller,
-        dataplane: &'static str,
-        features: &[KernelFeature],
-    ) -> Self {
-        let features = features.iter().map(wire::Feature::from).collect();
-        Self { controller, dataplane, features, purged: watch::Sender::new(false) }
+    /// Serves this controller, which has this backend.
+    pub fn new(controller: Controller, backend: Backend) -> Self {
+        Self { controller, backend, purged: watch::Sender::new(false) }
     }
 
     /// Becomes true when a client has purged everything: the agent has nothing left to do.
@@ -423,6 +417,8 @@ async fn flows(
 }
 
 async fn status(State(api): State<Api>) -> Answer<wire::Status> {
+    // A backend may have given way to another one since the agent began.
+    let backend = api.controller.backend().await.unwrap_or(api.backend);
     let snapshot = api.controller.snapshot();
     let counters = api.controller.counters().await?;
     let lanes = api.controller.lanes().await?;
@@ -430,7 +426,8 @@ async fn status(State(api): State<Api>) -> Answer<wire::Status> {
     let model = &snapshot.model;
     Ok(Json(wire::Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        dataplane: api.dataplane.to_owned(),
+        dataplane: backend.name.to_owned(),
+        dataplane_reason: backend.reason,
         pid: process::id(),
         networks: model.networks.len(),
         endpoints: model.endpoints.len(),
@@ -442,7 +439,7 @@ async fn status(State(api): State<Api>) -> Answer<wire::Status> {
         counters: counters.iter().map(|count| wire::Counter::of(model, count)).collect(),
         troubles: snapshot.troubles,
         alarms: snapshot.alarms,
-        features: api.features.clone(),
+        features: backend.features.iter().map(wire::Feature::from).collect(),
     }))
 }
 

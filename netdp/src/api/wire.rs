@@ -390,6 +390,8 @@ pub struct Status {
     pub version: String,
     /// "ebpf", "iptables".
     pub dataplane: String,
+    /// Why it is that one.
+    pub dataplane_reason: String,
     /// The agent's process id.
     pub pid: u32,
     /// How many networks there are.

@@ -25,9 +25,9 @@ use nix::sys::socket::{
     sockopt::PeerCredentials,
 };
 use tokio::{
-    select,
     signal::unix::{SignalKind, signal},
     sync::watch,
+    task::spawn_blocking,
     time::sleep,
 };
 use tracing::{info, level_filters::LevelFilter, warn};
@@ -39,11 +39,11 @@ use crate::{
         server::{Api, Socket},
         wire,
     },
-    config::{Config, Paths, Switch},
+    config::{Config, DataplaneChoice, Paths, Switch},
     controller::{Controller, Snapshot},
     dataplane::{
-        Dataplane,
-        ebpf::{Ebpf, EbpfOptions, cgroup2_mount},
+        ebpf::{EbpfOptions, cgroup2_mount},
+        select::{self, Selected, select},
     },
     store::Store,
 };
@@ -77,12 +77,12 @@ pub(super) fn open_store(paths: &Paths) -> Result<Store> {
 }
 
 /// Opens the backend that this configuration means.
-pub(super) fn open_dataplane(config: &Config) -> Result<Box<dyn Dataplane>> {
+pub(super) fn open_dataplane(config: &Config) -> Result<Selected> {
     let cgroup = match &config.paths.cgroup {
         Some(cgroup) => Some(cgroup.clone()),
         None => cgroup2_mount()?,
     };
-    if cgroup.is_none() {
+    if cgroup.is_none() && config.dataplane != DataplaneChoice::Iptables {
         warn!(
             "programs of this host don't reach published ports: no cgroup2 hierarchy is mounted; \
              mount one, or name one with --cgroup"
@@ -95,7 +95,18 @@ pub(super) fn open_dataplane(config: &Config) -> Result<Box<dyn Dataplane>> {
         cgroup,
         fast_path: config.fast_path == Switch::On,
     };
-    Ok(Box::new(Ebpf::open(options).context("open the ebpf dataplane")?))
+    select(config.dataplane, options)
+}
+
+/// Takes away what the other backend left, now that this one enforces everything.
+async fn purge_others(controller: &Controller, paths: &Paths, kept: &'static str) -> Result<()> {
+    let (program, bpffs) = (controller.snapshot().program, paths.bpffs.clone());
+    let purge = move || select::purge_others(kept, &program, &bpffs);
+    if let Err(error) = spawn_blocking(purge).await.context("finish the purge")? {
+        // What is left of it enforces more, not less.
+        warn!("{error:#}");
+    }
+    Ok(())
 }
 
 /// Name of the abstract socket by which an agent claims its network namespace.
@@ -147,18 +158,19 @@ async fn serve(config: &Config, path: &Path) -> Result<()> {
     make_directory(&config.paths.run_dir, 0o755)?;
     let socket = Socket::bind(path).await?;
     let dataplane = open_dataplane(config)?;
-    let (name, features) = (dataplane.name(), dataplane.features());
-    let controller = Controller::open(config, store, dataplane).await?;
+    let controller = Controller::open(config, store, Box::new(dataplane)).await?;
+    let backend = controller.backend().await?;
+    purge_others(&controller, &config.paths, backend.name).await?;
     print(&format!("{}\n", ready(&controller.snapshot())))?;
 
-    let api = Api::new(controller, name, &features);
+    let api = Api::new(controller, backend);
     let purged = api.purged();
     let overdue = async {
         stop(purged.clone()).await;
         info!("stopping");
         sleep(GRACE).await;
     };
-    select! {
+    tokio::select! {
         served = socket.serve(api, stop(purged.clone())) => served?,
         () = overdue => warn!("a request takes too long: stopping without its answer"),
     }
@@ -187,13 +199,13 @@ async fn stop(mut purged: watch::Receiver<bool>) {
     let signalled = async {
         match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
             (Ok(mut terminate), Ok(mut interrupt)) => {
-                select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+                tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
             }
             // Without handlers the kernel's own treatment is in force: the process ends.
             _ => std::future::pending().await,
         }
     };
-    select! {
+    tokio::select! {
         () = signalled => {}
         // An error says that nobody can purge any more, which is as good as being told to stop.
         _ = purged.wait_for(|&purged| purged) => {}

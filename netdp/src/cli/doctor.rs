@@ -19,6 +19,7 @@ use crate::{
     dataplane::{
         KernelFeature,
         ebpf::{Ebpf, Features, cgroup2_mount},
+        iptables::Iptables,
     },
     netlink::sysctl,
     plan::IPV6_CONF,
@@ -67,7 +68,7 @@ impl Doctor {
         let mut checks = vec![rights()?];
         checks.extend(kernel()?);
         checks.extend([ipv6()?, btf(), bpffs(&self.paths.bpffs)]);
-        checks.push(cgroup(&self.paths)?);
+        checks.extend([cgroup(&self.paths)?, iptables()]);
         checks.extend(agent(client, &self.paths).await?);
         if self.json {
             print_json(&checks)?;
@@ -148,9 +149,10 @@ fn kernel() -> Result<Vec<Check>> {
         return Ok(vec![warn("kernel", finding)]);
     }
     let features = Features::probe();
-    let verdict = match features.require() {
-        Ok(()) => ok("kernel", format!("Linux {}", release.trim())),
-        Err(error) => fail("kernel", format!("{error:#}")),
+    let verdict = match (features.require(), Iptables::describe()) {
+        (Ok(()), _) => ok("kernel", format!("Linux {}", release.trim())),
+        (Err(error), Ok(_)) => warn("kernel", format!("{error:#}; the agent works with iptables")),
+        (Err(error), Err(_)) => fail("kernel", format!("{error:#}")),
     };
     let rows = features.rows();
     Ok([verdict].into_iter().chain(rows.iter().map(judge_feature)).collect())
@@ -206,6 +208,14 @@ fn bpffs(path: &Path) -> Check {
     }
 }
 
+/// Whether there is a way without eBPF.
+fn iptables() -> Check {
+    match Iptables::describe() {
+        Ok(variant) => ok("iptables", format!("{variant}: a way without eBPF")),
+        Err(error) => warn("iptables", format!("no way without eBPF: {error:#}")),
+    }
+}
+
 /// Whether programs of the host can be led to published ports.
 fn cgroup(paths: &Paths) -> Result<Check> {
     let cgroup = match &paths.cgroup {
@@ -239,7 +249,9 @@ async fn agent(client: &Client, paths: &Paths) -> Result<Vec<Check>> {
         return Ok(vec![warn("agent", format!("{error:#}"))]);
     }
     let status: wire::Status = client.get(&client::path(&["status"])).await?;
-    let mut checks = vec![ok("agent", format!("netdp {} (pid {})", status.version, status.pid))];
+    let dataplane = format!("{}: {}", status.dataplane, status.dataplane_reason);
+    let agent = format!("netdp {} (pid {})", status.version, status.pid);
+    let mut checks = vec![ok("agent", agent), ok("dataplane", dataplane)];
     checks.extend(status.troubles.into_iter().map(|trouble| fail("trouble", trouble)));
     checks.extend(status.alarms.into_iter().map(|alarm| warn("alarm", alarm)));
     let uplinks: Vec<String> = status.uplinks.iter().map(ToString::to_string).collect();
@@ -250,7 +262,7 @@ async fn agent(client: &Client, paths: &Paths) -> Result<Vec<Check>> {
     } else {
         ok("uplinks", uplinks.join(", "))
     });
-    if status.networks > 0 {
+    if status.networks > 0 && status.dataplane == "ebpf" {
         checks.push(socket_hooks(&paths.bpffs));
     }
     let drift: Vec<String> = client.get(&client::path(&["check"])).await?;

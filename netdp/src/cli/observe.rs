@@ -91,13 +91,14 @@ impl Status {
         }
         let uplinks: Vec<String> = status.uplinks.iter().map(ToString::to_string).collect();
         let mut text = format!(
-            "agent      netdp {} (pid {}), dataplane {}\n\
+            "agent      netdp {} (pid {}), dataplane {} ({})\n\
              networks   {} with {} endpoints and {} published ports\n\
              flows      {}\n\
              uplinks    {}\n",
             status.version,
             status.pid,
             status.dataplane,
+            status.dataplane_reason,
             status.networks,
             status.endpoints,
             status.published,

@@ -16,7 +16,7 @@ use crate::{
     },
     config::{Config, Paths},
     controller::Controller,
-    dataplane::ebpf::Ebpf,
+    dataplane::{Program, ebpf::Ebpf, iptables::Iptables, select},
     facts::Link,
     model::Model,
     netlink::Netlink,
@@ -55,7 +55,8 @@ async fn purge_without_agent(paths: &Paths) -> Result<Option<wire::Purged>> {
     let facts = Netlink::open()?.read_facts().await?;
     if !has_store && !facts.links.values().any(Link::is_ours) {
         let had_pins = Ebpf::purge_pins(&paths.bpffs)?;
-        return Ok(had_pins.then(wire::Purged::default));
+        let had_rules = Iptables::purge_rules(&Program::default())?;
+        return Ok((had_pins || had_rules).then(wire::Purged::default));
     }
 
     let mut store = agent::open_store(paths)?;
@@ -65,8 +66,10 @@ async fn purge_without_agent(paths: &Paths) -> Result<Option<wire::Purged>> {
     store.save(&model, &Model::default())?;
     let config = default_config(paths)?;
     let dataplane = agent::open_dataplane(&config)?;
-    let controller = Controller::open(&config, store, dataplane).await?;
+    let controller = Controller::open(&config, store, Box::new(dataplane)).await?;
+    let (snapshot, backend) = (controller.snapshot(), controller.backend().await?);
     controller.purge().await?;
+    select::purge_others(backend.name, &snapshot.program, &paths.bpffs)?;
     Ok(Some(purged))
 }
 
@@ -93,5 +96,5 @@ fn render(purged: wire::Purged) -> String {
     if purged.published > 0 {
         text.push_str(&format!("gave back {} published ports\n", purged.published));
     }
-    text + "removed programs, maps and settings\n"
+    text + "removed programs, maps, rules and settings\n"
 }

@@ -110,6 +110,7 @@ impl State {
         before: Option<&Model>,
     ) -> Result<Vec<Failure>> {
         let mut pass = Pass { model, before, failures: Vec::new(), dressed: Vec::new() };
+        self.setting.filters_bridges = self.filters_bridges().await?;
         let facts = self.netlink.read_facts().await?;
         self.follow_renames(&facts).await?;
         let outgoing = plan::plan(model, &facts, &self.setting);
@@ -122,6 +123,7 @@ impl State {
         let facts = self.netlink.read_facts().await?;
         let present = plan::plan(model, &facts, &self.setting);
         let is_applied = self.apply(&mut pass, &present).await?;
+        let (facts, present) = self.follow_backend(&mut pass, facts, present).await?;
         if is_applied {
             self.open(&mut pass, &present, &facts).await?;
         }
@@ -214,6 +216,31 @@ impl State {
             pass.note(Subject::Endpoint(id), result)?;
         }
         Ok(())
+    }
+
+    /// A backend that has just given way to another one may leave bridges that don't go by that: puts
+    /// them right before anything is opened.
+    async fn follow_backend(
+        &mut self,
+        pass: &mut Pass<'_>,
+        facts: HostFacts,
+        present: Plan,
+    ) -> Result<(HostFacts, Plan)> {
+        let filters = self.filters_bridges().await?;
+        if filters == self.setting.filters_bridges {
+            return Ok((facts, present));
+        }
+        self.setting.filters_bridges = filters;
+        let present = plan::plan(pass.model, &facts, &self.setting);
+        self.make_links(pass, &present, &facts).await?;
+        let facts = self.netlink.read_facts().await?;
+        let present = plan::plan(pass.model, &facts, &self.setting);
+        Ok((facts, present))
+    }
+
+    /// Whether the backend of now has to see what bridges switch.
+    async fn filters_bridges(&self) -> Result<bool> {
+        self.dataplane.call(|dataplane| dataplane.needs_bridge_filter()).await
     }
 
     /// `true` if the backend enforces the plan's program now.

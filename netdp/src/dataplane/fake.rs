@@ -101,6 +101,14 @@ impl Dataplane for Fake {
         false
     }
 
+    fn reaches_loopback(&self) -> bool {
+        true
+    }
+
+    fn needs_bridge_filter(&self) -> bool {
+        false
+    }
+
     fn features(&self) -> Vec<KernelFeature> {
         Vec::new()
     }

@@ -22,6 +22,8 @@ use crate::{
 
 pub mod ebpf;
 pub mod fake;
+pub mod iptables;
+pub mod select;
 
 /// Everything a backend has to enforce, complete: what is not in it has to go.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -40,6 +42,8 @@ pub struct Program {
     pub needs_stack: bool,
     /// The host's own addresses; loopback and IPv6 link-local ones left out.
     pub local: BTreeSet<IpAddr>,
+    /// Names of the interfaces above, by ifindex.
+    pub names: BTreeMap<u32, String>,
 }
 
 /// Port ranges (inclusive) that source NAT works with.
@@ -265,6 +269,11 @@ pub trait Dataplane: Send {
     /// "ebpf", "iptables".
     fn name(&self) -> &'static str;
 
+    /// Why it is this one, in words for the operator.
+    fn reason(&self) -> String {
+        String::new()
+    }
+
     /// Makes the kernel enforce `program`. Flows of endpoints and published ports that are gone
     /// are gone when it returns.
     ///
@@ -317,6 +326,13 @@ pub trait Dataplane: Send {
     /// Whether it keeps programs of the host from binding the published ports of TCP and UDP, from
     /// `apply` on and whether the agent is there or not. Where it does not, somebody else has to.
     fn keeps_ports(&self) -> bool;
+
+    /// Whether programs of the host reach published ports at loopback addresses by it. Where they do
+    /// not, the agent has to serve them.
+    fn reaches_loopback(&self) -> bool;
+
+    /// Whether bridged packets have to meet the rules of iptables, and leave by the port they came by.
+    fn needs_bridge_filter(&self) -> bool;
 
     /// What the backend asks of a kernel, and whether this one has it.
     fn features(&self) -> Vec<KernelFeature>;

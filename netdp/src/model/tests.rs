@@ -24,6 +24,7 @@ pub(crate) fn link(name: &str, addresses: &[&str]) -> Link {
         addresses: addresses.iter().map(|net| steady(net)).collect(),
         forwarding: false,
         forces_forwarding: false,
+        is_filtered: false,
     }
 }
 

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 use futures::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::{
-    LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth,
+    LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth,
     packet_route::{
         AddressFamily,
         address::{AddressAttribute, AddressFlags, AddressHeaderFlags},
@@ -62,6 +62,14 @@ impl Netlink {
             self.change(change)
                 .await
                 .with_context(|| format!("set MTU and MAC of bridge {}", plan.name))?;
+        }
+        if link.map_or(plan.is_filtered, |link| link.is_filtered != plan.is_filtered) {
+            let change = LinkMessageBuilder::<LinkBridge>::new(&plan.name)
+                .nf_call_iptables(plan.is_filtered)
+                .nf_call_ip6tables(plan.is_filtered);
+            self.change(change)
+                .await
+                .with_context(|| format!("show what {} switches to iptables", plan.name))?;
         }
         if plan.ipv4.is_some() {
             sysctl::ensure(&forwarding_sysctl(&plan.name), "1")?;
@@ -138,6 +146,11 @@ impl Netlink {
             self.tell_bridge(ifindex, plan.mac)
                 .await
                 .with_context(|| format!("tell bridge {} who is at {}", plan.bridge, plan.name))?;
+        }
+        if link.is_filtered != plan.is_filtered {
+            self.change(LinkBridgePort::new(ifindex).hairpin(plan.is_filtered))
+                .await
+                .with_context(|| format!("let packets turn around at {}", plan.name))?;
         }
         Ok(())
     }

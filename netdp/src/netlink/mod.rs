@@ -2,8 +2,8 @@
 //!
 //! Owns the socket, reading facts ([`read`]), making links and what hangs on them agree with a
 //! plan ([`link`]), work inside a container's namespace ([`namespace`]), the event stream
-//! ([`events`]), ending sockets ([`sockets`]), filters ([`tc`]),
-//! sysctls ([`sysctl`]) and whether there is IPsec ([`xfrm`]). Decides
+//! ([`events`]), ending sockets ([`sockets`]), netfilter's connections ([`conntrack`]), filters
+//! ([`tc`]), sysctls ([`sysctl`]) and whether there is IPsec ([`xfrm`]). Decides
 //! nothing: what has to exist comes from the planner.
 
 use std::io;
@@ -11,6 +11,7 @@ use std::io;
 use anyhow::{Context, Result};
 use tokio::task::AbortHandle;
 
+pub mod conntrack;
 pub mod events;
 mod link;
 pub mod namespace;

@@ -15,8 +15,8 @@ use rtnetlink::{
         AddressFamily,
         address::{AddressAttribute, AddressFlags, AddressMessage},
         link::{
-            AfSpecInet, AfSpecUnspec, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
-            LinkMessage,
+            AfSpecInet, AfSpecUnspec, InfoBridge, InfoBridgePort, InfoData, InfoPortData,
+            LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
         },
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
     },
@@ -134,6 +134,7 @@ fn link(message: LinkMessage) -> (u32, Link) {
         addresses: Vec::new(),
         forwarding: false,
         forces_forwarding: false,
+        is_filtered: false,
     };
     let mut unfinished = false;
     for attribute in attributes {
@@ -147,6 +148,7 @@ fn link(message: LinkMessage) -> (u32, Link) {
                 link.mac = bytes.try_into().ok().map(MacAddress);
             }
             LinkAttribute::LinkInfo(infos) => {
+                link.is_filtered = is_filtered(&infos);
                 link.kind = infos.iter().find_map(|info| match info {
                     LinkInfo::Kind(kind) => Some(kind.to_string()),
                     _ => None,
@@ -161,6 +163,20 @@ fn link(message: LinkMessage) -> (u32, Link) {
         link.alias = Some(format!("{}unfinished", Link::ALIAS_PREFIX));
     }
     (header.index, link)
+}
+
+/// Whether a bridge shows its packets to iptables, both families, or a port sends packets back.
+fn is_filtered(infos: &[LinkInfo]) -> bool {
+    infos.iter().any(|info| match info {
+        LinkInfo::Data(InfoData::Bridge(settings)) => {
+            settings.contains(&InfoBridge::NfCallIpTables(true))
+                && settings.contains(&InfoBridge::NfCallIp6Tables(true))
+        }
+        LinkInfo::PortData(InfoPortData::BridgePort(settings)) => {
+            settings.contains(&InfoBridgePort::HairpinMode(true))
+        }
+        _ => false,
+    })
 }
 
 fn forwards(families: &[AfSpecUnspec]) -> bool {

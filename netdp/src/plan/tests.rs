@@ -118,6 +118,7 @@ fn link(name: &str) -> Link {
         addresses: Vec::new(),
         forwarding: false,
         forces_forwarding: false,
+        is_filtered: false,
     }
 }
 
@@ -183,6 +184,7 @@ fn the_first_plan_makes_links_and_keeps_them_from_the_backend_until_they_exist()
         mtu: 1500,
         ipv4: Some("172.20.0.1/24".parse().unwrap()),
         ipv6: None,
+        is_filtered: false,
     };
     let veth = VethPlan {
         name: "ndv1".into(),
@@ -198,6 +200,7 @@ fn the_first_plan_makes_links_and_keeps_them_from_the_backend_until_they_exist()
             gateway: Some(Ipv4Addr::new(172, 20, 0, 1)),
         }),
         ipv6: None,
+        is_filtered: false,
     };
     assert_eq!(plan.bridges, [(A, bridge)].into());
     assert_eq!(plan.veths, [(A1, veth)].into());
@@ -245,6 +248,9 @@ fn the_program_names_what_exists() {
         forwarded_before6: false,
     };
     let expected = Program {
+        names: [(10, "nd-1"), (11, "ndv1"), (2, "eth0"), (3, "tun0"), (5, "bond0")]
+            .map(|(ifindex, name)| (ifindex, name.to_owned()))
+            .into(),
         nat_ports: NatPorts::default(),
         networks: [(
             A,

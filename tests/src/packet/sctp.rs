@@ -9,13 +9,20 @@ use super::{Envelope, payload_of};
 const HEADER_BYTES: usize = 12;
 
 impl Envelope {
-    /// An SCTP packet with a chunk of this type (RFC 9260, 3.2).
+    /// An SCTP packet with a chunk of this type (RFC 9260, 3.2), without a verification tag, as INIT.
     #[must_use]
     pub fn sctp(&self, ports: (u16, u16), chunk: u8, value: &[u8]) -> Vec<u8> {
+        self.sctp_tagged(ports, [0; 4], chunk, value)
+    }
+
+    /// The same with the tag that the other end has chosen.
+    #[must_use]
+    pub fn sctp_tagged(&self, ports: (u16, u16), tag: [u8; 4], chunk: u8, value: &[u8]) -> Vec<u8> {
         let length = u16::try_from(4 + value.len()).expect("a chunk fits into a packet");
         let mut packet = [ports.0.to_be_bytes(), ports.1.to_be_bytes()].concat();
-        // The verification tag, which INIT has none of, and room for the checksum.
-        packet.extend([0; 8]);
+        packet.extend(tag);
+        // Room for the checksum.
+        packet.extend([0; 4]);
         packet.extend([chunk, 0]);
         packet.extend(length.to_be_bytes());
         packet.extend(value);

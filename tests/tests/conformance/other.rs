@@ -95,7 +95,7 @@ pub(crate) fn sctp_is_published_under_its_own_number(row: &Row) -> Result<Outcom
         verify_checksums(&arrived)?;
         expect_same("the ports at A1", &verify_sctp(&arrived)?, &(5000, 7000))?;
         let back = from_container(lab, "net-a", a1, (net.a1, net.outside))?;
-        let answers = back.sctp((7000, 5000), INIT_ACK, &[2; 20]);
+        let answers = back.sctp_tagged((7000, 5000), [1; 4], INIT_ACK, &[2; 20]);
         let arrived = expect_arrival(eth0, &answers, out0, (net.host, net.outside))?;
         verify_checksums(&arrived)?;
         expect_same("the ports at E", &verify_sctp(&arrived)?, &(7000, 5000))?;
@@ -110,8 +110,8 @@ pub(crate) fn sctp_is_published_under_its_own_number(row: &Row) -> Result<Outcom
             // A neighbour is answered on the bridge.
             let destination_mac =
                 if network == "net-a" { container.mac("eth0")? } else { back.destination_mac };
-            let answers =
-                Envelope { destination_mac, ..back }.sctp((7000, 5000), INIT_ACK, &[4; 20]);
+            let back = Envelope { destination_mac, ..back };
+            let answers = back.sctp_tagged((7000, 5000), [3; 4], INIT_ACK, &[4; 20]);
             let there = (container, "eth0");
             let arrived = expect_arrival(eth0, &answers, there, (net.host, source))?;
             expect_same("the ports at the client", &verify_sctp(&arrived)?, &(7000, 5000))?;
@@ -124,7 +124,9 @@ pub(crate) fn sctp_is_published_under_its_own_number(row: &Row) -> Result<Outcom
         expect_same("the ports at E", &verify_sctp(&arrived)?, &(4000, 9))?;
         let way = from_container(lab, "net-a", a2, (net.a2, net.outside))?;
         let second = way.sctp((4000, 9), INIT, &[6; 16]);
-        counted_soon(lab, "ports_exhausted", || a2.inject("eth0", &second))?;
+        if row.is_ebpf() {
+            counted_soon(lab, "ports_exhausted", || a2.inject("eth0", &second))?;
+        }
 
         // Not published any more, it is the host's.
         lab.netdp(&["unpublish", "a1", "-p", "7000/sctp"])?;

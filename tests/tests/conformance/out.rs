@@ -382,7 +382,13 @@ pub(crate) fn nothing_leaves_by_an_interface_without_program(row: &Row) -> Resul
             })?;
             // A packet too large for the interface: the route alone is no answer.
             lab.host().ip("link set up1 mtu 1280\n")?;
-            counted(lab, "no_uplink", || a1.udp((net.outside, 9)).bytes(1300).dropped())?;
+            // Over IPv6 it is answered before any rule of iptables.
+            let too_large = a1.udp((net.outside, 9)).bytes(1300);
+            if net.is_ipv4() || row.is_ebpf() {
+                counted(lab, "no_uplink", || too_large.dropped())?;
+            } else {
+                too_large.send()?;
+            }
             expect_same("frames that left un-NATed", &leaks.frames(), &vec![])?;
             lab.host().ip(&format!("route del {} via {}\n", net.outside, net.second))?;
             a1.tcp((net.outside, 7)).exchange()?.saw_client_at(net.host)?;
@@ -471,7 +477,8 @@ pub(crate) fn tunnel_is_an_uplink(row: &Row) -> Result<Outcome> {
         let seen = outside.tcp((ours, 8080)).exchange()?;
         seen.by("a1")?.saw_client_at(theirs)?;
         expect_same("the client's port", &seen.peer, &seen.client_local)?;
-        if !net.is_ipv4() {
+        // Where netfilter tracks connections, it puts fragments together and takes them apart again.
+        if !net.is_ipv4() && row.is_ebpf() {
             // IPv6 routers do not fragment: what is too large is lost, and teaches the path's MTU.
             a1.udp((theirs, 7)).bytes(9000).send()?;
             poll_until(PATIENCE, "the path's MTU in the container", || {

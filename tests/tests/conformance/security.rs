@@ -360,8 +360,11 @@ pub(crate) fn ports_of_the_host_stay_the_hosts(row: &Row) -> Result<Outcome> {
         let seen = a1.udp((net.outside, 7)).from((net.a1, 2223)).exchange()?;
         ensure!(seen.by("outside")?.peer.port() != 2223, "the container got the host's udp port");
         // A port that nobody has is kept.
-        let seen = a1.tcp((net.outside, 7)).from((net.a1, 2224)).bytes(1000).exchange()?;
-        expect_same("a free source port", &seen.peer.port(), &2224)?;
+        // iptables does not know which ports sockets have, and keeps none.
+        if row.is_ebpf() {
+            let seen = a1.tcp((net.outside, 7)).from((net.a1, 2224)).bytes(1000).exchange()?;
+            expect_same("a free source port", &seen.peer.port(), &2224)?;
+        }
         // And who dials the host from the port that the container dialled reaches the host.
         let dialled = lab.outside().udp((net.host, 2223)).from((net.outside, 9)).exchange()?;
         dialled.by("host")?.saw_client_at(net.outside)?;

@@ -91,7 +91,9 @@ pub(crate) fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Progr
         endpoints: endpoints.into(),
         published: BTreeMap::new(),
         uplinks: uplinks.collect(),
+        needs_stack: false,
         local,
+        names: BTreeMap::new(),
     };
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         let mut publish = |address, port, endpoint, container_port| {

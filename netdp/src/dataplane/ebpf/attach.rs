@@ -4,9 +4,9 @@
 //! Owns both ways, and going from one program to the next in one step. Which program has to be where
 //! is the caller's to say.
 
-use std::{collections::BTreeSet, os::fd::AsFd};
+use std::{collections::BTreeSet, os::fd::AsFd, thread};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use aya::{
     Ebpf,
     programs::{
@@ -15,7 +15,10 @@ use aya::{
         tc::{SchedClassifierLink, TcAttachOptions},
     },
 };
-use nix::net::if_::if_indextoname;
+use nix::{
+    net::if_::if_indextoname,
+    sched::{CloneFlags, unshare},
+};
 use tracing::debug;
 
 use super::{
@@ -112,6 +115,30 @@ impl TcHooks {
                 Ok(false)
             }
         }
+    }
+
+    /// Attaches a program in a namespace that ends with the thread that makes it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn try_out(&self, program: &mut SchedClassifier) -> Result<()> {
+        /// That of the loopback interface, everywhere.
+        const LOOPBACK: u32 = 1;
+        let attach = || -> Result<()> {
+            unshare(CloneFlags::CLONE_NEWNET).context("make a network namespace")?;
+            if !self.has_tcx {
+                let mut control = TrafficControl::open()?;
+                control.add_clsact(LOOPBACK)?;
+                return put(&mut control, program, Hook::FromUplink, LOOPBACK);
+            }
+            let order = TcAttachOptions::TcxOrder(LinkOrder::last());
+            let id = program.attach_with_options("lo", TcAttachType::Ingress, order)?;
+            program.detach(id).context("detach it again")
+        };
+        thread::scope(|scope| {
+            let tried = scope.spawn(attach).join();
+            tried.unwrap_or_else(|_| Err(anyhow!("the try ended early")))
+        })
     }
 
     /// Attaches a program behind the programs of others at the hook.

@@ -189,6 +189,15 @@ impl Ebpf {
         Ok(backend)
     }
 
+    /// Attaches a program in a network namespace of its own, and detaches it: a kernel may load what it
+    /// does not let us attach.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn try_out(&mut self) -> Result<()> {
+        self.object.try_out()
+    }
+
     /// Removes everything that is pinned under a bpffs, and every filter of ours in this network
     /// namespace, without loading anything. Returns whether there was something.
     ///
@@ -604,6 +613,14 @@ impl Dataplane for Ebpf {
 
     fn keeps_ports(&self) -> bool {
         self.object.keeps_ports()
+    }
+
+    fn reaches_loopback(&self) -> bool {
+        true
+    }
+
+    fn needs_bridge_filter(&self) -> bool {
+        false
     }
 
     fn features(&self) -> Vec<KernelFeature> {

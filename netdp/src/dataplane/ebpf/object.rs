@@ -153,6 +153,11 @@ impl Object {
         Ok(Self { ebpf, hooks, attached, sockets })
     }
 
+    /// Attaches a program to the loopback interface of a namespace that ends with it.
+    pub(super) fn try_out(&mut self) -> Result<()> {
+        self.hooks.try_out(classifier(&mut self.ebpf, Hook::FromUplink)?)
+    }
+
     /// The kernel's name of the host's network namespace; 0 where no socket is the host's.
     pub(super) fn netns_cookie(&self) -> u64 {
         self.sockets.as_ref().map_or(0, |hooks| hooks.netns_cookie)

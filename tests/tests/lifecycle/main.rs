@@ -1,6 +1,9 @@
 //! LIF-01, first line: connections live through the agent's death and return. And what else
 //! happens to an agent: meddling with its links and pins, a rival.
 
+mod fallback;
+mod scale;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
@@ -9,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use netdp_tests::backend::{Backend, Variant};
 use netdp_tests::harness::run_tests;
 use netdp_tests::lab::Lab;
 use netdp_tests::namespace::Namespace;
@@ -28,11 +32,26 @@ const TRAFFIC_BYTES: usize = 64 << 10;
 fn main() -> ExitCode {
     run_tests(&[
         ("open_connections_survive_ten_kills", || {
-            in_each_family(|family| survives(family, KILLS, |lab| lab.agent()?.kill9()))
+            in_each_family(|family| {
+                survives(Backend::Ebpf, family, KILLS, |lab| lab.agent()?.kill9())
+            })
         }),
         ("open_connections_survive_a_stop", || {
-            in_each_family(|family| survives(family, 1, |lab| lab.agent()?.stop()))
+            in_each_family(|family| survives(Backend::Ebpf, family, 1, |lab| lab.agent()?.stop()))
         }),
+        ("open_connections_survive_kills_with_iptables", || {
+            let backend = Backend::Iptables(Variant::Nft);
+            let end = |lab: &Lab| lab.agent()?.kill9();
+            FAMILIES.iter().try_for_each(|&family| survives(backend, family, 3, end))
+        }),
+        ("without_ebpf_the_agent_takes_iptables", || {
+            in_each_family(fallback::without_ebpf_the_agent_takes_iptables)
+        }),
+        (
+            "many_ports_are_one_transaction_and_one_port_is_a_short_one",
+            scale::many_ports_are_one_transaction_and_one_port_is_a_short_one,
+        ),
+        ("with_ebpf_the_agent_takes_it", || in_each_family(fallback::with_ebpf_the_agent_takes_it)),
         ("a_bridge_that_lost_its_alias_passes_nothing", || {
             in_each_family(bridge_without_alias_passes_nothing)
         }),
@@ -126,9 +145,15 @@ impl<'a> Scene<'a> {
 }
 
 /// Runs traffic through `rounds` deaths of the agent, brought about by `end`.
-fn survives(family: Family, rounds: usize, end: fn(&Lab) -> Result<()>) -> Result<()> {
-    let lab = Lab::builder().family(family).build()?;
-    let result = survive(&lab, rounds, end).and_then(|()| lab.expect_no_netfilter());
+fn survives(
+    backend: Backend,
+    family: Family,
+    rounds: usize,
+    end: fn(&Lab) -> Result<()>,
+) -> Result<()> {
+    let lab = Lab::builder().backend(backend).family(family).build()?;
+    let is_clean = || if backend == Backend::Ebpf { lab.expect_no_netfilter() } else { Ok(()) };
+    let result = survive(&lab, rounds, end).and_then(|()| is_clean());
     lab.explain(result)
 }
 

@@ -1,0 +1,172 @@
+//! Table nat: published ports, and the source of what leaves.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Net, View, host};
+use crate::{
+    dataplane::{
+        PublishedKey, PublishedTarget,
+        iptables::{
+            family::Filtered,
+            rules::{RuleSet, Table, hook_chain},
+        },
+    },
+    model::{GatewayMode, Protocol},
+};
+
+/// Published ports whose numbers differ in these bits only share a chain: a packet passes at most as
+/// many rules, and a change writes no others.
+const SHARD_BITS: u32 = 8;
+
+pub(super) fn render<F: Filtered>(view: &View<'_, F>, rules: &mut RuleSet) {
+    let local = "-m addrtype --dst-type LOCAL";
+    let (doors, ports) = (hook_chain("DOORS"), hook_chain("PORTS"));
+    let to_doors = format!("-j {doors}");
+    rules.chain(Table::Nat, hook_chain("PREROUTING")).add(local, &to_doors);
+    // A loopback address is the agent's to serve: a packet with one can't be sent to a container.
+    let dialled = format!("! -d {} {local}", F::LOOPBACK);
+    let to_ports = format!("-j {ports}");
+    rules.chain(Table::Nat, hook_chain("OUTPUT")).add(&dialled, &to_ports);
+
+    let mut chain = rules.chain(Table::Nat, doors);
+    let bridges = view.networks.iter().filter(|net| !net.is_closed()).map(|net| net.bridge);
+    for interface in view.uplinks.iter().map(|door| door.name).chain(bridges) {
+        chain.add(&format!("-i {interface}"), &to_ports);
+    }
+    published(view, &ports, rules);
+
+    for net in &view.networks {
+        leaving(view, net, rules);
+    }
+}
+
+/// Where published ports lead.
+fn published<F: Filtered>(view: &View<'_, F>, ports: &str, rules: &mut RuleSet) {
+    rules.chain(Table::Nat, ports);
+    let mut shards: BTreeMap<(Protocol, u16), Vec<(F::Address, Run<F>)>> = BTreeMap::new();
+    for (key, target) in &view.program.published {
+        let Some((address, run)) = translation(view, key, target) else { continue };
+        let runs = shards.entry((key.protocol, key.port >> SHARD_BITS)).or_default();
+        match runs.last_mut() {
+            Some((last, before)) if *last == address && before.is_continued_by(&run) => {
+                before.last = run.last;
+            }
+            _ => runs.push((address, run)),
+        }
+    }
+    for ((protocol, shard), mut runs) in shards {
+        let first = shard << SHARD_BITS;
+        let last = first | (1 << SHARD_BITS) - 1;
+        let chain = format!("{ports}-{protocol}-{shard:02x}");
+        let dialled = format!("-p {protocol} -m {protocol} --dport {first}:{last}");
+        rules.chain(Table::Nat, ports).add(&dialled, &format!("-j {chain}"));
+        // One address before all of them.
+        runs.sort_by_key(|(address, run)| (*address == F::UNSPECIFIED, run.first, *address));
+        let mut chain = rules.chain(Table::Nat, chain);
+        for (address, run) in runs {
+            let on = match address {
+                any if any == F::UNSPECIFIED => String::new(),
+                address => format!("-d {} ", host::<F>(address)),
+            };
+            let dialled = format!("{on}-p {protocol} -m {protocol} --dport {}", run.ports());
+            chain.add(&dialled, &format!("-j DNAT --to-destination {}", run.target()));
+        }
+    }
+}
+
+/// Host ports that follow each other, and where they lead.
+struct Run<F: Filtered> {
+    first: u16,
+    last: u16,
+    to: F::Address,
+    /// Of the first one.
+    port: u16,
+}
+
+impl<F: Filtered> Run<F> {
+    /// Whether the next port of the same address belongs to it: without a port, a rule keeps the
+    /// one that was dialled.
+    fn is_continued_by(&self, next: &Self) -> bool {
+        let keeps = self.port == self.first && next.port == next.first;
+        keeps && self.to == next.to && self.last.checked_add(1) == Some(next.first)
+    }
+
+    fn ports(&self) -> String {
+        if self.first == self.last {
+            self.first.to_string()
+        } else {
+            format!("{}:{}", self.first, self.last)
+        }
+    }
+
+    fn target(&self) -> String {
+        if self.port == self.first {
+            self.to.to_string()
+        } else {
+            format!("{}:{}", F::before_port(self.to), self.port)
+        }
+    }
+}
+
+/// What a published port is in this family; nothing where no packet is translated for it.
+fn translation<F: Filtered>(
+    view: &View<'_, F>,
+    key: &PublishedKey,
+    target: &PublishedTarget,
+) -> Option<(F::Address, Run<F>)> {
+    let address = F::of(key.address).filter(|&address| F::is_translated(address))?;
+    let endpoint = view.program.endpoints.get(&target.endpoint)?;
+    let network = view.program.networks.get(&endpoint.network)?;
+    // Dialled at its own address.
+    if network.gateway_mode == GatewayMode::Routed {
+        return None;
+    }
+    let to = F::of(target.address)?;
+    Some((address, Run { first: key.port, last: key.port, to, port: target.port }))
+}
+
+/// The source of what leaves a network, and of what comes back into it by a published port.
+fn leaving<F: Filtered>(view: &View<'_, F>, net: &Net<'_, F>, rules: &mut RuleSet) {
+    let Some(side) = net.side else { return };
+    if net.is_closed() {
+        return;
+    }
+    let back = format!("-j {}", net.chain("BACK"));
+    let translated = format!("-o {} -m conntrack --ctstate DNAT", net.bridge);
+    rules.chain(Table::Nat, hook_chain("POSTROUTING")).add(&translated, &back);
+    let gateway = format!("-j SNAT --to-source {}", side.gateway);
+    let mut chain = rules.chain(Table::Nat, net.chain("BACK"));
+    chain.add("-m addrtype --src-type LOCAL", &gateway);
+    // A container that dialled itself would not take an answer from its own address.
+    for address in publishing(view, net) {
+        let address = host::<F>(address);
+        chain.add(&format!("-s {address} -d {address}"), &gateway);
+    }
+
+    let Some(side) = net.masqueraded() else { return };
+    let out = format!("-j {}", net.chain("OUT"));
+    let source = format!("-s {}", side.subnet);
+    rules.chain(Table::Nat, hook_chain("POSTROUTING")).add(&source, &out);
+    let (first, last) = view.program.nat_ports.reserved;
+    let mut chain = rules.chain(Table::Nat, net.chain("OUT"));
+    for door in &view.uplinks {
+        let Some(address) = net.source(door) else { continue };
+        // From the range that no socket of the host gets a port of.
+        let with_port = format!("{}:{first}-{last}", F::before_port(address));
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let leaves = format!("-o {} -p {protocol}", door.name);
+            chain.add(&leaves, &format!("-j SNAT --to-source {with_port}"));
+        }
+        chain.add(&format!("-o {}", door.name), &format!("-j SNAT --to-source {address}"));
+    }
+}
+
+/// Addresses of a network's members that have published ports.
+fn publishing<F: Filtered>(view: &View<'_, F>, net: &Net<'_, F>) -> BTreeSet<F::Address> {
+    let of_net = |target: &&PublishedTarget| {
+        let endpoint = view.program.endpoints.get(&target.endpoint);
+        endpoint.is_some_and(|endpoint| endpoint.network == net.id)
+    };
+    let targets = view.program.published.values().filter(of_net);
+    targets.filter_map(|target| F::of(target.address)).collect()
+}

@@ -1,0 +1,40 @@
+//! What enforces the networks of a lab.
+
+/// A backend, as the agent is told to use it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// eBPF programs.
+    Ebpf,
+    /// iptables, by these programs.
+    Iptables(Variant),
+}
+
+/// Which of the host's iptables programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Variant {
+    /// Those that write to nf_tables.
+    Nft,
+    /// Those that write to the old tables.
+    Legacy,
+}
+
+impl Backend {
+    /// Its name on the command line and in results.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ebpf => "ebpf",
+            Self::Iptables(_) => "iptables",
+        }
+    }
+
+    /// What the agent's environment says of it.
+    #[must_use]
+    pub const fn environment(self) -> Option<(&'static str, &'static str)> {
+        match self {
+            Self::Ebpf => None,
+            Self::Iptables(Variant::Nft) => Some(("NETDP_IPTABLES", "nft")),
+            Self::Iptables(Variant::Legacy) => Some(("NETDP_IPTABLES", "legacy")),
+        }
+    }
+}
