@@ -43,6 +43,7 @@ pub use crate::sys::Forbidden;
 #[derive(Clone, Copy, Debug)]
 struct Circumstances {
     dataplane: &'static str,
+    arguments: &'static [&'static str],
     environment: Option<(&'static str, &'static str)>,
     forbidden: Option<Forbidden>,
 }
@@ -77,6 +78,7 @@ impl Agent {
             namespace: namespace.clone(),
             circumstances: Mutex::new(Circumstances {
                 dataplane: Backend::Ebpf.name(),
+                arguments: Backend::Ebpf.arguments(),
                 environment: None,
                 forbidden: None,
             }),
@@ -93,6 +95,7 @@ impl Agent {
     pub fn use_backend(&self, backend: Backend) {
         let mut circumstances = locked(&self.circumstances);
         circumstances.dataplane = backend.name();
+        circumstances.arguments = backend.arguments();
         circumstances.environment = backend.environment();
     }
 
@@ -159,6 +162,7 @@ impl Agent {
         let mut command = self.namespace.command(&self.program, self.fate)?;
         let circumstances = *locked(&self.circumstances);
         command.args(["agent", "--dataplane", circumstances.dataplane]);
+        command.args(circumstances.arguments);
         command.envs(circumstances.environment);
         if let Some(forbidden) = circumstances.forbidden {
             forbid_bpf_before_exec(&mut command, forbidden);

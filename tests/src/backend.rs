@@ -5,6 +5,8 @@
 pub enum Backend {
     /// eBPF programs.
     Ebpf,
+    /// The same with all packets by the host's stack.
+    EbpfByStack,
     /// iptables, by these programs.
     Iptables(Variant),
 }
@@ -23,8 +25,23 @@ impl Backend {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Ebpf => "ebpf",
+            Self::Ebpf | Self::EbpfByStack => "ebpf",
             Self::Iptables(_) => "iptables",
+        }
+    }
+
+    /// Whether it is eBPF, however packets go.
+    #[must_use]
+    pub const fn is_ebpf(self) -> bool {
+        matches!(self, Self::Ebpf | Self::EbpfByStack)
+    }
+
+    /// What the agent is told besides its name.
+    #[must_use]
+    pub const fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Self::EbpfByStack => &["--fast-path", "off"],
+            Self::Ebpf | Self::Iptables(_) => &[],
         }
     }
 
@@ -32,7 +49,7 @@ impl Backend {
     #[must_use]
     pub const fn environment(self) -> Option<(&'static str, &'static str)> {
         match self {
-            Self::Ebpf => None,
+            Self::Ebpf | Self::EbpfByStack => None,
             Self::Iptables(Variant::Nft) => Some(("NETDP_IPTABLES", "nft")),
             Self::Iptables(Variant::Legacy) => Some(("NETDP_IPTABLES", "legacy")),
         }

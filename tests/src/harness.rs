@@ -75,7 +75,7 @@ impl Row {
     /// Whether the eBPF backend has to keep it.
     #[must_use]
     pub fn is_ebpf(&self) -> bool {
-        self.backend == Backend::Ebpf
+        self.backend.is_ebpf()
     }
 
     /// Runs `test` in a lab of its own, then checks that the host has no netfilter rule if the
@@ -106,6 +106,7 @@ impl Row {
     fn trial_name(&self) -> String {
         let programs = match self.backend {
             Backend::Iptables(Variant::Legacy) => "/legacy",
+            Backend::EbpfByStack => "/by-stack",
             Backend::Ebpf | Backend::Iptables(Variant::Nft) => "",
         };
         let offload = match self.offload {

@@ -65,7 +65,7 @@ fn knocks(lab: &Lab, b1: &Namespace) -> Result<[Knock; 2]> {
 
 /// Fails when the host still has something of a backend.
 fn expect_nothing_left(lab: &Lab, backend: Backend) -> Result<()> {
-    if backend != Backend::Ebpf {
+    if !backend.is_ebpf() {
         return lab.expect_no_netfilter();
     }
     let pins = lab.bpffs().join("netdp");
@@ -187,6 +187,6 @@ fn wipes(backend: Backend) -> Vec<Vec<Vec<&'static str>>> {
             let programs = ["iptables-nft", "ip6tables-nft"];
             vec![flush(programs), firewall(programs), vec![vec!["nft", "flush", "ruleset"]]]
         }
-        Backend::Ebpf => vec![vec![vec!["nft", "flush", "ruleset"]]],
+        Backend::Ebpf | Backend::EbpfByStack => vec![vec![vec!["nft", "flush", "ruleset"]]],
     }
 }

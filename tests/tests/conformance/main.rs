@@ -113,7 +113,8 @@ fn main() -> ExitCode {
     let mut rows = Vec::new();
     for &offload in variants {
         for &family in FAMILIES {
-            let backends = [Backend::Ebpf, Backend::Iptables(programs(offload))];
+            let backends =
+                [Backend::Ebpf, Backend::EbpfByStack, Backend::Iptables(programs(offload))];
             for backend in backends {
                 let row = |&(id, run)| {
                     let unkept = unkept(id, backend, family);
@@ -136,9 +137,22 @@ const WITH_BOTH_PROGRAMS: &[&str] = &[
     "LIF-11", "LIF-13", "SEC-06", "SEC-09",
 ];
 
+/// Rows of eBPF that run once more with all packets by the host's stack, which other programs then see:
+/// those in which packets of flows have the say.
+const BY_STACK: &[&str] = &[
+    "PUB-01", "PUB-04", "PUB-05", "PUB-06", "PUB-13", "PUB-14", "PUB-15", "PUB-17", "PUB-18",
+    "OUT-01", "OUT-02", "OUT-03", "OUT-04", "OUT-06", "OUT-07", "OUT-08", "OUT-14", "OUT-15",
+    "OUT-16", "OUT-18", "OUT-19", "ISO-01", "ISO-02", "ISO-03", "ISO-05", "ISO-06", "ISO-07",
+    "POL-04", "LIF-07", "SEC-06",
+];
+
 /// Whether a row runs.
 fn is_worth_it(row: &Row) -> bool {
-    row.is_ebpf() || row.offload == Offload::On || WITH_BOTH_PROGRAMS.contains(&row.id)
+    match row.backend {
+        Backend::Ebpf => true,
+        Backend::EbpfByStack => row.offload == Offload::On && BY_STACK.contains(&row.id),
+        Backend::Iptables(_) => row.offload == Offload::On || WITH_BOTH_PROGRAMS.contains(&row.id),
+    }
 }
 
 /// The programs of iptables, which don't care for offloads: each set is tried with one of the two.
@@ -188,7 +202,7 @@ fn unkept(id: &str, backend: Backend, family: Family) -> Option<Unkept> {
         *unkept == id && families.contains(&family)
     };
     let row = UNKEPT_BY_IPTABLES.iter().find(is_it)?;
-    (backend != Backend::Ebpf).then_some(row.2)
+    (!backend.is_ebpf()).then_some(row.2)
 }
 
 /// Containers A1, A2 and B1, and what serves in A1.

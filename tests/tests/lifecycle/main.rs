@@ -152,7 +152,7 @@ fn survives(
     end: fn(&Lab) -> Result<()>,
 ) -> Result<()> {
     let lab = Lab::builder().backend(backend).family(family).build()?;
-    let is_clean = || if backend == Backend::Ebpf { lab.expect_no_netfilter() } else { Ok(()) };
+    let is_clean = || if backend.is_ebpf() { lab.expect_no_netfilter() } else { Ok(()) };
     let result = survive(&lab, rounds, end).and_then(|()| is_clean());
     lab.explain(result)
 }
