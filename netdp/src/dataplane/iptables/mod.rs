@@ -19,7 +19,9 @@ use self::{
     text::{ChainSet, Found, FoundRule, counted, transaction},
     tool::Tool,
 };
-use super::{Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Program};
+use super::{
+    Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program,
+};
 use crate::{
     family::{V4, V6},
     netlink::conntrack,
@@ -302,6 +304,10 @@ impl Dataplane for Iptables {
                 bytes,
             })
             .collect())
+    }
+
+    fn lanes(&mut self) -> Result<Option<Lanes>> {
+        Ok(None)
     }
 
     fn flows(&mut self) -> Result<Vec<FlowRecord>> {
