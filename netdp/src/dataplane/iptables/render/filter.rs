@@ -20,7 +20,7 @@ const TRANSLATED: &str = "-m conntrack --ctstate DNAT";
 /// Matches the first packet of such a connection.
 const NEWLY_TRANSLATED: &str = "-m conntrack --ctstate NEW -m conntrack --ctstate DNAT";
 
-pub(super) fn render<F: Filtered>(view: &View<'_, F>, rules: &mut RuleSet) {
+pub(super) fn render<F: Filtered>(view: &View<'_, F>, has_sets: bool, rules: &mut RuleSet) {
     let mut forward = rules.chain(Table::Filter, hook_chain("FORWARD"));
     for (flag, what) in [("-i", "FROM"), ("-o", "INTO")] {
         for net in &view.networks {
@@ -39,7 +39,7 @@ pub(super) fn render<F: Filtered>(view: &View<'_, F>, rules: &mut RuleSet) {
     for net in &view.networks {
         from(view, net, rules);
         among(net, rules);
-        let has_policy = policy::render(net, rules);
+        let has_policy = policy::render(net, has_sets, rules);
         for (chain, reason) in [("ACROSS", Reason::Isolation), ("INTO", Reason::DirectAccess)] {
             let mut into = rules.chain(Table::Filter, net.chain(chain));
             if net.is_closed() || net.side.is_none() {
