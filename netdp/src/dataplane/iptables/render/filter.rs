@@ -6,7 +6,7 @@ use super::{Net, View, host, policy};
 use crate::{
     dataplane::iptables::{
         family::Filtered,
-        rules::{RuleSet, Table, hook_chain},
+        rules::{Chain, RuleSet, Table, hook_chain},
     },
     model::{GatewayMode, NetworkId},
 };
@@ -94,11 +94,7 @@ fn from<F: Filtered>(view: &View<'_, F>, net: &Net<'_, F>, rules: &mut RuleSet) 
 }
 
 /// Refuses new connections of a member that has as many as it may.
-fn limit<F: Filtered>(
-    net: &Net<'_, F>,
-    leaves: &str,
-    chain: &mut crate::dataplane::iptables::rules::Chain<'_>,
-) {
+fn limit<F: Filtered>(net: &Net<'_, F>, leaves: &str, chain: &mut Chain<'_>) {
     if net.network.endpoint_flows > 0 {
         let too_many = format!(
             "{leaves} -m conntrack --ctstate NEW -m connlimit --connlimit-above {} \
