@@ -271,6 +271,7 @@ impl Host {
             networks: BTreeMap::from([(network, network_program)]),
             endpoints: BTreeMap::from([(EndpointId(2), endpoint)]),
             published: BTreeMap::new(),
+            needs_stack: false,
             uplinks: BTreeMap::from([(self.ifindex("up0")?, uplink)]),
             local: BTreeSet::from(["10.0.0.2".parse()?, "fd00::2".parse()?]),
             names: BTreeMap::new(),

@@ -171,6 +171,7 @@ mod tests {
         let network = NetworkProgram {
             bridge_ifindex: 1,
             bridge_mac: MacAddress([2; 6]),
+            mtu: 1500,
             ipv4: Some(SubnetProgram {
                 subnet: "172.20.0.0/24".parse().unwrap(),
                 gateway: "172.20.0.1".parse().unwrap(),

@@ -101,6 +101,7 @@ fn program() -> Program {
         masquerade4: Some(Ipv4Addr::new(10, 0, 0, 2)),
         masquerade6: None,
         ethernet: true,
+        mtu: 1500,
         forwarded_before4: false,
         forwarded_before6: false,
     };
@@ -114,6 +115,7 @@ fn network_program(network: u8, bridge_ifindex: u32) -> NetworkProgram {
     NetworkProgram {
         bridge_ifindex,
         bridge_mac: MacAddress([2, 0x42, 172, 20, network, 1]),
+        mtu: 1500,
         ipv4: Some(SubnetProgram { subnet, gateway: address(network, 1), snat_ip: None }),
         ipv6: None,
         gateway_mode: GatewayMode::Nat,

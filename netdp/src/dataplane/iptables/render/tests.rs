@@ -22,6 +22,7 @@ fn network(number: u8) -> NetworkProgram {
     NetworkProgram {
         bridge_ifindex: number.into(),
         bridge_mac: MacAddress([2, 0, 0, 0, number, 1]),
+        mtu: 1500,
         ipv4: Some(SubnetProgram {
             subnet: format!("{digits}.0/24").parse().unwrap(),
             gateway: format!("{digits}.1").parse().unwrap(),
@@ -82,6 +83,7 @@ fn two_networks() -> Program {
         masquerade4: Some("10.0.0.2".parse().unwrap()),
         masquerade6: Some("fd00::2".parse().unwrap()),
         ethernet: true,
+        mtu: 1500,
         forwarded_before4: false,
         forwarded_before6: true,
     };
