@@ -16,14 +16,15 @@ use crate::{apt, cargo, rust_src};
 const BPF_LINKER: &str = "0.10.4";
 
 /// The programs that tests and demo run: name, Debian package, what for.
-const PROGRAMS: [(&str, &str, &str); 7] = [
+const PROGRAMS: [(&str, &str, &str); 8] = [
     ("ip", "iproute2", "lab state in failure reports"),
     ("curl", "curl", "real HTTP in the demo"),
     ("ping", "iputils-ping", "ICMP echo from a real client"),
     ("tcpdump", "tcpdump", "what crossed a link"),
     ("bpftool", "bpftool", "programs and maps in failure reports"),
     ("nft", "nftables", "proof that netfilter stays empty"),
-    ("iptables", "iptables", "proof that the old tables stay empty, too"),
+    ("iptables", "iptables", "the other backend; proof that the old tables stay empty, too"),
+    ("ipset", "ipset", "long policies of the other backend"),
 ];
 
 /// What virtual machines need: name, Debian package, what for.

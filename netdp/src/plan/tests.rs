@@ -252,6 +252,7 @@ fn the_program_names_what_exists() {
         names: [(10, "nd-1"), (11, "ndv1"), (2, "eth0"), (3, "tun0"), (5, "bond0")]
             .map(|(ifindex, name)| (ifindex, name.to_owned()))
             .into(),
+        needs_stack: false,
         nat_ports: NatPorts::default(),
         networks: [(
             A,

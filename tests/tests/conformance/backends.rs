@@ -85,7 +85,7 @@ fn while_knocking(knocks: &[Knock], work: impl FnOnce() -> Result<()>) -> Result
             let mut rounds = 0;
             while is_over.recv_timeout(PAUSE) == Err(RecvTimeoutError::Timeout) {
                 for (from, link, frame) in knocks {
-                    from.flood(link, vec![frame.clone(); KNOCKS].into_iter())?;
+                    from.flood(link, vec![frame.clone(); KNOCKS])?;
                 }
                 rounds += 1;
             }

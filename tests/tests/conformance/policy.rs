@@ -56,6 +56,14 @@ pub(crate) fn listed_sources_pass_and_others_do_not(row: &Row) -> Result<Outcome
             &[net.guests[3], net.outside],
         )?;
 
+        // A long list, of whom two are there.
+        let last = net.guests[4];
+        let strangers: String =
+            (1..=100).map(|number| format!("allow from {}\n", net.on_link(9, number))).collect();
+        let text = format!("{strangers}allow from {first}\nallow from {last}\ndeny from any\n");
+        lab.set_policy("net-a", &text)?;
+        expect_admitted(lab, &containers, &[first, last], &[net.guests[1], net.outside])?;
+
         // What the container itself dials is answered, whoever is listed.
         let _outside = lab.outside().tcp_server("outside", (net.outside, 7))?;
         containers.a1.tcp((net.outside, 7)).exchange()?.by("outside")?.saw_client_at(net.host)?;

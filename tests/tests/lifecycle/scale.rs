@@ -102,6 +102,7 @@ fn program() -> Program {
         masquerade6: None,
         mtu: 1500,
         ethernet: true,
+        mtu: 1500,
         forwarded_before4: false,
         forwarded_before6: false,
     };

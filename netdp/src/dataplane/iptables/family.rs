@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use ipnet::{Ipv4Net, Ipv4Subnets, Ipv6Net, Ipv6Subnets};
+
 use crate::{
     dataplane::{EndpointProgram, NetworkProgram, SubnetProgram, Uplink},
     family::{Family, V4, V6},
@@ -31,6 +33,8 @@ pub(super) trait Filtered: Family {
     const SHARD_BITS: u8;
     /// Length of an address in bits.
     const BITS: u8;
+    /// What tells the names of its sets from the other family's.
+    const DIGIT: char;
 
     /// A network's side in this family.
     fn side(network: &NetworkProgram) -> Option<SubnetProgram<Self>>;
@@ -46,6 +50,9 @@ pub(super) trait Filtered: Family {
 
     /// Whether the host forwarded packets from an uplink before us.
     fn forwarded_before(uplink: &Uplink) -> bool;
+
+    /// The prefixes that a range of addresses is made of.
+    fn prefixes(first: Self::Address, last: Self::Address) -> Vec<Self::Net>;
 
     /// An address as it is written before a port.
     fn before_port(address: Self::Address) -> String;
@@ -67,6 +74,7 @@ impl Filtered for V4 {
     const WITHOUT_ADDRESS: &'static [&'static str] = &[];
     const SHARD_BITS: u8 = 27;
     const BITS: u8 = 32;
+    const DIGIT: char = '4';
 
     fn side(network: &NetworkProgram) -> Option<SubnetProgram<V4>> {
         network.ipv4
@@ -86,6 +94,10 @@ impl Filtered for V4 {
 
     fn forwarded_before(uplink: &Uplink) -> bool {
         uplink.forwarded_before4
+    }
+
+    fn prefixes(first: Ipv4Addr, last: Ipv4Addr) -> Vec<Ipv4Net> {
+        Ipv4Subnets::new(first, last, 0).collect()
     }
 
     fn before_port(address: Ipv4Addr) -> String {
@@ -115,6 +127,7 @@ impl Filtered for V6 {
     ];
     const SHARD_BITS: u8 = 123;
     const BITS: u8 = 128;
+    const DIGIT: char = '6';
 
     fn side(network: &NetworkProgram) -> Option<SubnetProgram<V6>> {
         network.ipv6
@@ -137,6 +150,10 @@ impl Filtered for V6 {
 
     fn forwarded_before(uplink: &Uplink) -> bool {
         uplink.forwarded_before6
+    }
+
+    fn prefixes(first: Ipv6Addr, last: Ipv6Addr) -> Vec<Ipv6Net> {
+        Ipv6Subnets::new(first, last, 0).collect()
     }
 
     fn before_port(address: Ipv6Addr) -> String {

@@ -15,8 +15,9 @@ use tracing::{debug, info};
 
 use self::{
     family::Filtered,
-    rules::{RuleSet, Table},
-    text::{ChainSet, Found, FoundRule, counted, transaction},
+    rules::{Mark, RuleSet, Table},
+    sets::{IpSet, Sets},
+    text::{ChainSet, Change, Found, FoundRule, counted, small_transaction, transaction},
     tool::Tool,
 };
 use super::{
@@ -32,10 +33,14 @@ mod family;
 mod flows;
 mod render;
 mod rules;
+mod sets;
 mod text;
 mod tool;
 
 pub use self::tool::Variant;
+
+/// As many chains are written without a look at all the others, which takes longer.
+const LITTLE: usize = 8;
 
 /// Gone when the kernel does no IPv6.
 const IPV6_DIRECTORY: &str = "/proc/sys/net/ipv6";
@@ -98,6 +103,13 @@ impl Iptables {
                 }
             }
         }
+        for digit in [V4::DIGIT, V6::DIGIT] {
+            match IpSet::find().map(|sets| sets.retain(&Sets::new(), digit)) {
+                Some(Ok(found)) => there |= found,
+                Some(Err(error)) => errors.push(format!("{error:#}")),
+                None => {}
+            }
+        }
         if there && let Err(error) = flows::end_translated(program) {
             errors.push(format!("{error:#}"));
         }
@@ -118,6 +130,8 @@ fn purge(tool: &Tool) -> Result<bool> {
 /// One family's tables.
 struct Tables<F> {
     tool: Tool,
+    /// For policies that name many; `None` where the host has none.
+    sets: Option<IpSet>,
     /// What was written last; `None` before the first time.
     written: Option<Written>,
     family: PhantomData<F>,
@@ -129,7 +143,41 @@ struct Written {
     said: BTreeMap<(Table, String), Vec<String>>,
 }
 
+/// Chains that two sets of rules do not have in common: as the second one has them.
+fn changes<'a>(before: &'a RuleSet, after: &'a RuleSet) -> impl Iterator<Item = Change<'a>> {
+    let chains = |set: &'a RuleSet| {
+        set.tables.iter().flat_map(|(&table, chains)| {
+            chains.iter().map(move |(name, rules)| (table, name.as_str(), rules.as_slice()))
+        })
+    };
+    let is_there = |set: &RuleSet, table, name: &str| {
+        set.table(table).is_some_and(|chains| chains.contains_key(name))
+    };
+    let written = chains(after).filter(|(table, name, rules)| {
+        let known = before.table(*table).and_then(|chains| chains.get(*name));
+        known.map(Vec::as_slice) != Some(*rules)
+    });
+    let gone = chains(before).filter(move |(table, name, _)| !is_there(after, *table, name));
+    written
+        .map(|(table, name, rules)| (table, name, Some(rules)))
+        .chain(gone.map(|(table, name, _)| (table, name, None)))
+}
+
 impl Written {
+    /// Whether a few chains differ that count nothing, and none of the kernel's is concerned.
+    fn is_little_from(&self, wanted: &RuleSet) -> bool {
+        let counts = |set: &RuleSet, table, name: &str| {
+            let rules = set.table(table).and_then(|chains| chains.get(name));
+            rules.is_some_and(|rules| rules.iter().any(|rule| Mark::of(rule).is_some()))
+        };
+        !wanted.tables.is_empty()
+            && self.rules.sets == wanted.sets
+            && changes(&self.rules, wanted).count() <= LITTLE
+            && changes(&self.rules, wanted).all(|(table, name, _)| {
+                !counts(&self.rules, table, name) && !counts(wanted, table, name)
+            })
+    }
+
     /// Chains of `found` that are not as they were written, or not ours.
     fn differing(&self, found: &Found) -> ChainSet {
         let texts = |rules: &[FoundRule]| -> Vec<String> {
@@ -160,7 +208,7 @@ impl<F: Filtered> Tables<F> {
                 variant.name()
             )
         })?;
-        Ok(Self { tool, written: None, family: PhantomData })
+        Ok(Self { tool, sets: IpSet::find(), written: None, family: PhantomData })
     }
 
     fn look(&mut self) -> Result<Found> {
@@ -169,28 +217,57 @@ impl<F: Filtered> Tables<F> {
 
     /// Makes the tables say what a program wants; returns how many chains were written.
     fn apply(&mut self, program: &Program) -> Result<usize> {
-        let wanted = render::render::<F>(program);
+        let wanted = render::render::<F>(program, self.sets.is_some());
         if self.written.as_ref().is_some_and(|written| written.rules == wanted) {
             return Ok(0);
         }
+        if let Some(written) = self.written.take_if(|written| written.is_little_from(&wanted)) {
+            let count = changes(&written.rules, &wanted).count();
+            match self.write_little(written, wanted.clone()) {
+                Ok(()) => return Ok(count),
+                Err(error) => debug!("write all chains instead of a few: {error:#}"),
+            }
+        }
         let found = self.tool.found()?;
         let write = self.to_write(&wanted, &found);
+        if let Some(sets) = &self.sets {
+            sets.ensure(&wanted.sets, F::DIGIT)?;
+        }
         // Until it is known to be right, the next time writes all of it.
         self.written = None;
         if let Some(text) = transaction(&wanted, &found, &write) {
             self.tool.restore(&text)?;
         }
-        if wanted.0.is_empty() && found != Found::default() {
+        if let Some(sets) = &self.sets {
+            sets.retain(&wanted.sets, F::DIGIT)?;
+        }
+        if wanted.tables.is_empty() && found != Found::default() {
             self.tool.remove_empty_tables()?;
         }
         self.note(wanted)?;
         Ok(write.len())
     }
 
+    /// Writes the few chains that differ, and looks at no others.
+    fn write_little(&mut self, written: Written, wanted: RuleSet) -> Result<()> {
+        let Written { rules, mut said } = written;
+        let little: Vec<Change<'_>> = changes(&rules, &wanted).collect();
+        self.tool.restore(&small_transaction(&little))?;
+        for (table, name, rules) in little {
+            let key = (table, name.to_owned());
+            match rules {
+                Some(_) => drop(said.insert(key, self.tool.rules_of(table, name)?)),
+                None => drop(said.remove(&key)),
+            }
+        }
+        self.written = Some(Written { rules: wanted, said });
+        Ok(())
+    }
+
     /// The chains that are not yet as they have to be.
     fn to_write(&self, wanted: &RuleSet, found: &Found) -> ChainSet {
         let all = wanted
-            .0
+            .tables
             .iter()
             .flat_map(|(&table, chains)| chains.keys().map(move |name| (table, name.clone())));
         let Some(written) = &self.written else { return all.collect() };
@@ -220,7 +297,7 @@ impl<F: Filtered> Tables<F> {
     /// How the tables differ from what a program wants; what differs is written anew by the next
     /// [`Tables::apply`].
     fn check(&mut self, program: &Program) -> Result<Vec<Drift>> {
-        let wanted = render::render::<F>(program);
+        let wanted = render::render::<F>(program, self.sets.is_some());
         let found = self.tool.found()?;
         let mut differing = match &self.written {
             Some(written) => written.differing(&found),
@@ -237,11 +314,16 @@ impl<F: Filtered> Tables<F> {
                 }
             })
             .collect();
-        if !wanted.0.is_empty() {
+        if !wanted.tables.is_empty() {
             what.extend(found.displaced().map(|(table, hook)| {
                 let table = table.name();
                 format!("{} chain {hook} of table {table} does not begin with our jump", F::TOOL)
             }));
+        }
+        if let Some(sets) = &self.sets
+            && !wanted.sets.is_empty()
+        {
+            what.extend(sets::drift(&wanted.sets, &sets.found(F::DIGIT)?));
         }
         if !what.is_empty() {
             // The next time writes all of it.

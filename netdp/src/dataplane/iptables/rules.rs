@@ -6,6 +6,7 @@ use std::{collections::BTreeMap, fmt};
 
 use netdp_common::counter::Reason;
 
+use super::sets::Sets;
 use crate::model::NetworkId;
 
 /// What the name of every chain of ours begins with.
@@ -91,16 +92,20 @@ pub(super) type Chains = BTreeMap<String, Vec<String>>;
 
 /// Everything that one family's tables have of ours.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct RuleSet(pub(super) BTreeMap<Table, Chains>);
+pub(super) struct RuleSet {
+    pub(super) tables: BTreeMap<Table, Chains>,
+    /// Sets that rules refer to.
+    pub(super) sets: Sets,
+}
 
 impl RuleSet {
     /// A chain, made if need be.
     pub(super) fn chain(&mut self, table: Table, name: impl Into<String>) -> Chain<'_> {
-        Chain(self.0.entry(table).or_default().entry(name.into()).or_default())
+        Chain(self.tables.entry(table).or_default().entry(name.into()).or_default())
     }
 
     pub(super) fn table(&self, table: Table) -> Option<&Chains> {
-        self.0.get(&table)
+        self.tables.get(&table)
     }
 }
 

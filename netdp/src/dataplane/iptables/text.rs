@@ -116,6 +116,41 @@ pub(super) fn transaction(wanted: &RuleSet, found: &Found, write: &ChainSet) -> 
     (!text.is_empty()).then_some(text)
 }
 
+/// A chain that is written anew; `None` where it goes.
+pub(super) type Change<'a> = (Table, &'a str, Option<&'a [String]>);
+
+/// What `iptables-restore --noflush` has to read for a few chains that count nothing, where all others
+/// are known to be right.
+pub(super) fn small_transaction(changes: &[Change<'_>]) -> String {
+    let mut text = String::new();
+    for table in Table::ALL {
+        let changes = || changes.iter().filter(move |change| change.0 == table);
+        if changes().next().is_none() {
+            continue;
+        }
+        line(&mut text, format_args!("*{}", table.name()));
+        for (_, name, _) in changes() {
+            line(&mut text, format_args!(":{name} - [0:0]"));
+        }
+        for (_, name, rules) in changes() {
+            for rule in rules.unwrap_or_default() {
+                line(&mut text, format_args!("-A {name} {rule}"));
+            }
+        }
+        for (_, name, _) in changes().filter(|change| change.2.is_none()) {
+            line(&mut text, format_args!("-X {name}"));
+        }
+        line(&mut text, format_args!("COMMIT"));
+    }
+    text
+}
+
+/// The rules of one chain from the output of `iptables -S CHAIN`.
+pub(super) fn rules_of(listing: &str, chain: &str) -> Vec<String> {
+    let head = format!("-A {chain} ");
+    listing.lines().filter_map(|line| line.strip_prefix(&head)).map(str::to_owned).collect()
+}
+
 fn of_table(table: Table, wanted: &RuleSet, found: &Found, write: &ChainSet) -> String {
     let none = BTreeMap::new();
     let chains = wanted.table(table).unwrap_or(&none);
@@ -243,6 +278,21 @@ COMMIT
 COMMIT
 ";
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn a_small_change_names_its_chains_and_no_others() {
+        let rules = ["-i a -j DROP".to_owned()];
+        let changes: [Change<'_>; 3] = [
+            (Table::Nat, "NETDP-A", Some(&rules)),
+            (Table::Nat, "NETDP-B", None),
+            (Table::Raw, "NETDP-C", Some(&[])),
+        ];
+        let expected = "*raw\n:NETDP-C - [0:0]\nCOMMIT\n*nat\n:NETDP-A - [0:0]\n:NETDP-B - [0:0]\n\
+                        -A NETDP-A -i a -j DROP\n-X NETDP-B\nCOMMIT\n";
+        assert_eq!(small_transaction(&changes), expected);
+        let listing = "-N NETDP-A\n-A NETDP-A -i a -j DROP\n-A NETDP-AB -j DROP\n";
+        assert_eq!(rules_of(listing, "NETDP-A"), rules);
     }
 
     #[test]

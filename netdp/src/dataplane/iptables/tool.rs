@@ -11,7 +11,10 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::{rules::Table, text::Found};
+use super::{
+    rules::Table,
+    text::{self, Found},
+};
 
 /// Chooses the variant whatever the host uses: "legacy" or "nft". Tests try both on one host.
 const VARIANT_VARIABLE: &str = "NETDP_IPTABLES";
@@ -55,6 +58,7 @@ impl Variant {
 pub(super) struct Tool {
     name: String,
     variant: Variant,
+    list: PathBuf,
     save: PathBuf,
     restore: PathBuf,
 }
@@ -64,16 +68,18 @@ impl Tool {
     /// "ip6tables".
     pub(super) fn of(family: &str, variant: Variant) -> Option<Self> {
         let name = format!("{family}-{}", variant.name());
-        let own = (find(&format!("{name}-save")), find(&format!("{name}-restore")));
-        let (save, restore) = match own {
-            (Some(save), Some(restore)) => (save, restore),
-            // Hosts with one variant only may call it by the plain name.
-            _ if default_variant(family).ok()? == variant => {
-                (find(&format!("{family}-save"))?, find(&format!("{family}-restore"))?)
-            }
-            _ => return None,
+        let programs = |name: &str| {
+            let (save, restore) =
+                (find(&format!("{name}-save"))?, find(&format!("{name}-restore"))?);
+            Some((find(name)?, save, restore))
         };
-        Some(Self { name, variant, save, restore })
+        let (list, save, restore) = match programs(&name) {
+            Some(own) => own,
+            // Hosts with one variant only may call it by the plain name.
+            None if default_variant(family).ok()? == variant => programs(family)?,
+            None => return None,
+        };
+        Some(Self { name, variant, list, save, restore })
     }
 
     /// What this host's tables have of ours.
@@ -82,6 +88,15 @@ impl Tool {
         command.arg("--counters").stdin(Stdio::null());
         let output = command.output().with_context(|| format!("run {}-save", self.name))?;
         Ok(Found::parse(&self.succeeded("save", output)?))
+    }
+
+    /// The rules of one chain.
+    pub(super) fn rules_of(&self, table: Table, chain: &str) -> Result<Vec<String>> {
+        let mut command = Command::new(&self.list);
+        command.args(["--wait", LOCK_PATIENCE, "--table", table.name(), "--list-rules", chain]);
+        let output = command.stdin(Stdio::null()).output();
+        let output = output.with_context(|| format!("run {}", self.name))?;
+        Ok(text::rules_of(&self.succeeded("list", output)?, chain))
     }
 
     /// Carries out one transaction: all of a table or nothing of it.
@@ -170,7 +185,7 @@ fn default_variant(family: &str) -> Result<Variant> {
     Ok(Variant::of_version(&String::from_utf8_lossy(&output.stdout)))
 }
 
-fn find(program: &str) -> Option<PathBuf> {
+pub(super) fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let usual = DIRECTORIES.map(PathBuf::from);
     let mut candidates =

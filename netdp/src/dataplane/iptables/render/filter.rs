@@ -6,7 +6,7 @@ use super::{Net, View, host, policy};
 use crate::{
     dataplane::iptables::{
         family::Filtered,
-        rules::{RuleSet, Table, hook_chain},
+        rules::{Chain, RuleSet, Table, hook_chain},
     },
     model::{GatewayMode, NetworkId},
 };
@@ -20,7 +20,7 @@ const TRANSLATED: &str = "-m conntrack --ctstate DNAT";
 /// Matches the first packet of such a connection.
 const NEWLY_TRANSLATED: &str = "-m conntrack --ctstate NEW -m conntrack --ctstate DNAT";
 
-pub(super) fn render<F: Filtered>(view: &View<'_, F>, rules: &mut RuleSet) {
+pub(super) fn render<F: Filtered>(view: &View<'_, F>, has_sets: bool, rules: &mut RuleSet) {
     let mut forward = rules.chain(Table::Filter, hook_chain("FORWARD"));
     for (flag, what) in [("-i", "FROM"), ("-o", "INTO")] {
         for net in &view.networks {
@@ -39,7 +39,7 @@ pub(super) fn render<F: Filtered>(view: &View<'_, F>, rules: &mut RuleSet) {
     for net in &view.networks {
         from(view, net, rules);
         among(net, rules);
-        let has_policy = policy::render(net, rules);
+        let has_policy = policy::render(net, has_sets, rules);
         for (chain, reason) in [("ACROSS", Reason::Isolation), ("INTO", Reason::DirectAccess)] {
             let mut into = rules.chain(Table::Filter, net.chain(chain));
             if net.is_closed() || net.side.is_none() {
@@ -94,11 +94,7 @@ fn from<F: Filtered>(view: &View<'_, F>, net: &Net<'_, F>, rules: &mut RuleSet) 
 }
 
 /// Refuses new connections of a member that has as many as it may.
-fn limit<F: Filtered>(
-    net: &Net<'_, F>,
-    leaves: &str,
-    chain: &mut crate::dataplane::iptables::rules::Chain<'_>,
-) {
+fn limit<F: Filtered>(net: &Net<'_, F>, leaves: &str, chain: &mut Chain<'_>) {
     if net.network.endpoint_flows > 0 {
         let too_many = format!(
             "{leaves} -m conntrack --ctstate NEW -m connlimit --connlimit-above {} \

@@ -1,7 +1,7 @@
 //! From a [`Program`] to the rules of one family. Pure.
 //!
 //! Owns the look at a program that all tables share; each table has a file. What the chains are for
-//! is in docs/packet-walk.md.
+//! is in docs/iptables.md.
 
 use std::collections::BTreeMap;
 
@@ -21,8 +21,8 @@ mod raw;
 #[cfg(test)]
 mod tests;
 
-/// The rules of one family. A host without networks has none.
-pub(super) fn render<F: Filtered>(program: &Program) -> RuleSet {
+/// The rules of one family, with sets where the kernel has them. A host without networks has none.
+pub(super) fn render<F: Filtered>(program: &Program, has_sets: bool) -> RuleSet {
     let mut rules = RuleSet::default();
     if program.networks.is_empty() {
         return rules;
@@ -35,7 +35,7 @@ pub(super) fn render<F: Filtered>(program: &Program) -> RuleSet {
     }
     raw::render(&view, &mut rules);
     nat::render(&view, &mut rules);
-    filter::render(&view, &mut rules);
+    filter::render(&view, has_sets, &mut rules);
     rules
 }
 

@@ -43,28 +43,26 @@ pub(super) fn render<F: Filtered>(view: &View<'_, F>, rules: &mut RuleSet) {
 /// Where published ports lead.
 fn published<F: Filtered>(view: &View<'_, F>, ports: &str, rules: &mut RuleSet) {
     rules.chain(Table::Nat, ports);
-    let mut shards: BTreeMap<(Protocol, u16), Vec<(F::Address, Run<F>)>> = BTreeMap::new();
+    let mut shards: BTreeMap<(Protocol, u16), Vec<Run<F>>> = BTreeMap::new();
     for (key, target) in &view.program.published {
-        let Some((address, run)) = translation(view, key, target) else { continue };
+        let Some(run) = translation(view, key, target) else { continue };
         let runs = shards.entry((key.protocol, key.port >> SHARD_BITS)).or_default();
         match runs.last_mut() {
-            Some((last, before)) if *last == address && before.is_continued_by(&run) => {
-                before.last = run.last;
-            }
-            _ => runs.push((address, run)),
+            Some(before) if before.is_continued_by(&run) => before.last = run.last,
+            _ => runs.push(run),
         }
     }
     for ((protocol, shard), mut runs) in shards {
         let first = shard << SHARD_BITS;
-        let last = first | (1 << SHARD_BITS) - 1;
+        let last = first + ((1 << SHARD_BITS) - 1);
         let chain = format!("{ports}-{protocol}-{shard:02x}");
         let dialled = format!("-p {protocol} -m {protocol} --dport {first}:{last}");
         rules.chain(Table::Nat, ports).add(&dialled, &format!("-j {chain}"));
         // One address before all of them.
-        runs.sort_by_key(|(address, run)| (*address == F::UNSPECIFIED, run.first, *address));
+        runs.sort_by_key(|run| (run.on == F::UNSPECIFIED, run.first, run.on));
         let mut chain = rules.chain(Table::Nat, chain);
-        for (address, run) in runs {
-            let on = match address {
+        for run in runs {
+            let on = match run.on {
                 any if any == F::UNSPECIFIED => String::new(),
                 address => format!("-d {} ", host::<F>(address)),
             };
@@ -76,6 +74,8 @@ fn published<F: Filtered>(view: &View<'_, F>, ports: &str, rules: &mut RuleSet) 
 
 /// Host ports that follow each other, and where they lead.
 struct Run<F: Filtered> {
+    /// The host's address.
+    on: F::Address,
     first: u16,
     last: u16,
     to: F::Address,
@@ -88,7 +88,8 @@ impl<F: Filtered> Run<F> {
     /// one that was dialled.
     fn is_continued_by(&self, next: &Self) -> bool {
         let keeps = self.port == self.first && next.port == next.first;
-        keeps && self.to == next.to && self.last.checked_add(1) == Some(next.first)
+        let is_same = (self.on, self.to) == (next.on, next.to);
+        keeps && is_same && self.last.checked_add(1) == Some(next.first)
     }
 
     fn ports(&self) -> String {
@@ -113,8 +114,8 @@ fn translation<F: Filtered>(
     view: &View<'_, F>,
     key: &PublishedKey,
     target: &PublishedTarget,
-) -> Option<(F::Address, Run<F>)> {
-    let address = F::of(key.address).filter(|&address| F::is_translated(address))?;
+) -> Option<Run<F>> {
+    let on = F::of(key.address).filter(|&address| F::is_translated(address))?;
     let endpoint = view.program.endpoints.get(&target.endpoint)?;
     let network = view.program.networks.get(&endpoint.network)?;
     // Dialled at its own address.
@@ -122,7 +123,7 @@ fn translation<F: Filtered>(
         return None;
     }
     let to = F::of(target.address)?;
-    Some((address, Run { first: key.port, last: key.port, to, port: target.port }))
+    Some(Run { on, first: key.port, last: key.port, to, port: target.port })
 }
 
 /// The source of what leaves a network, and of what comes back into it by a published port.

@@ -84,6 +84,7 @@ fn two_networks() -> Program {
         masquerade6: Some("fd00::2".parse().unwrap()),
         mtu: 1500,
         ethernet: true,
+        mtu: 1500,
         forwarded_before4: false,
         forwarded_before6: true,
     };
@@ -140,9 +141,9 @@ fn closed() -> Program {
 }
 
 fn text<F: Filtered>(program: &Program) -> String {
-    let rules = render::<F>(program);
+    let rules = render::<F>(program, true);
     let all: ChainSet = rules
-        .0
+        .tables
         .iter()
         .flat_map(|(&table, chains)| chains.keys().map(move |name| (table, name.clone())))
         .collect();
@@ -187,8 +188,8 @@ fn a_host_without_networks_has_no_rules() {
 #[test]
 fn every_drop_is_counted_and_every_chain_is_named_and_led_to() {
     for program in [two_networks(), peculiar(), closed()] {
-        let rules = render::<V6>(&program);
-        for (table, chains) in &rules.0 {
+        let rules = render::<V6>(&program, true);
+        for (table, chains) in &rules.tables {
             for (name, rules) in chains {
                 assert!(name.starts_with(PREFIX) && name.len() <= 28, "{name}");
                 for rule in rules.iter().filter(|rule| rule.ends_with("-j DROP")) {
@@ -217,11 +218,42 @@ fn one_port_more_is_one_chain_written() {
     let before = peculiar();
     let mut after = before.clone();
     publish(&mut after, 2, "any", 8081, 81, Protocol::Tcp);
-    let (before, after) = (render::<V4>(&before), render::<V4>(&after));
+    let (before, after) = (render::<V4>(&before, true), render::<V4>(&after, true));
     let chains = |set: &RuleSet| set.table(Table::Nat).unwrap().clone();
     let (before, after) = (chains(&before), chains(&after));
     let changed: Vec<_> =
         after.iter().filter(|(name, rules)| before.get(*name) != Some(rules)).collect();
     assert_eq!(changed.len(), 1, "{changed:?}");
     assert_eq!(changed[0].0, "NETDP-PORTS-tcp-1f");
+}
+
+#[test]
+fn many_rules_with_the_same_effect_are_one_set_in_their_place() {
+    let mut program = two_networks();
+    let number = u32::try_from(policy::MANY).unwrap();
+    let allow = |number: u32| {
+        let first = IpAddr::from(std::net::Ipv4Addr::from(0xc000_0200 + 4 * number));
+        let last = IpAddr::from(std::net::Ipv4Addr::from(0xc000_0200 + 4 * number + 2));
+        Rule { action: Action::Allow, first, last }
+    };
+    let mut rules = vec![rule(Action::Deny, "192.0.2.1", "192.0.2.1")];
+    rules.extend((0..number).map(allow));
+    rules.push(rule(Action::Deny, "0.0.0.0", "255.255.255.255"));
+    program.networks.get_mut(&NetworkId(20)).unwrap().policy = rules;
+
+    let rendered = render::<V4>(&program, true);
+    let chain = &rendered.table(Table::Filter).unwrap()["NETDP-RULES-20"];
+    let (name, prefixes) = rendered.sets.first_key_value().unwrap();
+    let drop = "-m comment --comment netdp:20:policy -j DROP";
+    let expected = [
+        format!("-s 192.0.2.1/32 {drop}"),
+        format!("-m set --match-set {name} src -j RETURN"),
+        drop.to_owned(),
+    ];
+    assert_eq!(*chain, expected);
+    // Three addresses are two prefixes.
+    assert_eq!((rendered.sets.len(), prefixes.len()), (1, 2 * policy::MANY));
+    let without = render::<V4>(&program, false);
+    assert_eq!(without.sets.len(), 0);
+    assert_eq!(without.table(Table::Filter).unwrap()["NETDP-RULES-20"].len(), policy::MANY + 2);
 }
