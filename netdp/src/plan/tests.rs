@@ -248,7 +248,6 @@ fn the_program_names_what_exists() {
         forwarded_before6: false,
     };
     let expected = Program {
-        needs_stack: false,
         names: [(10, "nd-1"), (11, "ndv1"), (2, "eth0"), (3, "tun0"), (5, "bond0")]
             .map(|(ifindex, name)| (ifindex, name.to_owned()))
             .into(),

@@ -82,7 +82,6 @@ fn two_networks() -> Program {
     let uplink = Uplink {
         masquerade4: Some("10.0.0.2".parse().unwrap()),
         masquerade6: Some("fd00::2".parse().unwrap()),
-        mtu: 1500,
         ethernet: true,
         mtu: 1500,
         forwarded_before4: false,
