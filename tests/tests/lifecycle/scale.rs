@@ -100,7 +100,6 @@ fn program() -> Program {
     let uplink = Uplink {
         masquerade4: Some(Ipv4Addr::new(10, 0, 0, 2)),
         masquerade6: None,
-        mtu: 1500,
         ethernet: true,
         mtu: 1500,
         forwarded_before4: false,
