@@ -41,8 +41,6 @@ pub(crate) trait Family: Maps + Subprograms + Copy + 'static {
     const ADDRESSES: u32;
     /// Offset of the header's own checksum, where it has one.
     const HEADER_CHECKSUM: Option<u32>;
-    /// MTU that every link of the family has (RFC 791, 3.1: what hosts accept; RFC 8200, 5).
-    const LEAST_MTU: u32;
     /// Whether ICMP's checksum covers the addresses.
     const ICMP_HAS_PSEUDO_HEADER: bool;
 
@@ -120,7 +118,6 @@ impl Family for V4 {
     const PROTOCOL: u32 = 9;
     const ADDRESSES: u32 = 12;
     const HEADER_CHECKSUM: Option<u32> = Some(10);
-    const LEAST_MTU: u32 = 576;
     const ICMP_HAS_PSEUDO_HEADER: bool = false;
 
     #[inline(always)]
@@ -194,7 +191,6 @@ impl Family for V6 {
     const PROTOCOL: u32 = 6;
     const ADDRESSES: u32 = 8;
     const HEADER_CHECKSUM: Option<u32> = None;
-    const LEAST_MTU: u32 = 1280;
     const ICMP_HAS_PSEUDO_HEADER: bool = true;
 
     #[inline(always)]

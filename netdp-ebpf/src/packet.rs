@@ -418,19 +418,7 @@ impl<'a, F: Family> Packet<'a, F> {
     /// Whether it, or each packet that it will be cut into, has no more than `mtu` bytes.
     #[inline(always)]
     pub(crate) fn fits(&self, mtu: u32) -> bool {
-        let segment = kernel::segment_size(self.ctx.skb.skb);
-        let bytes = if segment == 0 {
-            self.outer.end as u32 - self.ip
-        } else {
-            let transport = match self.transport {
-                Transport::Tcp => self.headers.tcp_header_bytes(),
-                Transport::Udp => UdpHdr::LEN as u32,
-                // Nobody else's packets are cut by their payload alone.
-                _ => return false,
-            };
-            self.outer.l4 as u32 - self.ip + transport + segment
-        };
-        bytes <= mtu
+        self.headers.bytes(self.ctx.skb.skb) <= mtu
     }
 
     /// Rewrites addresses and ports to `to`, and all checksums with them.
@@ -666,6 +654,22 @@ impl<F: Family> Headers<F> {
         u32::from_ne_bytes(*self.start.header(word * 4))
     }
 
+    /// Bytes of the packet, or of each that it will be cut into, IP header included.
+    #[inline(always)]
+    fn bytes(&self, skb: *mut __sk_buff) -> u32 {
+        let segment = kernel::segment_size(skb);
+        if segment == 0 {
+            return self.outer.end as u32 - self.ip;
+        }
+        let transport = match self.transport {
+            Transport::Tcp => self.tcp_header_bytes(),
+            Transport::Udp => UdpHdr::LEN as u32,
+            // Nobody else's packets are cut by their payload alone.
+            _ => return u32::MAX,
+        };
+        self.outer.l4 as u32 - self.ip + transport + segment
+    }
+
     /// Bytes of the TCP header that stands right behind the IP header.
     #[inline(always)]
     fn tcp_header_bytes(&self) -> u32 {
@@ -693,14 +697,9 @@ pub(crate) fn parse<F: Family>(skb: *mut __sk_buff, ip: u32, zone: u32) -> u32 {
 #[derive(Clone, Copy)]
 pub(crate) struct Route {
     pub(crate) ifindex: u32,
-    /// In bytes without the Ethernet header; perhaps [`Self::UNKNOWN_MTU`].
+    /// What it carries at least, in bytes without the Ethernet header: its MTU where the kernel tells
+    /// it (Linux 5.12), else what the packet has that it was asked about, if it carries that.
     pub(crate) mtu: u32,
-}
-
-impl Route {
-    /// What is told where the kernel does not (before Linux 5.12, and where the next hop has to be
-    /// looked for yet).
-    pub(crate) const UNKNOWN_MTU: u32 = 1;
 }
 
 /// A sub-program of its own, for its stack; the MTU in the upper half, the ifindex in the lower. 0
@@ -712,30 +711,38 @@ fn route<F: Family>(skb: *mut __sk_buff, ifindex: u32, headers: &Headers<F>) -> 
     lookup.family = F::ADDRESS_FAMILY;
     lookup.l4_protocol = headers.proto;
     lookup.ifindex = ifindex;
-    // No packet is larger than the MTU with this many bytes; and where one is named, the kernel names
-    // the MTU.
-    lookup.__bindgen_anon_1.tot_len = Route::UNKNOWN_MTU as u16;
+    // Named a length, the kernel compares it with the MTU, and names that. The second time, for the
+    // exit of what is too large, any will do.
+    let bytes = headers.bytes(skb).min(u16::MAX.into()) as u16;
+    lookup.__bindgen_anon_1.tot_len = bytes;
     let addresses = Tuple { src: headers.source, dst: headers.destination, ..headers.tuple };
     F::set_route(&mut lookup, &addresses);
-    let size = size_of::<FibLookup>() as i32;
-    let mut look_up = |flags| {
-        // SAFETY: context and parameters are valid; the size is that of the structure.
-        unsafe { bpf_fib_lookup(skb.cast(), &raw mut lookup, size, flags) as i32 }
-    };
-    let mut outcome = look_up(BPF_FIB_LOOKUP_SKIP_NEIGH);
+    let mut flags = BPF_FIB_LOOKUP_SKIP_NEIGH;
+    let mut outcome = look_up(skb, &mut lookup, flags);
     if outcome == EINVAL {
         // Before Linux 6.3 it looks for the next hop's MAC address, which is not needed here.
-        outcome = look_up(0);
+        flags = 0;
+        outcome = look_up(skb, &mut lookup, flags);
+    }
+    if outcome as u32 == BPF_FIB_LKUP_RET_FRAG_NEEDED {
+        lookup.__bindgen_anon_1.tot_len = 1;
+        outcome = look_up(skb, &mut lookup, flags);
     }
     match outcome as u32 {
-        // Too large for the exit: the stack fragments it, or answers.
-        BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED => {
+        BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => {
             // SAFETY: both are the same two bytes.
             let mtu = unsafe { lookup.__bindgen_anon_1.mtu_result };
             u64::from(mtu) << 32 | u64::from(lookup.ifindex)
         }
         _ => 0,
     }
+}
+
+#[inline(always)]
+fn look_up(skb: *mut __sk_buff, lookup: &mut FibLookup, flags: u32) -> i32 {
+    let size = size_of::<FibLookup>() as i32;
+    // SAFETY: context and parameters are valid; the size is that of the structure.
+    unsafe { bpf_fib_lookup(skb.cast(), lookup, size, flags) as i32 }
 }
 
 /// See [`Packet::set_life`]. A sub-program of its own, for the stacks of its callers; `false` where

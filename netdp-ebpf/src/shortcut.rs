@@ -58,12 +58,10 @@ pub(crate) fn out<F: Family>(
     exit: &Interface,
 ) -> Decision<Option<Verdict>> {
     let has_way = is_open() && exit.flags & interface_flag::ETHERNET != 0;
-    // What goes by a route with a smaller MTU than its interface is for the stack to judge, each
-    // time, and so is what goes by one whose MTU the kernel does not tell.
+    // What goes by a route with a smaller MTU than its interface's is looked at each time.
     let is_plain = route.mtu >= exit.mtu;
     flow::note_exit(packet, zone, half, if has_way && is_plain { route.ifindex } else { 0 });
-    let limit = if route.mtu == Route::UNKNOWN_MTU { F::LEAST_MTU } else { route.mtu };
-    by::<F>(packet, half, if has_way { route.ifindex } else { 0 }, limit)
+    by::<F>(packet, half, if has_way { route.ifindex } else { 0 }, route.mtu)
 }
 
 /// The host's end of the veth of the container that a half leads to; 0 where it is not the
