@@ -34,6 +34,9 @@ const INIT: &str = include_str!("vm/init.sh");
 /// Programs of this machine that suites run.
 const PROGRAMS: [&str; 7] = ["ip", "nft", "tcpdump", "bpftool", "ping", "modprobe", "tc"];
 
+/// What names of rows contain that need iptables, which no machine has.
+const IPTABLES_ROWS: &str = "/iptables/";
+
 /// Modules that netdp or a suite needs; in some kernels they are built in. None of iptables: old
 /// kernels give every namespace its tables at once, and suites prove that there are none.
 const MODULES: [&str; 21] = [
@@ -218,7 +221,7 @@ fn contents(
     let profile = profile(options.suites, acceleration);
     archive.add_stripped("/netdp", &demo::netdp_built_as(profile)?, scratch)?;
     let mut arguments = options.filter.unwrap_or_default().to_owned();
-    for word in options.skipped {
+    for word in options.skipped.iter().map(String::as_str).chain([IPTABLES_ROWS]) {
         arguments.push_str(&format!(" --skip {word}"));
     }
     let mut list = String::new();
