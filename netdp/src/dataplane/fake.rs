@@ -4,7 +4,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, bail};
 
-use super::{Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Program};
+use super::{
+    Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program,
+};
 
 /// The backend; clones share what they remember, so a test keeps one and gives one away.
 #[derive(Clone, Debug, Default)]
@@ -82,6 +84,10 @@ impl Dataplane for Fake {
 
     fn counters(&mut self) -> Result<Vec<Count>> {
         Ok(Vec::new())
+    }
+
+    fn lanes(&mut self) -> Result<Option<Lanes>> {
+        Ok(None)
     }
 
     fn flows(&mut self) -> Result<Vec<FlowRecord>> {

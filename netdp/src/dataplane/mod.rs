@@ -303,9 +303,7 @@ pub trait Dataplane: Send {
     ///
     /// # Errors
     /// Fails where the kernel can't be read.
-    fn lanes(&mut self) -> Result<Option<Lanes>> {
-        Ok(None)
-    }
+    fn lanes(&mut self) -> Result<Option<Lanes>>;
 
     /// All tracked connections.
     ///

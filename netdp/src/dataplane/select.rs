@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use tracing::{info, warn};
 
 use super::{
-    Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Program,
+    Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program,
     ebpf::{Ebpf, EbpfOptions},
     iptables::Iptables,
 };
@@ -130,6 +130,10 @@ impl Dataplane for Selected {
 
     fn counters(&mut self) -> Result<Vec<Count>> {
         self.backend.counters()
+    }
+
+    fn lanes(&mut self) -> Result<Option<Lanes>> {
+        self.backend.lanes()
     }
 
     fn flows(&mut self) -> Result<Vec<FlowRecord>> {

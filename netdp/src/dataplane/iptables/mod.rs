@@ -20,7 +20,9 @@ use self::{
     text::{ChainSet, Change, Found, FoundRule, counted, small_transaction, transaction},
     tool::Tool,
 };
-use super::{Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Program};
+use super::{
+    Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program,
+};
 use crate::{
     family::{V4, V6},
     netlink::conntrack,
@@ -102,7 +104,7 @@ impl Iptables {
             }
         }
         for digit in [V4::DIGIT, V6::DIGIT] {
-            match IpSet::find().map(|sets| sets.retain(&Sets::new(), digit)) {
+            match IpSet::find_loaded().map(|sets| sets.retain(&Sets::new(), digit)) {
                 Some(Ok(found)) => there |= found,
                 Some(Err(error)) => errors.push(format!("{error:#}")),
                 None => {}
@@ -384,6 +386,10 @@ impl Dataplane for Iptables {
                 bytes,
             })
             .collect())
+    }
+
+    fn lanes(&mut self) -> Result<Option<Lanes>> {
+        Ok(None)
     }
 
     fn flows(&mut self) -> Result<Vec<FlowRecord>> {
