@@ -1,5 +1,7 @@
 //! What enforces the networks of a lab.
 
+use crate::runtime::is_installed;
+
 /// A backend, as the agent is told to use it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
@@ -43,6 +45,19 @@ impl Backend {
             Self::EbpfByStack => &["--fast-path", "off"],
             Self::Ebpf | Self::Iptables(_) => &[],
         }
+    }
+
+    /// A program that it needs and that is not installed: guests with other kernels have few.
+    #[must_use]
+    pub fn missing_program(self) -> Option<&'static str> {
+        let programs: &[&str] = match self {
+            Self::Ebpf | Self::EbpfByStack => &[],
+            Self::Iptables(Variant::Nft) => &["iptables-nft-restore", "ip6tables-nft-restore"],
+            Self::Iptables(Variant::Legacy) => {
+                &["iptables-legacy-restore", "ip6tables-legacy-restore"]
+            }
+        };
+        programs.iter().copied().find(|program| !is_installed(program))
     }
 
     /// What the agent's environment says of it.

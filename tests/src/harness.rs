@@ -119,6 +119,9 @@ impl Row {
 
     /// Runs the test. One that can't pass is skipped for as long as it does not.
     fn outcome(&self) -> Result<Outcome> {
+        if let Some(program) = self.backend.missing_program() {
+            return Ok(Outcome::Skip(format!("{program} is not installed here")));
+        }
         let outcome = catch(|| (self.run)(self));
         match (self.unkept, outcome) {
             (Some(Unkept::For(reason)), Ok(Outcome::Pass)) => {

@@ -102,6 +102,9 @@ fn while_knocking(knocks: &[Knock], work: impl FnOnce() -> Result<()>) -> Result
 pub(crate) fn backends_take_each_others_place(row: &Row) -> Result<Outcome> {
     let net = row.net();
     let other = if row.is_ebpf() { Backend::Iptables(Variant::Nft) } else { Backend::Ebpf };
+    if let Some(program) = other.missing_program() {
+        return Ok(Outcome::Skip(format!("{program} is not installed here")));
+    }
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         let _outside = lab.outside().tcp_server("outside", (net.outside, 7))?;

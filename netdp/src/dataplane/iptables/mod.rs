@@ -104,7 +104,7 @@ impl Iptables {
             }
         }
         for digit in [V4::DIGIT, V6::DIGIT] {
-            match IpSet::find().map(|sets| sets.retain(&Sets::new(), digit)) {
+            match IpSet::find_loaded().map(|sets| sets.retain(&Sets::new(), digit)) {
                 Some(Ok(found)) => there |= found,
                 Some(Err(error)) => errors.push(format!("{error:#}")),
                 None => {}

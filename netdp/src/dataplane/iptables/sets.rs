@@ -8,7 +8,7 @@ use std::{
     fmt::Write,
     hash::{DefaultHasher, Hash, Hasher},
     io::Write as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -19,6 +19,9 @@ use crate::model::NetworkId;
 
 /// Room in a set, at least: the kernel's default.
 const ROOM: usize = 65_536;
+
+/// There where the kernel has sets, built in or loaded.
+const MODULE: &str = "/sys/module/ip_set";
 
 /// Sets of one family that a rule set refers to, by name: prefixes.
 pub(super) type Sets = BTreeMap<String, BTreeSet<String>>;
@@ -51,6 +54,11 @@ impl IpSet {
         let ipset = Self(find("ipset")?);
         ipset.run(&["list", "-name"], "").ok()?;
         Some(ipset)
+    }
+
+    /// The same, without having the kernel load sets just to see that there are none.
+    pub(super) fn find_loaded() -> Option<Self> {
+        Path::new(MODULE).exists().then(Self::find).flatten()
     }
 
     /// How many prefixes each set of ours in a family has.
