@@ -291,5 +291,5 @@ fn send<F: Plain>(
     frame.set_word(0, pair(destination[0], destination[1]));
     frame.set_word(4, pair(destination[2], source[0]));
     frame.set_word(8, pair(source[1], source[2]));
-    Ok(kernel::redirect_peer(half.exit))
+    Ok(kernel::redirect_peer(skb, half.exit))
 }

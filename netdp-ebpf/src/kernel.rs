@@ -7,7 +7,7 @@ use aya_ebpf::{
         bpf_csum_update, bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
         bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_set_retval,
         bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_change_tail,
-        bpf_skb_load_bytes_relative,
+        bpf_skb_change_type, bpf_skb_load_bytes_relative,
     },
 };
 use netdp_common::{
@@ -71,10 +71,21 @@ pub(crate) fn redirect_neighbour(ifindex: u32) -> i32 {
 /// Hands the packet to the other end of a veth pair, in its own network namespace (Linux 5.10); to be
 /// returned at once. The kernel drops it if that end is gone or down.
 #[inline(always)]
-pub(crate) fn redirect_peer(ifindex: u32) -> i32 {
+pub(crate) fn redirect_peer(skb: *mut __sk_buff, ifindex: u32) -> i32 {
+    // SAFETY: the context is valid for the whole run of the program.
+    if unsafe { (*skb).pkt_type } == PACKET_OTHERHOST {
+        // What a container sends is addressed to another station than the host's end of its veth.
+        // Linux 5.10 leaves it at that, and the receiver would not take it.
+        // SAFETY: the context is valid; takes a number.
+        unsafe { bpf_skb_change_type(skb, PACKET_HOST) };
+    }
     // SAFETY: takes numbers only; the kernel checks the ifindex when it acts.
     unsafe { bpf_redirect_peer(ifindex, 0) as i32 }
 }
+
+/// What kinds of stations a frame is for (linux/if_packet.h).
+const PACKET_HOST: u32 = 0;
+pub(crate) const PACKET_OTHERHOST: u32 = 3;
 
 /// Bytes of payload in each packet that this one will be cut into, 0 where it stays as it is (Linux
 /// 5.7).

@@ -116,10 +116,10 @@ fn between_link_locals(packet: &Packet<'_, V6>, sender: &Sender) -> Decision {
 #[inline(never)]
 fn introduce(skb: *mut __sk_buff, headers: &Headers<V6>, network: u32, own: u32) -> i32 {
     if headers.icmp_type == NEIGHBOUR_ADVERTISEMENT {
-        return shortcut::hand_over(headers, &headers.destination, network, own);
+        return shortcut::hand_over(skb, headers, &headers.destination, network, own);
     }
     match SkBuff::new(skb).load(headers.outer.l4 + TARGET) {
-        Ok(target) => shortcut::hand_over(headers, &target, network, own),
+        Ok(target) => shortcut::hand_over(skb, headers, &target, network, own),
         Err(_) => shortcut::LEFT,
     }
 }

@@ -36,7 +36,6 @@ use crate::{
 const EINVAL: i32 = -22;
 /// What an error quotes at least of the transport header it is about (RFC 792).
 const QUOTED_TRANSPORT: usize = 8;
-const PACKET_OTHERHOST: u32 = 3;
 const VLAN_ID: u32 = 0x0fff;
 
 /// ifindex of the interface whose hook runs.
@@ -73,7 +72,7 @@ pub(crate) fn is_for_another(ctx: &TcContext) -> bool {
     let kind = unsafe { (*skb).pkt_type };
     // SAFETY: as above.
     let tag = unsafe { (*skb).vlan_tci };
-    kind == PACKET_OTHERHOST || tag & VLAN_ID != 0
+    kind == kernel::PACKET_OTHERHOST || tag & VLAN_ID != 0
 }
 
 /// The first of the words in which whoever runs a program by hand may leave a number.

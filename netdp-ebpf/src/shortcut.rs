@@ -100,17 +100,18 @@ pub(crate) fn to_neighbour<F: Family>(
 /// stacks of its callers.
 #[inline(never)]
 pub(crate) fn to_destination<F: Family>(
-    _: *mut __sk_buff,
+    skb: *mut __sk_buff,
     headers: &Headers<F>,
     network: u32,
     own_generation: u32,
 ) -> i32 {
-    hand_over(headers, &headers.destination, network, own_generation)
+    hand_over(skb, headers, &headers.destination, network, own_generation)
 }
 
 /// Hands a packet to the member of a network that has `address`, if the frame is for that one.
 #[inline(always)]
 pub(crate) fn hand_over<F: Family>(
+    skb: *mut __sk_buff,
     headers: &Headers<F>,
     address: &F::Address,
     network: u32,
@@ -124,7 +125,7 @@ pub(crate) fn hand_over<F: Family>(
         return LEFT;
     }
     maps::count_lane(Lane::Fast);
-    kernel::redirect_peer(peer.ifindex)
+    kernel::redirect_peer(skb, peer.ifindex)
 }
 
 /// Whether an interface that a half has led to before is still that container's.
@@ -192,5 +193,5 @@ fn carry<F: Family>(
         let network = maps::network(interface.network).ok_or(Reason::NotReady)?;
         packet.set_source_mac(&network.mac)?;
     }
-    Ok(kernel::redirect_peer(exit))
+    Ok(kernel::redirect_peer(packet.skb(), exit))
 }
