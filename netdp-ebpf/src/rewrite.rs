@@ -206,9 +206,7 @@ impl<F: Family> Writer<'_, F> {
     /// Brings a transport's checksum up to date.
     #[inline(always)]
     pub(crate) fn update(&self, at: u32, difference: Difference, flags: u64) -> Result<(), Reason> {
-        self.skb
-            .l4_csum_replace(at as usize, 0, difference.get().into(), flags)
-            .map_err(|_| Reason::Rewrite)
+        kernel::update_checksum(self.skb.skb, at, difference, flags)
     }
 
     #[inline(always)]
