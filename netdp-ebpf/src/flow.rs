@@ -59,7 +59,8 @@ fn note<F: Family>(
     let mut key = FlowKey::new(zone, headers.tuple, headers.proto);
     let Some(flow) = F::flow(&key) else { return Ok(false) };
     flow.copy_to(copy);
-    if copy.exit != 0 && copy.last_seen != kernel::now() {
+    let now = kernel::now();
+    if copy.exit != 0 && copy.last_seen != now {
         // Good for the second in which it was found, whatever becomes of this packet.
         flow.lead_out_of(0);
         copy.exit = 0;
@@ -77,14 +78,14 @@ fn note<F: Family>(
         return Ok(true);
     }
     if headers.proto == IPPROTO_TCP {
-        follow_tcp(headers, &key, flow, half);
+        follow_tcp(headers, &key, flow, half, now);
     } else {
-        flow.touch(half, half.seen | headers.seen, kernel::now());
+        flow.touch(half, half.seen | headers.seen, now);
     }
     // Only what goes out keeps it alive (RFC 4787, REQ-6), and no reset does. Last, for the key is
     // no longer the flow's then.
     let goes_out = half.flags & (flag::MAPPED | flag::INBOUND) == flag::MAPPED;
-    if goes_out && headers.seen & seen::RST == 0 && half.last_seen != kernel::now() {
+    if goes_out && headers.seen & seen::RST == 0 && half.last_seen != now {
         mapping::refresh::<F>(&mut key);
     }
     Ok(true)
@@ -97,10 +98,11 @@ fn follow_tcp<F: Family>(
     key: &FlowKey<F::Address>,
     flow: FlowRef<F::Address>,
     half: &Flow<F::Address>,
+    now: u32,
 ) {
     let mut shown = headers.seen;
     if headers.opens && restarts::<F>(key, half) {
-        flow.restart(shown, kernel::now());
+        flow.restart(shown, now);
         return;
     }
     if shown & seen::CLOSING != 0 && !is_plausible_end::<F>(headers, key, half) {
@@ -119,7 +121,7 @@ fn follow_tcp<F: Family>(
         flow.acknowledge(half, headers.acknowledged);
     }
     // A direction that goes on was not reset.
-    flow.touch(half, half.seen & !seen::RST | shown, kernel::now());
+    flow.touch(half, half.seen & !seen::RST | shown, now);
 }
 
 /// Whether a FIN or RST can come from the end it claims to come from: what it says lies where the
