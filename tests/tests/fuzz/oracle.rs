@@ -11,6 +11,8 @@ const ICMP: u8 = 1;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
+/// What is left of the life of a packet whose last hop this is.
+const LAST_HOP: u8 = 1;
 /// No protocol's number.
 const RESERVED: u8 = 255;
 
@@ -18,6 +20,8 @@ const RESERVED: u8 = 255;
 #[derive(Debug)]
 struct Ip {
     addresses: Range<usize>,
+    /// Of the time to live, or hop limit.
+    life: usize,
     /// Of the header's checksum, and the header.
     checksum: Option<(usize, Range<usize>)>,
     /// From the transport header to the end of the packet, or of the frame where that is shorter.
@@ -31,6 +35,8 @@ struct Ip {
 #[derive(Debug, Default)]
 struct Layout {
     fields: Vec<Range<usize>>,
+    /// Where the packet's own time to live stands.
+    life: Option<usize>,
     /// Where a checksum stands, and what it covers together.
     sums: Vec<(usize, Vec<Range<usize>>)>,
     /// Checksums that say "none" and must go on to.
@@ -58,6 +64,7 @@ fn parse_ip(frame: &[u8], at: usize) -> Option<Ip> {
             }
             Some(Ip {
                 addresses: at + 12..at + 20,
+                life: at + 8,
                 checksum: Some((at + 10, at..at + header)),
                 transport,
                 protocol: own_protocol(frame[at + 9], ICMPV6),
@@ -79,6 +86,7 @@ fn parse_ip(frame: &[u8], at: usize) -> Option<Ip> {
             }
             (start <= end).then_some(Ip {
                 addresses: at + 8..at + 40,
+                life: at + 7,
                 checksum: None,
                 transport: start..end,
                 protocol: own_protocol(next, ICMP),
@@ -103,6 +111,9 @@ impl Layout {
     fn add(&mut self, frame: &[u8], at: usize, quoted: bool) -> Option<()> {
         let ip = parse_ip(frame, at)?;
         self.fields.push(ip.addresses.clone());
+        if !quoted {
+            self.life = Some(ip.life);
+        }
         if let Some((checksum, header)) = ip.checksum {
             self.fields.push(checksum..checksum + 2);
             self.sums.push((checksum, vec![header]));
@@ -151,7 +162,7 @@ fn sum(frame: &[u8], ranges: &[Range<usize>]) -> u64 {
 }
 
 /// Judges what came out of a program that did not drop the packet, which begins at `ip`. Returns
-/// whether it was rewritten.
+/// whether it was rewritten. A packet that nobody may forward lives for [`LAST_HOP`] more.
 ///
 /// Errors: bytes changed that translation has no business with, or a checksum became right or
 /// wrong by it.
@@ -165,7 +176,14 @@ pub(crate) fn judge(before: &[u8], after: &[u8], ip: usize) -> Result<bool> {
         layout.fields.push(0..12);
     }
     layout.add(before, ip, false).context("rewritten, and no packet")?;
-    let changed = (0..before.len()).filter(|&at| before[at] != after[at]);
+    let mut changed = (0..before.len()).filter(|&at| before[at] != after[at]);
+    if let Some(life) = layout.life.filter(|&at| before[at] != after[at]) {
+        ensure!(after[life] == LAST_HOP, "byte {life}, its life, became {}", after[life]);
+        let checksum = layout.sums.first().filter(|_| before[ip] >> 4 == 4).map(|&(at, _)| at);
+        let is_its_sum = |at| checksum.is_some_and(|sum| (sum..sum + 2).contains(&at));
+        let other = changed.find(|&at| at != life && !is_its_sum(at));
+        ensure!(other.is_none(), "its life was ended, and byte {other:?} was changed");
+    }
     for at in changed {
         ensure!(layout.fields.iter().any(|field| field.contains(&at)), "byte {at} was changed");
     }
