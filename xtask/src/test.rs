@@ -89,20 +89,20 @@ pub(crate) fn run(suites: &[Suite], json: Option<&Path>) -> Result<ExitCode> {
     for suite in suites {
         println!("\n== {}", suite.name());
         let started = Instant::now();
-        let counts = run_suite(*suite, &mut netdp, json).unwrap_or_else(|error| {
+        let results = run_suite(*suite, &mut netdp, json).unwrap_or_else(|error| {
             eprintln!("{}: {error:#}", suite.name());
-            Counts::of_one(false)
+            Results { counts: Counts::of_one(false), failures: format!("{error:#}\n") }
         });
-        outcomes.push(Outcome { suite: *suite, counts, seconds: started.elapsed().as_secs_f32() });
+        outcomes.push(Outcome { suite: *suite, results, seconds: started.elapsed().as_secs_f32() });
     }
     Ok(if report(&outcomes) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// `netdp` is the agent's binary, built by the first suite that needs it.
-fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> Result<Counts> {
+fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> Result<Results> {
     match suite {
         Suite::Unit => run_unit(),
-        Suite::Tidy => run_tidy(),
+        Suite::Tidy => run_tidy().map(Results::from),
         Suite::Lab
         | Suite::Load
         | Suite::Datapath
@@ -120,9 +120,9 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
             if !finished.status.success() {
                 eprintln!("demo: {}", finished.status);
             }
-            Ok(Counts::of_one(finished.status.success()))
+            Ok(Counts::of_one(finished.status.success()).into())
         }
-        Suite::Vm => Ok(run_machines()),
+        Suite::Vm => Ok(run_machines().into()),
     }
 }
 
@@ -145,7 +145,7 @@ fn agent(built: &mut Option<PathBuf>) -> Result<&PathBuf> {
     }
 }
 
-fn run_unit() -> Result<Counts> {
+fn run_unit() -> Result<Results> {
     let unit = |more: &[&str]| -> Command {
         let mut command = cargo::command(&["test", "--locked"]);
         command.args(UNIT_TESTED).args(more);
@@ -174,19 +174,19 @@ pub(crate) fn fuzz(seconds: u32, keep: bool) -> Result<ExitCode> {
     let (seconds, corpus) = (seconds.to_string(), cargo::root().join(CORPUS));
     let mut environment: Vec<(&str, &OsStr)> = vec![("NETDP_FUZZ_SECONDS", seconds.as_ref())];
     environment.extend(keep.then_some(("NETDP_FUZZ_KEEP", corpus.as_os_str())));
-    let counts = run_as_root(Suite::Fuzz, &environment)?;
+    let counts = run_as_root(Suite::Fuzz, &environment)?.counts;
     Ok(if counts.is_well() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Runs a suite of the tests crate that needs the agent.
-fn run_packets(suite: Suite, netdp: &Path, json: Option<&Path>) -> Result<Counts> {
+fn run_packets(suite: Suite, netdp: &Path, json: Option<&Path>) -> Result<Results> {
     let mut environment: Vec<(&str, &OsStr)> = vec![("NETDP_BIN", netdp.as_os_str())];
     environment.extend(json.map(|json| ("NETDP_TEST_JSON", json.as_os_str())));
     run_as_root(suite, &environment)
 }
 
 /// Builds a suite of the tests crate and runs it as root.
-fn run_as_root(suite: Suite, environment: &[(&str, &OsStr)]) -> Result<Counts> {
+fn run_as_root(suite: Suite, environment: &[(&str, &OsStr)]) -> Result<Results> {
     let (name, executable) = (suite.name(), executable(suite)?);
     // What sudo would drop.
     let passed = ["NETDP_SEED", "NETDP_WITHOUT"].map(|name| (name, env::var_os(name)));
@@ -210,20 +210,19 @@ pub(crate) fn executable_built_as(suite: Suite, profile: &str) -> Result<PathBuf
     cargo::build_one(&format!("build the suite {name}"), &name, &arguments)
 }
 
-fn run_conformance(netdp: &Path, json: &Path) -> Result<Counts> {
+fn run_conformance(netdp: &Path, json: &Path) -> Result<Results> {
     let json = std::path::absolute(json).context("make the results' path absolute")?;
     if json.exists() {
         // Results of an earlier run must not pass for this one's.
         fs::remove_file(&json).with_context(|| format!("remove old {}", json.display()))?;
     }
-    let counts = run_packets(Suite::Conformance, netdp, Some(&json))?;
+    let mut results = run_packets(Suite::Conformance, netdp, Some(&json))?;
     let text = fs::read_to_string(&json);
     let verified = text.context("read").and_then(|text| verify_results(&text));
     if let Err(error) = verified {
-        eprintln!("conformance results {}: {error:#}", json.display());
-        return Ok(counts + Counts::of_one(false));
+        results.fail(&format!("conformance results {}: {error:#}", json.display()));
     }
-    Ok(counts)
+    Ok(results)
 }
 
 /// Checks that `text` is a list of {id, backend, family, result, reason}.
@@ -241,14 +240,31 @@ fn verify_results(text: &str) -> Result<()> {
     Ok(())
 }
 
-fn counted(title: &str, command: &mut Command) -> Result<Counts> {
+fn counted(title: &str, command: &mut Command) -> Result<Results> {
     let Finished { status, stdout, .. } = run_shown(title, command)?;
     let counts: Counts = stdout.lines().filter_map(result_line).sum();
-    if status.success() || counts.failed > 0 {
-        return Ok(counts);
+    let mut results = Results { counts, failures: failures(&stdout) };
+    if !status.success() && counts.failed == 0 {
+        results.fail(&format!("{title}: ended without naming a failed test: {status}"));
     }
-    eprintln!("{title}: ended without naming a failed test: {status}");
-    Ok(counts + Counts::of_one(false))
+    Ok(results)
+}
+
+/// What libtest says of the tests that failed: each by its name, with its reason.
+fn failures(stdout: &str) -> String {
+    let (mut told, mut is_told) = (String::new(), false);
+    for line in stdout.lines() {
+        if line == "failures:" || line.starts_with("test result: ") {
+            // A list of bare names follows the reasons.
+            is_told = false;
+        }
+        is_told |= line.starts_with("---- ");
+        if is_told && !line.is_empty() {
+            told.push_str(line);
+            told.push('\n');
+        }
+    }
+    told
 }
 
 /// Reads `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; …`.
@@ -309,25 +325,57 @@ impl Sum for Counts {
     }
 }
 
+/// What came of a suite.
+#[derive(Debug, PartialEq, Eq)]
+struct Results {
+    counts: Counts,
+    /// Lines about what failed; empty where the suite has said it at its end.
+    failures: String,
+}
+
+impl From<Counts> for Results {
+    fn from(counts: Counts) -> Self {
+        Self { counts, failures: String::new() }
+    }
+}
+
+impl Results {
+    /// Counts and tells a failure that is no test's.
+    fn fail(&mut self, reason: &str) {
+        eprintln!("{reason}");
+        self.counts = self.counts + Counts::of_one(false);
+        self.failures.push_str(reason);
+        self.failures.push('\n');
+    }
+}
+
 struct Outcome {
     suite: Suite,
-    counts: Counts,
+    results: Results,
     seconds: f32,
 }
 
-/// Prints the table and, alone on the very last line, the counts. Returns whether all is well.
+/// Tells once more what failed, prints the table and, alone on the very last line, the counts. Returns whether all is well.
 fn report(outcomes: &[Outcome]) -> bool {
+    for Outcome { suite, results, .. } in outcomes {
+        if !results.failures.is_empty() {
+            print!("\n== failed in {}\n{}", suite.name(), results.failures);
+        }
+    }
     println!("\n{:<12} {:>8} {:>8} {:>8} {:>8}", "suite", "passed", "failed", "skipped", "seconds");
-    for Outcome { suite, counts, seconds } in outcomes {
-        let Counts { passed, failed, skipped } = counts;
+    for Outcome { suite, results, seconds } in outcomes {
+        let Counts { passed, failed, skipped } = results.counts;
         println!("{:<12} {passed:>8} {failed:>8} {skipped:>8} {seconds:>8.1}", suite.name());
     }
-    let idle = |outcome: &&Outcome| outcome.counts.passed + outcome.counts.failed == 0;
+    let idle = |outcome: &&Outcome| {
+        let Counts { passed, failed, .. } = outcome.results.counts;
+        passed + failed == 0
+    };
     let idle: Vec<_> = outcomes.iter().filter(idle).map(|outcome| outcome.suite.name()).collect();
     if !idle.is_empty() {
         eprintln!("error: no test ran in {}", idle.join(", "));
     }
-    let total: Counts = outcomes.iter().map(|outcome| outcome.counts).sum();
+    let total: Counts = outcomes.iter().map(|outcome| outcome.results.counts).sum();
     println!("{total}");
     total.failed == 0 && idle.is_empty()
 }
@@ -344,10 +392,19 @@ mod tests {
     }
 
     #[test]
+    fn failures_are_told_with_their_reasons() {
+        let stdout = "test a ... FAILED\n\nfailures:\n\n---- a ----\nbyte 22\n\nof 30\n\n\n\
+            failures:\n    a\n\ntest result: FAILED. 0 passed; 1 failed; 0 ignored\nlater\n";
+        assert_eq!(failures(stdout), "---- a ----\nbyte 22\nof 30\n");
+        assert_eq!(failures("test a ... ok\n\ntest result: ok. 1 passed\n"), "");
+    }
+
+    #[test]
     fn crash_without_result_line_is_a_failure() {
         let mut crash = Command::new("sh");
-        let counts = counted("crash", crash.args(["-c", "kill -SEGV $$"])).unwrap();
-        assert_eq!(counts, Counts::of_one(false));
+        let results = counted("crash", crash.args(["-c", "kill -SEGV $$"])).unwrap();
+        assert_eq!(results.counts, Counts::of_one(false));
+        assert!(results.failures.contains("signal"), "{}", results.failures);
     }
 
     #[test]
@@ -361,7 +418,7 @@ mod tests {
     fn idle_suite_is_an_error() {
         let outcome = |passed| Outcome {
             suite: Suite::Tidy,
-            counts: Counts { passed, failed: 0, skipped: 1 },
+            results: Counts { passed, failed: 0, skipped: 1 }.into(),
             seconds: 0.0,
         };
         assert!(report(&[outcome(1)]));
