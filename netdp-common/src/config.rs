@@ -19,7 +19,10 @@ wire! {
         pub ephemeral_last: u16,
         /// Whether some network maps independently of endpoints: 0 or 1. Where none does, nobody
         /// has to look for mappings.
-        pub has_mappings: u32,
+        pub has_mappings: u16,
+        /// Whether a port that source NAT may choose is published: 0 or 1. Where none is, nobody has
+        /// to look before one is taken.
+        pub is_nat_published: u16,
         /// Whether packets of flows go past the host's stack where they can: 0 or 1.
         pub fast_path: u32,
     }

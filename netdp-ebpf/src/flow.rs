@@ -424,17 +424,21 @@ fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config)
     let mut next = kernel::random();
     let mut is_chosen = may_keep::<F>(ports, new.key.proto, new.half.to.sport, config);
     let mut is_mapped = ports == SourcePorts::Mapped;
+    // Most ports are free, and the insertion tells which is not.
+    let mut is_bold = true;
     for _ in 0..ROUNDS {
-        if !is_chosen && !choose_port(new, config, &mut next) {
+        let is_kept = is_chosen;
+        if !is_kept && !choose_port(new, config, &mut next, is_bold) {
             // Taken ports lie close together: on to somewhere else.
             next = kernel::random();
             continue;
         }
+        is_bold &= is_kept;
         is_chosen = false;
         let is_own_mapping = is_mapped;
         is_mapped = false;
         if matches!(ports, SourcePorts::Host | SourcePorts::Mapped)
-            && (is_the_hosts::<F>(skb, &new.reply_key)
+            && (is_the_hosts::<F>(skb, &new.reply_key, is_kept || config.is_nat_published != 0)
                 || config.has_mappings != 0
                     && !is_own_mapping
                     && mapping::has_port::<F>(&new.reply_key))
@@ -478,16 +482,21 @@ fn insert_half<F: Family>(key: &FlowKey<F::Address>, half: &Flow<F::Address>) ->
 }
 
 /// Sets a source port that no flow to the same destination has, looking from `next` on, which
-/// moves; `false` where none was found.
+/// moves; the first one, unseen, if `is_bold`. `false` where none was found.
 #[inline(always)]
-fn choose_port<F: Family>(new: &mut NewFlow<F>, config: &Config, next: &mut u32) -> bool {
+fn choose_port<F: Family>(
+    new: &mut NewFlow<F>,
+    config: &Config,
+    next: &mut u32,
+    is_bold: bool,
+) -> bool {
     let span = u32::from(config.nat_last.wrapping_sub(config.nat_first)) + 1;
     for _ in 0..PORT_TRIES {
         let offset = *next % span;
         *next = next.wrapping_add(1);
         let port = Be16::new(config.nat_first.wrapping_add(offset as u16));
         new.reply_key.tuple.dport = port;
-        if F::flow(&new.reply_key).is_none() {
+        if is_bold || F::flow(&new.reply_key).is_none() {
             new.half.to.sport = port;
             return true;
         }
@@ -495,14 +504,18 @@ fn choose_port<F: Family>(new: &mut NewFlow<F>, config: &Config, next: &mut u32)
     false
 }
 
-/// Whether the source of packets that are answered at `reply` belongs to the host: published, or a
-/// socket's.
+/// Whether the source of packets that are answered at `reply` belongs to the host: published, where
+/// it `may_be_published`, or a socket's.
 ///
 /// A sub-program of its own, for the stack of its caller.
 #[inline(never)]
-fn is_the_hosts<F: Family>(skb: *mut __sk_buff, reply: &FlowKey<F::Address>) -> bool {
+fn is_the_hosts<F: Family>(
+    skb: *mut __sk_buff,
+    reply: &FlowKey<F::Address>,
+    may_be_published: bool,
+) -> bool {
     let FlowKey { tuple, proto, .. } = reply;
-    publish::is_published::<F>(tuple.dst, tuple.dport, *proto)
+    may_be_published && publish::is_published::<F>(tuple.dst, tuple.dport, *proto)
         || kernel::has_socket(skb, tuple, (*proto).into())
 }
 

@@ -110,6 +110,11 @@ impl Image {
             nat_last: ports.reserved.1,
             ephemeral_first: ports.ephemeral.0,
             ephemeral_last: ports.ephemeral.1,
+            is_nat_published: program
+                .published
+                .keys()
+                .any(|key| (ports.reserved.0..=ports.reserved.1).contains(&key.port))
+                .into(),
             has_mappings: program.networks.values().any(|network| network.nat.maps()).into(),
             fast_path: (host.fast_path && !program.needs_stack).into(),
         };
