@@ -39,7 +39,7 @@ const IPTABLES_ROWS: &str = "/iptables/";
 
 /// Modules that netdp or a suite needs; in some kernels they are built in. None of iptables: old
 /// kernels give every namespace its tables at once, and suites prove that there are none.
-const MODULES: [&str; 21] = [
+const MODULES: [&str; 22] = [
     "veth",
     "bridge",
     "macvlan",
@@ -61,6 +61,7 @@ const MODULES: [&str; 21] = [
     "nf_conntrack",
     "nf_nat",
     "af_packet_diag",
+    "xfrm_user",
 ];
 
 /// A kernel to run on.
