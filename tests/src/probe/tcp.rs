@@ -17,7 +17,7 @@ use super::{
     check_reply, encode_reply, expect_failure, locked, payload,
 };
 use crate::namespace::Namespace;
-use crate::runtime::patient;
+use crate::runtime::{patient, poll_until};
 
 /// Largest request a server accepts, in bytes.
 const MAX_REQUEST_BYTES: u32 = 64 << 20;
@@ -93,6 +93,20 @@ impl TcpServer {
     #[must_use]
     pub fn accepted(&self) -> Vec<SocketAddr> {
         locked(&self.shared.accepted).clone()
+    }
+
+    /// Ends when all clients have closed their connections, which no end of the server's then keeps in
+    /// TIME_WAIT: its port is free at once.
+    ///
+    /// # Errors
+    /// When a client has not.
+    pub fn end_after_clients(self) -> Result<()> {
+        poll_until(PATIENCE, "the clients to close their connections", || {
+            let connections = locked(&self.shared.connections);
+            let is_known = connections.len() == locked(&self.shared.accepted).len();
+            let is_over = connections.iter().all(|(_, thread)| thread.is_finished());
+            Ok((is_known && is_over).then_some(()))
+        })
     }
 }
 

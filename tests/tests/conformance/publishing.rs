@@ -1,7 +1,7 @@
 //! PUB: what a published port does, and what it leaves alone.
 
 use std::fs;
-use std::net::{IpAddr, TcpListener};
+use std::net::{IpAddr, TcpListener, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -9,7 +9,7 @@ use netdp_tests::harness::{Outcome, Row};
 use netdp_tests::lab::Lab;
 use netdp_tests::net::Net;
 use netdp_tests::packet::Envelope;
-use netdp_tests::probe::{Endpoint, Failure, PATIENCE, expect_same};
+use netdp_tests::probe::{Endpoint, Failure, PATIENCE, TcpServer, expect_same};
 use netdp_tests::runtime::{patient, poll_until};
 use serde_json::Value;
 
@@ -299,7 +299,7 @@ pub(crate) fn every_port_of_an_address_is_published_at_once(row: &Row) -> Result
         expect_same("published ports", &published()?, &0)?;
         outside.tcp((address, 22)).exchange()?.by("host")?;
         outside.tcp((address, 80)).refused()?;
-        drop(servers);
+        servers.into_iter().try_for_each(TcpServer::end_after_clients)?;
 
         publish()?;
         expect_same("published ports", &published()?, &65_535)?;
@@ -364,14 +364,17 @@ pub(crate) fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
             expect_same("endpoints", &network[0]["endpoints"], &Value::Array(vec![]))?;
         }
         lab.outside().tcp((net.host, 8080)).exchange()?.by("host")?;
-        drop((tcp, udp));
+        tcp.end_after_clients()?;
+        drop(udp);
 
         lab.netdp(&[&arguments[..], &["8080:80"]].concat())?;
         lab.netdp(&["publish", "a1", "-p", "8080:80/udp"])?;
         let _server = a1.tcp_server("a1", (net.a1, 80))?;
         for address in [(net.any, 8080), (net.host, 8080), (net.loopback, 8080)] {
-            expect_in_use(lab.host().tcp_server("host", address).map(drop))?;
-            expect_in_use(lab.host().udp_server("host", address).map(drop))?;
+            let tcp = || TcpListener::bind(address).map(drop).context("bind tcp");
+            let udp = || UdpSocket::bind(address).map(drop).context("bind udp");
+            expect_in_use(lab.host().run(tcp))?;
+            expect_in_use(lab.host().run(udp))?;
         }
         lab.outside().tcp((net.host, 8080)).exchange()?.by("a1")?;
         // Where a program of the kernel refuses, the port stays taken without the agent.
@@ -381,7 +384,8 @@ pub(crate) fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
         ensure!(by_program.is_some() == row.is_ebpf(), "look for bind-refusal in {features:?}");
         if by_program.is_some_and(|row| row["is_there"] == true) {
             lab.agent()?.kill9()?;
-            expect_in_use(lab.host().tcp_server("host", (net.any, 8080)).map(drop))?;
+            let bind = || TcpListener::bind((net.any, 8080)).map(drop).context("bind");
+            expect_in_use(lab.host().run(bind))?;
             lab.agent()?.start()?;
         }
         // Two containers can't publish the same port either.
