@@ -253,13 +253,16 @@ impl<F: Filtered> Tables<F> {
         let Written { rules, mut said } = written;
         let little: Vec<Change<'_>> = changes(&rules, &wanted).collect();
         self.tool.restore(&small_transaction(&little))?;
+        let mut there = Vec::new();
         for (table, name, rules) in little {
             let key = (table, name.to_owned());
             match rules {
-                Some(_) => drop(said.insert(key, self.tool.rules_of(table, name)?)),
+                Some(_) => there.push(key),
                 None => drop(said.remove(&key)),
             }
         }
+        let texts = self.tool.rules_of(&there)?;
+        said.extend(there.into_iter().zip(texts));
         self.written = Some(Written { rules: wanted, said });
         Ok(())
     }

@@ -90,13 +90,26 @@ impl Tool {
         Ok(Found::parse(&self.succeeded("save", output)?))
     }
 
-    /// The rules of one chain.
-    pub(super) fn rules_of(&self, table: Table, chain: &str) -> Result<Vec<String>> {
-        let mut command = Command::new(&self.list);
-        command.args(["--wait", LOCK_PATIENCE, "--table", table.name(), "--list-rules", chain]);
-        let output = command.stdin(Stdio::null()).output();
-        let output = output.with_context(|| format!("run {}", self.name))?;
-        Ok(text::rules_of(&self.succeeded("list", output)?, chain))
+    /// Reads the rules of these chains, all at once: a process takes longer to start than to read.
+    pub(super) fn rules_of(&self, chains: &[(Table, String)]) -> Result<Vec<Vec<String>>> {
+        let start = |(table, chain): &(Table, String)| {
+            Command::new(&self.list)
+                .args(["--wait", LOCK_PATIENCE, "--table", table.name(), "--list-rules", chain])
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .with_context(|| format!("run {}", self.name))
+        };
+        let started: Vec<_> = chains.iter().map(start).collect();
+        // Whatever becomes of one, none of them is left behind.
+        let ended = started.into_iter().map(|child| {
+            let output = child?.wait_with_output();
+            self.succeeded("list", output.with_context(|| format!("read {}", self.name))?)
+        });
+        let listings: Vec<_> = ended.collect();
+        let read = listings.into_iter().zip(chains);
+        read.map(|(listing, (_, chain))| Ok(text::rules_of(&listing?, chain))).collect()
     }
 
     /// Carries out one transaction: all of a table or nothing of it.
