@@ -26,7 +26,7 @@ const JSON_VARIABLE: &str = "NETDP_TEST_JSON";
 /// Names a file with the names of tests that are not to be run, one a line.
 const SKIP_VARIABLE: &str = "NETDP_TEST_SKIP";
 /// Labs wait more than they compute.
-const DEFAULT_THREADS: usize = 2;
+const DEFAULT_THREADS: usize = 3;
 /// Limits are longer where everything takes longer, so that more labs can wait.
 const SLOW_THREADS: usize = 4;
 

@@ -62,6 +62,9 @@ enum Task {
         /// Leave out what has passed on the kernel since the last whole run began
         #[arg(long)]
         resume: bool,
+        /// Take from the kernel what attaches eBPF to interfaces, and give the machine iptables
+        #[arg(long)]
+        without_ebpf: bool,
         /// End a machine that is not over after this long
         #[arg(long, value_name = "SECONDS")]
         timeout: Option<u64>,
@@ -117,7 +120,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             }
             return test::run(&suites, json.as_deref());
         }
-        Task::Vm { kernel, mut suites, only, skip, resume, timeout } => {
+        Task::Vm { kernel, mut suites, only, skip, resume, without_ebpf, timeout } => {
             if suites.is_empty() {
                 suites.push(test::Suite::Load);
             }
@@ -127,7 +130,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
             }
             let limit = timeout.map(Duration::from_secs);
             let (filter, skipped) = (only.as_deref(), &skip[..]);
-            let options = vm::Options { suites: &suites, filter, skipped, resume, limit };
+            let suites = &suites[..];
+            let options = vm::Options { suites, filter, skipped, resume, limit, without_ebpf };
             return vm::run(kernel, &options);
         }
         Task::Bench { what, json, quick } => bench::run(what, json.as_deref(), quick)?,

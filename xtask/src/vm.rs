@@ -34,11 +34,15 @@ const INIT: &str = include_str!("vm/init.sh");
 /// Programs of this machine that suites run.
 const PROGRAMS: [&str; 7] = ["ip", "nft", "tcpdump", "bpftool", "ping", "modprobe", "tc"];
 
-/// What names of rows contain that need iptables, which no machine has.
+/// What names of rows contain that need iptables.
 const IPTABLES_ROWS: &str = "/iptables/";
+/// What names of rows contain that need eBPF.
+const EBPF_ROWS: &str = "/ebpf/";
 
 /// Modules that netdp or a suite needs; in some kernels they are built in. None of iptables: old
 /// kernels give every namespace its tables at once, and suites prove that there are none.
+///
+/// A machine without eBPF lacks [`TC_MODULES`] of them.
 const MODULES: [&str; 22] = [
     "veth",
     "bridge",
@@ -63,6 +67,41 @@ const MODULES: [&str; 22] = [
     "af_packet_diag",
     "xfrm_user",
 ];
+
+/// Without these, a kernel before 6.6 has no hook of tc that runs a program.
+const TC_MODULES: [&str; 2] = ["sch_ingress", "cls_bpf"];
+
+/// What iptables needs of a kernel, which loads it when a rule asks for it.
+const IPTABLES_MODULES: [&str; 15] = [
+    "br_netfilter",
+    "ip_tables",
+    "ip6_tables",
+    "nf_conntrack_netlink",
+    "nft_compat",
+    "nft_counter",
+    "xt_addrtype",
+    "xt_comment",
+    "xt_connlimit",
+    "xt_conntrack",
+    "xt_iprange",
+    "xt_mac",
+    "xt_nat",
+    "xt_physdev",
+    "xt_tcpudp",
+];
+
+/// Programs of iptables.
+const IPTABLES_PROGRAMS: [&str; 6] = [
+    "iptables",
+    "iptables-save",
+    "iptables-restore",
+    "ip6tables",
+    "ip6tables-save",
+    "ip6tables-restore",
+];
+
+/// Where they find what they know of matches and targets, in Debian's packages.
+const IPTABLES_EXTENSIONS: &str = "/usr/lib/x86_64-linux-gnu/xtables";
 
 /// A kernel to run on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -108,12 +147,30 @@ pub(crate) struct Options<'a> {
     /// What has passed on the kernel since the last whole run began is not run again.
     pub(crate) resume: bool,
     pub(crate) limit: Option<Duration>,
+    /// The machine has iptables, and a kernel without hooks for eBPF.
+    pub(crate) without_ebpf: bool,
 }
 
 impl<'a> Options<'a> {
     /// All tests of `suites`.
     pub(crate) fn all(suites: &'a [Suite]) -> Self {
-        Self { suites, filter: None, skipped: &[], resume: false, limit: None }
+        Self { suites, filter: None, skipped: &[], resume: false, limit: None, without_ebpf: false }
+    }
+
+    /// The agent on a kernel on which eBPF does not work.
+    pub(crate) fn fallback() -> Self {
+        let filter = Some("without_ebpf_the_agent_takes_iptables");
+        Self { filter, without_ebpf: true, ..Self::all(&[Suite::Lifecycle]) }
+    }
+
+    /// Whether every change waits for it.
+    fn is_gate(&self) -> bool {
+        matches!(self.suites, [Suite::Load | Suite::Lifecycle])
+    }
+
+    fn modules(&self) -> Vec<&'static str> {
+        let is_there = |name: &&str| !self.without_ebpf || !TC_MODULES.contains(name);
+        MODULES.into_iter().filter(is_there).collect()
     }
 }
 
@@ -143,6 +200,10 @@ pub(crate) fn run(choice: Choice, options: &Options) -> Result<ExitCode> {
 /// Runs suites on one kernel and shows what they say, each line behind the kernel's name.
 pub(crate) fn run_on(line: Line, options: &Options) -> Result<Counts> {
     let name = line.name();
+    ensure!(
+        !options.without_ebpf || line < Line::V6_12,
+        "Linux {name} attaches eBPF without a module: 5.10 and 6.1 can be without it"
+    );
     let directory = cargo::side_target_dir("vm");
     let kernel = Kernel::get(line, &directory)?;
     let acceleration = machine::acceleration(&kernel.image)?;
@@ -168,7 +229,7 @@ pub(crate) fn run_on(line: Line, options: &Options) -> Result<Counts> {
             report.counts = report.counts + Counts::of_passed(before);
         }
     }
-    let limit = options.limit.unwrap_or_else(|| limit(options.suites, acceleration));
+    let limit = options.limit.unwrap_or_else(|| limit(options, acceleration));
     machine.run(acceleration, limit, |text| {
         if let Some(shown) = report.hear(text) {
             println!("{name}: {shown}");
@@ -185,10 +246,9 @@ pub(crate) fn run_on(line: Line, options: &Options) -> Result<Counts> {
 }
 
 /// How long a machine may take, starting included.
-fn limit(suites: &[Suite], acceleration: Acceleration) -> Duration {
-    let is_gate = suites == [Suite::Load];
-    Duration::from_secs(match (is_gate, acceleration) {
-        (true, _) => 120,
+fn limit(options: &Options, acceleration: Acceleration) -> Duration {
+    Duration::from_secs(match (options.is_gate(), acceleration) {
+        (true, _) => 240,
         (false, Acceleration::Kvm) => 1800,
         (false, Acceleration::Emulation) => 7200,
     })
@@ -196,9 +256,9 @@ fn limit(suites: &[Suite], acceleration: Acceleration) -> Duration {
 
 /// How what runs in a machine is built. The gate is what every change waits for, and short: it
 /// takes what is built already.
-fn profile(suites: &[Suite], acceleration: Acceleration) -> &'static str {
+fn profile(options: &Options, acceleration: Acceleration) -> &'static str {
     match acceleration {
-        Acceleration::Emulation if suites != [Suite::Load] => "guest",
+        Acceleration::Emulation if !options.is_gate() => "guest",
         Acceleration::Emulation | Acceleration::Kvm => "dev",
     }
 }
@@ -219,10 +279,11 @@ fn contents(
     for name in PROGRAMS {
         archive.add_program(Path::new("/usr/sbin").join(name), &program(name)?)?;
     }
-    let profile = profile(options.suites, acceleration);
+    let profile = profile(options, acceleration);
     archive.add_stripped("/netdp", &demo::netdp_built_as(profile)?, scratch)?;
     let mut arguments = options.filter.unwrap_or_default().to_owned();
-    for word in options.skipped.iter().map(String::as_str).chain([IPTABLES_ROWS]) {
+    let unfit = if options.without_ebpf { EBPF_ROWS } else { IPTABLES_ROWS };
+    for word in options.skipped.iter().map(String::as_str).chain([unfit]) {
         arguments.push_str(&format!(" --skip {word}"));
     }
     let mut list = String::new();
@@ -237,13 +298,33 @@ fn contents(
         list.push_str(&format!("{name} {arguments}\n"));
     }
     archive.add("/suites/list", list.as_bytes());
-    let environment = format!("NETDP_SLOWNESS={}\n", acceleration.slowness());
+    let mut environment = format!("NETDP_SLOWNESS={}\n", acceleration.slowness());
+    let mut modules = options.modules();
+    archive.add("/modules", modules.join("\n").as_bytes());
+    if options.without_ebpf {
+        environment.push_str("NETDP_WITHOUT_EBPF=1\n");
+        modules.extend(IPTABLES_MODULES);
+        add_iptables(&mut archive)?;
+    }
     archive.add("/suites/environment", environment.as_bytes());
-    archive.add("/modules", MODULES.join("\n").as_bytes());
-    for file in kernel.module_files(&MODULES)? {
+    for file in kernel.module_files(&modules)? {
         archive.add_file(PathBuf::from("/").join(&file), &kernel.path(&file))?;
     }
     Ok(archive)
+}
+
+fn add_iptables(archive: &mut Initramfs) -> Result<()> {
+    for name in IPTABLES_PROGRAMS {
+        let program = find_program(name);
+        let program = program.with_context(|| format!("find {name}: run `cargo xtask setup`"))?;
+        archive.add_program(Path::new("/usr/sbin").join(name), &program)?;
+    }
+    let listed = fs::read_dir(IPTABLES_EXTENSIONS);
+    for entry in listed.with_context(|| format!("list {IPTABLES_EXTENSIONS}"))? {
+        let path = entry.with_context(|| format!("list {IPTABLES_EXTENSIONS}"))?.path();
+        archive.add_file(&path, &path)?;
+    }
+    Ok(())
 }
 
 /// The name in `test NAME ... ok`.
