@@ -20,6 +20,10 @@ use anyhow::{Context, Result, ensure};
 
 use crate::sys::{self, MapShape};
 
+mod floor;
+
+pub use floor::BareFlows;
+
 /// A map that outlives whoever made it, as bytes.
 #[derive(Debug)]
 pub struct PinnedMap {

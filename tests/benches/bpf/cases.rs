@@ -28,7 +28,7 @@ const ESTABLISHED: u32 = 4096;
 /// end before the scheduler gives the CPU to somebody else.
 const RUNS: u32 = 2 * ESTABLISHED;
 /// Flows that a measurement of new ones opens.
-const NEW: u32 = 8192;
+pub(crate) const NEW: u32 = 8192;
 
 /// Where a figure was measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -9,8 +9,11 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::{Context, Result, bail};
 use cases::Case;
 use fixture::Fixture;
-use netdp_common::flow::FLOWS_DEFAULT;
-use netdp_tests::runtime::isolate;
+use netdp_common::{
+    addr::Be32,
+    flow::{FLOWS_DEFAULT, Flow, FlowKey},
+};
+use netdp_tests::{bpf::BareFlows, runtime::isolate};
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity},
     unistd::Pid,
@@ -83,10 +86,20 @@ fn run() -> Result<()> {
     fixture.remove_halves(|_| true)?;
     series.extend(measure(fixture, &cases::new(wanted)?, rounds)?);
     report::print(&series);
+    let mut others = pauses;
+    others.push(floor(rounds)?);
     if let Some(path) = json {
-        report::write(&path, &series, pauses)?;
+        report::write(&path, &series, others)?;
     }
     Ok(())
+}
+
+/// What no program that opens flows of two halves can do without, over IPv4.
+fn floor(rounds: usize) -> Result<report::Figure> {
+    let (key, half) = (size_of::<FlowKey<Be32>>() as u32, size_of::<Flow<Be32>>() as u32);
+    let bare = BareFlows::new(FLOWS_DEFAULT, key, half)?;
+    let nanos = (0..rounds).map(|_| bare.measure(cases::NEW)).collect::<Result<_>>()?;
+    Ok(report::floor(nanos, cases::NEW))
 }
 
 /// A CPU that the process may use. Another one has other caches.

@@ -84,6 +84,16 @@ impl Figure {
     }
 }
 
+/// What the kernel takes for a new flow, whoever opens it.
+pub(crate) fn floor(nanos: Vec<f64>, flows: u32) -> Figure {
+    let place = Place { is_new: true, way: "floor", family: "ipv4", protocol: "", program: "none" };
+    let packets = nanos.len() as u64 * u64::from(flows);
+    let figure = Figure::of(&Series { place, nanos, packets }, "bpf_new_floor_ns".to_owned());
+    let Figure { metric, min, median, .. } = &figure;
+    println!("{metric} {median:.0}, at least {min:.0} (a lookup, two insertions, one in a queue)");
+    Figure { system: "kernel", ..figure }
+}
+
 /// A figure that was measured once.
 pub(crate) fn once(metric: &str, unit: &'static str, value: f64) -> Figure {
     Figure {
