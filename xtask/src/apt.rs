@@ -231,6 +231,30 @@ impl<'a> Suite<'a> {
         Ok(())
     }
 
+    /// Downloads `packages` with all that they need and unpacks them, without installing, into
+    /// `target`: none counts as installed, so that nothing of the machine's is needed beside them.
+    pub(crate) fn unpack_whole(&self, packages: &[&str], target: &Path) -> Result<()> {
+        let status = self.directory.join("status");
+        fs::write(&status, "").context("write an empty list of what is installed")?;
+        let title = format!("download {} and what they need", packages.join(", "));
+        let mut download = self.tool("apt-get");
+        download
+            .args(["-o", &format!("Dir::State::status={}", status.display())])
+            .args(["--yes", "--no-install-recommends", "--download-only", "install"])
+            .args(packages);
+        try_quiet(&title, &mut download, PATIENCE)?;
+        let archives = self.directory.join("cache/archives");
+        for entry in fs::read_dir(&archives).context("list downloads")? {
+            let archive = entry.context("list downloads")?.path();
+            if archive.extension().and_then(OsStr::to_str) == Some("deb") {
+                let title = format!("unpack {}", archive.display());
+                let mut unpack = Command::new("dpkg-deb");
+                try_quiet(&title, unpack.arg("-x").args([&archive, target]), PATIENCE)?;
+            }
+        }
+        Ok(())
+    }
+
     fn tool(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         let place = |option: &str, path: &str| {

@@ -14,6 +14,7 @@ mod bench;
 mod cargo;
 mod check;
 mod demo;
+mod docker;
 mod mask;
 mod process;
 mod rust_src;

@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use crate::process::{find_program, is_root, own_status, run_quiet};
-use crate::{apt, cargo, rust_src};
+use crate::{apt, cargo, docker, rust_src};
 
 /// The last release whose default features use rustc's own LLVM: later ones want a system
 /// LLVM of the same version.
@@ -62,7 +62,18 @@ pub(crate) fn run(scope: Scope) -> Result<()> {
         // Machines get the programs of this one.
         ensure_programs()?;
     }
+    if scope == Scope::Everything {
+        look_for_docker();
+    }
     Ok(())
+}
+
+/// Only one suite asks Docker, and says so where there is none.
+fn look_for_docker() {
+    match docker::get() {
+        Ok(root) => println!("Docker: there, in {}", root.display()),
+        Err(error) => println!("Docker: not to be had, so the suite docker skips: {error:#}"),
+    }
 }
 
 fn check_kernel() -> Result<()> {

@@ -1,5 +1,6 @@
 //! Frames as they are on a link: seen, and sent by hand.
 
+use std::fmt::{self, Debug, Formatter};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -33,13 +34,19 @@ impl Namespace {
         wanted: impl Fn(&[u8]) -> bool + Send + 'static,
     ) -> Result<Sniffer> {
         let socket = self.packet_socket(interface)?;
-        let frames = Arc::new(Mutex::new(Vec::new()));
+        let wakes = socket.try_clone().context("clone a packet socket")?;
+        let recording = Arc::new(Mutex::new(Recording {
+            link: File::from(socket),
+            wanted: Box::new(wanted),
+            frames: Vec::new(),
+            buffer: vec![0; FRAME_BYTES],
+        }));
         let stopping = Arc::new(AtomicBool::new(false));
         let thread = thread::spawn({
-            let (frames, stopping) = (Arc::clone(&frames), Arc::clone(&stopping));
-            move || record(socket, &frames, &stopping, wanted)
+            let (recording, stopping) = (Arc::clone(&recording), Arc::clone(&stopping));
+            move || record(&wakes, &recording, &stopping)
         });
-        Ok(Sniffer { frames, stopping, thread: Some(thread) })
+        Ok(Sniffer { recording, stopping, thread: Some(thread) })
     }
 
     /// Sends one frame, as it is, out of a link.
@@ -82,16 +89,18 @@ impl Namespace {
 /// A running capture; dropping it ends it.
 #[derive(Debug)]
 pub struct Sniffer {
-    frames: Arc<Mutex<Vec<Vec<u8>>>>,
+    recording: Arc<Mutex<Recording>>,
     stopping: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Sniffer {
-    /// Every frame recorded so far.
+    /// Every frame that the link has carried so far: one that is not there has not come.
     #[must_use]
     pub fn frames(&self) -> Vec<Vec<u8>> {
-        locked(&self.frames).clone()
+        let mut recording = locked(&self.recording);
+        recording.catch_up();
+        recording.frames.clone()
     }
 
     /// Waits for a frame that `is_it` recognises.
@@ -117,24 +126,48 @@ impl Drop for Sniffer {
     }
 }
 
-fn record(
-    socket: OwnedFd,
-    frames: &Mutex<Vec<Vec<u8>>>,
-    stopping: &AtomicBool,
-    wanted: impl Fn(&[u8]) -> bool,
-) {
-    let mut socket = File::from(socket);
-    let mut buffer = vec![0; FRAME_BYTES];
-    while !stopping.load(Ordering::SeqCst) {
-        let mut ready = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-        if !matches!(poll(&mut ready, PollTimeout::from(WAKE_MS)), Ok(count) if count > 0) {
-            continue;
+/// Says which frames are recorded.
+type Wanted = dyn Fn(&[u8]) -> bool + Send;
+
+/// What a sniffer has seen, and where the rest comes from.
+struct Recording {
+    link: File,
+    wanted: Box<Wanted>,
+    frames: Vec<Vec<u8>>,
+    buffer: Vec<u8>,
+}
+
+impl Debug for Recording {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Recording").field("frames", &self.frames).finish_non_exhaustive()
+    }
+}
+
+impl Recording {
+    /// Reads what has arrived.
+    fn catch_up(&mut self) {
+        while is_ready(&self.link, PollTimeout::ZERO) {
+            // A link that goes down is reported as an error once, and may come up again.
+            let Ok(length) = self.link.read(&mut self.buffer) else { continue };
+            let frame = &self.buffer[..length];
+            if (self.wanted)(frame) {
+                self.frames.push(frame.to_vec());
+            }
         }
-        // A link that goes down is reported as an error once, and may come up again.
-        let Ok(length) = socket.read(&mut buffer) else { continue };
-        let frame = &buffer[..length];
-        if wanted(frame) {
-            locked(frames).push(frame.to_vec());
+    }
+}
+
+/// Whether there is something to read, now or before the time is over.
+fn is_ready(link: &impl AsFd, timeout: PollTimeout) -> bool {
+    let mut ready = [PollFd::new(link.as_fd(), PollFlags::POLLIN)];
+    matches!(poll(&mut ready, timeout), Ok(count) if count > 0)
+}
+
+/// Reads in time, so that the socket has room for what comes.
+fn record(wakes: &OwnedFd, recording: &Mutex<Recording>, stopping: &AtomicBool) {
+    while !stopping.load(Ordering::SeqCst) {
+        if is_ready(wakes, PollTimeout::from(WAKE_MS)) {
+            locked(recording).catch_up();
         }
     }
 }
