@@ -11,6 +11,28 @@ pub enum Backend {
     EbpfByStack,
     /// iptables, by these programs.
     Iptables(Variant),
+    /// Docker instead of netdp, with this firewall: the outside oracle.
+    Docker(Firewall),
+}
+
+/// What Docker puts its rules into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Firewall {
+    /// iptables, as ever.
+    Iptables,
+    /// nftables, since Docker 29.
+    Nftables,
+}
+
+impl Firewall {
+    /// Its name in Docker's settings.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Iptables => "iptables",
+            Self::Nftables => "nftables",
+        }
+    }
 }
 
 /// Which of the host's iptables programs.
@@ -29,7 +51,14 @@ impl Backend {
         match self {
             Self::Ebpf | Self::EbpfByStack => "ebpf",
             Self::Iptables(_) => "iptables",
+            Self::Docker(_) => "docker",
         }
+    }
+
+    /// Whether it is Docker, which has words and promises of its own.
+    #[must_use]
+    pub const fn is_docker(self) -> bool {
+        matches!(self, Self::Docker(_))
     }
 
     /// Whether it is eBPF, however packets go.
@@ -43,7 +72,7 @@ impl Backend {
     pub const fn arguments(self) -> &'static [&'static str] {
         match self {
             Self::EbpfByStack => &["--fast-path", "off"],
-            Self::Ebpf | Self::Iptables(_) => &[],
+            Self::Ebpf | Self::Iptables(_) | Self::Docker(_) => &[],
         }
     }
 
@@ -51,7 +80,7 @@ impl Backend {
     #[must_use]
     pub fn missing_program(self) -> Option<&'static str> {
         let programs: &[&str] = match self {
-            Self::Ebpf | Self::EbpfByStack => &[],
+            Self::Ebpf | Self::EbpfByStack | Self::Docker(_) => &[],
             Self::Iptables(Variant::Nft) => &["iptables-nft-restore", "ip6tables-nft-restore"],
             Self::Iptables(Variant::Legacy) => {
                 &["iptables-legacy-restore", "ip6tables-legacy-restore"]
@@ -64,7 +93,7 @@ impl Backend {
     #[must_use]
     pub const fn environment(self) -> Option<(&'static str, &'static str)> {
         match self {
-            Self::Ebpf | Self::EbpfByStack => None,
+            Self::Ebpf | Self::EbpfByStack | Self::Docker(_) => None,
             Self::Iptables(Variant::Nft) => Some(("NETDP_IPTABLES", "nft")),
             Self::Iptables(Variant::Legacy) => Some(("NETDP_IPTABLES", "legacy")),
         }

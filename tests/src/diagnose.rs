@@ -39,6 +39,13 @@ pub fn report(lab: &Lab) -> String {
         }
         section_text(&mut text, "agent's log", &agent.log_tail());
     }
+    if let Some(docker) = lab.docker() {
+        for question in ["ps --all --no-trunc", "network ls"] {
+            let words: Vec<_> = question.split(' ').collect();
+            section(&mut text, &format!("docker {question}"), docker.output(&words));
+        }
+        section_text(&mut text, "Docker's log", &docker.log_tail());
+    }
     text
 }
 

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use libtest_mimic::{Arguments, Completion, Trial};
 use serde::Serialize;
 
-use crate::backend::{Backend, Variant};
+use crate::backend::{Backend, Firewall, Variant};
 use crate::kernels::{self, Exception};
 use crate::lab::{Lab, LabBuilder, Offload};
 use crate::net::{Family, Net};
@@ -27,6 +27,8 @@ const JSON_VARIABLE: &str = "NETDP_TEST_JSON";
 const SKIP_VARIABLE: &str = "NETDP_TEST_SKIP";
 /// Labs wait more than they compute.
 const DEFAULT_THREADS: usize = 2;
+/// Labs with Docker wait even more, for its daemon and its containers.
+const DOCKER_THREADS: usize = 4;
 /// Limits are longer where everything takes longer, so that more labs can wait.
 const SLOW_THREADS: usize = 4;
 
@@ -103,11 +105,16 @@ impl Row {
         self.in_lab(|builder| builder, test)
     }
 
-    fn trial_name(&self) -> String {
+    /// What the test is called.
+    #[must_use]
+    pub fn trial_name(&self) -> String {
         let programs = match self.backend {
             Backend::Iptables(Variant::Legacy) => "/legacy",
             Backend::EbpfByStack => "/by-stack",
-            Backend::Ebpf | Backend::Iptables(Variant::Nft) => "",
+            Backend::Docker(Firewall::Nftables) => "/nftables",
+            Backend::Ebpf
+            | Backend::Iptables(Variant::Nft)
+            | Backend::Docker(Firewall::Iptables) => "",
         };
         let offload = match self.offload {
             Offload::On => "",
@@ -169,6 +176,12 @@ pub fn run_rows(rows: Vec<Row>) -> ExitCode {
     run_trials(trials.collect())
 }
 
+/// Runs trials whose labs have Docker.
+#[must_use]
+pub fn run_docker_trials(trials: Vec<Trial>) -> ExitCode {
+    run_on_threads(trials, DOCKER_THREADS)
+}
+
 /// What counts of a row on a kernel that is known not to keep its promise.
 fn excused(row: &Row, outcome: Result<Outcome>) -> Result<Outcome> {
     let kernel = kernels::running()?;
@@ -184,7 +197,11 @@ fn excused(row: &Row, outcome: Result<Outcome>) -> Result<Outcome> {
     }
 }
 
-fn run_trials(mut trials: Vec<Trial>) -> ExitCode {
+fn run_trials(trials: Vec<Trial>) -> ExitCode {
+    run_on_threads(trials, if slowness() > 1 { SLOW_THREADS } else { DEFAULT_THREADS })
+}
+
+fn run_on_threads(mut trials: Vec<Trial>, threads: usize) -> ExitCode {
     if let Some(path) = std::env::var_os(SKIP_VARIABLE) {
         let names = match fs::read_to_string(&path) {
             Ok(names) => names,
@@ -196,7 +213,6 @@ fn run_trials(mut trials: Vec<Trial>) -> ExitCode {
         trials.retain(|trial| !names.lines().any(|name| name == trial.name()));
     }
     let mut arguments = Arguments::from_args();
-    let threads = if slowness() > 1 { SLOW_THREADS } else { DEFAULT_THREADS };
     arguments.test_threads.get_or_insert(threads);
     if !arguments.list
         && let Err(error) = isolate()
@@ -208,7 +224,10 @@ fn run_trials(mut trials: Vec<Trial>) -> ExitCode {
 }
 
 /// Turns a panic into an error, so that it is recorded like any other failure.
-fn catch<T>(test: impl FnOnce() -> Result<T>) -> Result<T> {
+///
+/// # Errors
+/// As the test, or with the panic's message.
+pub fn catch<T>(test: impl FnOnce() -> Result<T>) -> Result<T> {
     panic::catch_unwind(AssertUnwindSafe(test)).unwrap_or_else(|payload| {
         let message = payload
             .downcast_ref::<String>()
@@ -276,7 +295,8 @@ impl Record {
 }
 
 /// The description of the lab, if there is one, then the causes.
-fn full(error: &anyhow::Error) -> String {
+#[must_use]
+pub fn full(error: &anyhow::Error) -> String {
     match error.downcast_ref::<Report>() {
         Some(Report(report)) => format!("{report}\nfailed: {}", brief(error)),
         None => format!("failed: {}", brief(error)),
@@ -284,7 +304,8 @@ fn full(error: &anyhow::Error) -> String {
 }
 
 /// The causes of a failure without the description of the lab.
-fn brief(error: &anyhow::Error) -> String {
+#[must_use]
+pub fn brief(error: &anyhow::Error) -> String {
     let reports = usize::from(error.downcast_ref::<Report>().is_some());
     let causes: Vec<_> = error.chain().skip(reports).map(ToString::to_string).collect();
     causes.join(": ")

@@ -28,6 +28,7 @@ use tempfile::TempDir;
 use crate::agent::Agent;
 use crate::backend::Backend;
 use crate::diagnose;
+use crate::docker::Docker;
 use crate::harness::Report;
 use crate::namespace::{Fate, Namespace};
 use crate::net::{Family, IPV4, IPV6, Net, ipv4_beside};
@@ -176,6 +177,7 @@ impl LabBuilder {
         // From here on Drop cleans up after a step that fails.
         let mut lab = Lab {
             agent: None,
+            docker: None,
             host: Namespace::existing(&format!("{name}-host")),
             outside: Namespace::existing(&format!("{name}-outside")),
             second: None,
@@ -203,6 +205,10 @@ impl LabBuilder {
         }
         mount(Some("bpffs"), &lab.bpffs(), Some("bpf"), MsFlags::empty(), None::<&str>)
             .context("mount a bpffs")?;
+        if let Backend::Docker(firewall) = self.backend {
+            lab.docker = Some(Docker::start(&lab.host, &lab.directory, firewall)?);
+            return Ok(lab);
+        }
         if self.agent != AgentState::Missing {
             let agent =
                 Agent::new(&lab.host, &lab.directory, uplinks, fate)?.with_timeouts(self.timeouts);
@@ -222,8 +228,9 @@ impl LabBuilder {
 /// A running lab; dropping it removes all of it.
 #[derive(Debug)]
 pub struct Lab {
-    // First, so that the agent is gone before its namespace.
+    // First, so that agent or Docker is gone before its namespace.
     agent: Option<Agent>,
+    docker: Option<Docker>,
     name: String,
     host: Namespace,
     outside: Namespace,
@@ -284,6 +291,12 @@ impl Lab {
     /// When the lab was built without.
     pub fn agent(&self) -> Result<&Agent> {
         self.agent.as_ref().context("find the agent: the lab has none")
+    }
+
+    /// Docker, in whose place it is in the agent's.
+    #[must_use]
+    pub fn docker(&self) -> Option<&Docker> {
+        self.docker.as_ref()
     }
 
     /// Every namespace, the host first.
@@ -351,8 +364,20 @@ impl Lab {
     /// When netdp refuses.
     pub fn create_network(&self, name: &str, subnet: &str, options: &[&str]) -> Result<()> {
         let beside = ipv4_beside(subnet);
+        let subnets: Vec<_> = beside.iter().map(String::as_str).chain([subnet]).collect();
+        self.create_network_of(name, &subnets, options)
+    }
+
+    /// Creates a network of these subnets and no other.
+    ///
+    /// # Errors
+    /// When netdp refuses.
+    pub fn create_network_of(&self, name: &str, subnets: &[&str], options: &[&str]) -> Result<()> {
+        if let Some(docker) = &self.docker {
+            return docker.create_network(name, subnets, options);
+        }
         let mut arguments = vec!["network", "create", name];
-        for subnet in beside.iter().map(String::as_str).chain([subnet]) {
+        for subnet in subnets {
             arguments.extend(["--subnet", subnet]);
         }
         self.netdp(&[&arguments[..], options].concat())?;
@@ -390,8 +415,27 @@ impl Lab {
     ) -> Result<Value> {
         let address = address.address().to_string();
         let beside = ipv4_beside(&address);
+        let addresses: Vec<_> = beside.iter().map(String::as_str).chain([&*address]).collect();
+        self.connect_at(network, container, name, &addresses, published)
+    }
+
+    /// Connects a container to a network at these addresses and no other; see [`Lab::connect`].
+    ///
+    /// # Errors
+    /// When netdp refuses.
+    pub fn connect_at(
+        &self,
+        network: &str,
+        container: &Namespace,
+        name: &str,
+        addresses: &[&str],
+        published: &[&str],
+    ) -> Result<Value> {
+        if let Some(docker) = &self.docker {
+            return docker.connect(network, container, name, addresses, published);
+        }
         let mut arguments = vec!["connect", network, container.name(), "--name", name];
-        for address in beside.iter().map(String::as_str).chain([address.as_str()]) {
+        for address in addresses {
             arguments.extend(["--ip", address]);
         }
         for port in published {
@@ -402,11 +446,39 @@ impl Lab {
         Ok(endpoint)
     }
 
+    /// Disconnects a container from a network; Docker has no other word for it that takes the
+    /// published ports along than removing the container.
+    ///
+    /// # Errors
+    /// When netdp refuses.
+    pub fn disconnect(&self, network: &str, name: &str) -> Result<()> {
+        match &self.docker {
+            Some(docker) => docker.remove(name),
+            None => self.netdp(&["disconnect", network, name]).map(drop),
+        }
+    }
+
+    /// The name of a network's bridge.
+    ///
+    /// # Errors
+    /// When netdp does not say.
+    pub fn bridge(&self, network: &str) -> Result<String> {
+        if self.docker.is_some() {
+            return Ok(network.to_owned());
+        }
+        let network = self.json(&["network", "inspect", network])?;
+        let name = network[0]["bridge"].as_str().context("read the name of the bridge")?;
+        Ok(name.to_owned())
+    }
+
     /// Sets a network's policy to the rules given, one per line.
     ///
     /// # Errors
     /// When netdp refuses.
     pub fn set_policy(&self, network: &str, rules: &str) -> Result<()> {
+        if let Some(docker) = &self.docker {
+            return docker.set_policy(network, rules);
+        }
         let file = self.policy_file(rules)?;
         self.netdp(&["policy", "set", network, &file]).map(drop)
     }
@@ -530,6 +602,7 @@ impl Drop for Lab {
             return;
         }
         drop(self.agent.take());
+        drop(self.docker.take());
         // All of it is tried: one leftover must not cause the next.
         let mut failures = Vec::new();
         for namespace in locked(&self.namespaces).drain(..) {

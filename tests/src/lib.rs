@@ -23,8 +23,10 @@
 
 pub mod agent;
 pub mod backend;
+pub mod beside;
 pub mod bpf;
 pub mod diagnose;
+pub mod docker;
 pub mod harness;
 pub mod kernels;
 pub mod lab;

@@ -53,6 +53,18 @@ impl Namespace {
         Ok(namespace)
     }
 
+    /// Gives the name to another namespace that somebody else has made; the old one ends.
+    ///
+    /// # Errors
+    /// When `path` is no namespace.
+    pub fn become_another(&self, path: &Path) -> Result<()> {
+        let own = self.path();
+        umount2(&own, MntFlags::MNT_DETACH)
+            .with_context(|| format!("unmount {}", own.display()))?;
+        mount(Some(path), &own, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            .with_context(|| format!("bind {} to {}", path.display(), own.display()))
+    }
+
     fn bind_new(&self) -> Result<()> {
         unshare(CloneFlags::CLONE_NEWNET).context("unshare the network")?;
         let this = Some("/proc/thread-self/ns/net");

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::check::UNIT_TESTED;
 use crate::process::{Finished, as_root, ensure_root, run_quiet, run_shown};
-use crate::{cargo, demo, setup, tidy, vm};
+use crate::{cargo, demo, docker, setup, tidy, vm};
 
 /// A group of tests that is run and counted as one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -42,6 +42,8 @@ pub(crate) enum Suite {
     Conformance,
     /// The same traffic through netdp and through netfilter
     Differential,
+    /// The same promises, asked of Docker itself
+    Docker,
     /// Restarts, crashes and clean-up of the agent
     Lifecycle,
     /// The demo, as one test
@@ -61,7 +63,7 @@ impl Suite {
 
     /// Whether it is a test of the tests crate, and can run wherever its executable is.
     pub(crate) fn is_executable(self) -> bool {
-        !matches!(self, Self::Unit | Self::Tidy | Self::Demo | Self::Vm)
+        !matches!(self, Self::Unit | Self::Tidy | Self::Docker | Self::Demo | Self::Vm)
     }
 }
 
@@ -115,6 +117,12 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
             Some(json) => run_conformance(agent(netdp)?, json),
             None => run_packets(suite, agent(netdp)?, None),
         },
+        // It needs no agent, and says what it misses.
+        Suite::Docker => {
+            let root = env::var_os("NETDP_DOCKER").map(PathBuf::from).or(docker::get().ok());
+            let named = root.iter().map(|root| ("NETDP_DOCKER", root.as_os_str()));
+            run_as_root(suite, &named.collect::<Vec<_>>())
+        }
         Suite::Demo => {
             let finished = run_shown("demo", &mut demo::command(agent(netdp)?)?)?;
             if !finished.status.success() {

@@ -214,7 +214,7 @@ pub(crate) fn any_address(of: SocketAddr) -> SocketAddr {
 }
 
 /// The value behind a lock; a probe thread that panicked has reported already.
-pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 

@@ -14,7 +14,7 @@ use netdp_tests::packet::Envelope;
 use netdp_tests::probe::expect_same;
 use netdp_tests::runtime::poll_until;
 
-use crate::{Containers, bridge_mac, standard_containers};
+use super::{Containers, bridge_mac, standard_containers};
 
 /// How long the agent may take to notice what no event tells it.
 const NOTICED: Duration = Duration::from_secs(40);
@@ -190,6 +190,8 @@ fn wipes(backend: Backend) -> Vec<Vec<Vec<&'static str>>> {
             let programs = ["iptables-nft", "ip6tables-nft"];
             vec![flush(programs), firewall(programs), vec![vec!["nft", "flush", "ruleset"]]]
         }
-        Backend::Ebpf | Backend::EbpfByStack => vec![vec![vec!["nft", "flush", "ruleset"]]],
+        Backend::Ebpf | Backend::EbpfByStack | Backend::Docker(_) => {
+            vec![vec![vec!["nft", "flush", "ruleset"]]]
+        }
     }
 }

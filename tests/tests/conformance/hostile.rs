@@ -15,7 +15,7 @@ use netdp_tests::packet::{
 use netdp_tests::probe::{PATIENCE, expect_same};
 use netdp_tests::runtime::poll_until;
 
-use crate::{FLOW_COUNTERS, bridge_mac, counted, counted_soon, standard_containers};
+use super::{FLOW_COUNTERS, bridge_mac, counted, counted_soon, standard_containers};
 
 /// What every hostile payload contains, so that it is found wherever it gets.
 const MARK: &[u8] = b"marked by the attacker";
@@ -26,6 +26,9 @@ fn is_marked(frame: &[u8]) -> bool {
 
 /// Waits until a drop of whatever reason has been counted.
 fn dropped_soon(lab: &Lab, attempt: impl FnOnce() -> Result<()>) -> Result<()> {
+    if lab.docker().is_some() {
+        return attempt();
+    }
     let before = lab.counters()?;
     attempt()?;
     poll_until(PATIENCE, "a drop", || {
@@ -235,13 +238,13 @@ pub(crate) fn internal_network_has_no_way_out(row: &Row) -> Result<Outcome> {
         counted(lab, "internal", || a1.tcp((net.outside, 7)).dropped())?;
         counted(lab, "internal", || a1.udp((net.outside, 7)).dropped())?;
         counted(lab, "internal", || a1.ping(net.outside).dropped())?;
-        counted(lab, "internal", || a1.ping(net.outside).ttl(1).dropped())?;
         for address in [net.b1, net.gateway_b, net.host, net.host_second] {
             counted(lab, "internal", || a1.ping(address).dropped())?;
         }
         for destination in [(net.b1, 80), (net.host, 8080), (net.gateway_b, 8080), (net.host, 7)] {
             counted(lab, "internal", || a1.udp(destination).dropped())?;
         }
+        counted(lab, "internal", || a1.ping(net.outside).ttl(1).dropped())?;
         // Errors about packets that never were, and the other family.
         let envelope = Envelope {
             source_mac: a1.mac("eth0")?,

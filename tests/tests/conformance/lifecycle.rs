@@ -17,7 +17,7 @@ use netdp_tests::probe::{PATIENCE, expect_same};
 use netdp_tests::runtime::poll_until;
 use netdp_tests::snapshot::Snapshot;
 
-use crate::{Containers, expect_no_flows_of, standard_containers};
+use super::{Containers, expect_no_flows_of, standard_containers};
 
 /// Names of the endpoints that netdp knows in a network.
 fn endpoint_names(lab: &Lab, network: &str) -> Result<Vec<String>> {

@@ -10,7 +10,7 @@ use netdp_tests::namespace::Namespace;
 use netdp_tests::packet::{Envelope, payload_of, summarise, verify_checksums, verify_sctp};
 use netdp_tests::probe::{PATIENCE, expect_same};
 
-use crate::{Containers, bridge_mac, counted_soon, standard_containers};
+use super::{Containers, bridge_mac, counted_soon, standard_containers};
 
 /// IP protocol numbers (IANA).
 const SCTP: u8 = 132;

@@ -12,7 +12,7 @@ use netdp_tests::packet::{Envelope, summarise, summarise_packet, verify_checksum
 use netdp_tests::probe::{Answer, Endpoint, IcmpError, PATIENCE, Ping, expect_same};
 use netdp_tests::runtime::poll_until;
 
-use crate::{counted, standard_containers};
+use super::{containers_publishing, counted, standard_containers};
 
 /// Runs TCP, UDP and ping from a container to E, which must see it at `seen_as`.
 fn expect_seen_as(lab: &Lab, container: &Namespace, seen_as: IpAddr) -> Result<()> {
@@ -420,15 +420,11 @@ pub(crate) fn uplink_on_an_uplink_works(row: &Row) -> Result<Outcome> {
 pub(crate) fn errors_of_the_path_come_back(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = containers_publishing(lab, &["8081:81/udp"])?;
         let (a1, outside) = (&containers.a1, lab.outside());
-        // Port unreachable, made and read by real stacks: from outside, to outside, and between
-        // containers, of the same network and of another.
+        // Port unreachable, made and read by real stacks: from outside and to outside.
         a1.udp((net.outside, 9)).refused()?;
-        lab.netdp(&["publish", "a1", "-p", "8081:81/udp"])?;
         outside.udp((net.host, 8081)).refused()?;
-        containers.b1.udp((net.host, 8081)).refused()?;
-        containers.a2.udp((net.host, 8081)).refused()?;
 
         // A router on the way has a smaller MTU.
         let _server = outside.udp_server("outside", (net.outside, 7))?;
@@ -449,7 +445,10 @@ pub(crate) fn errors_of_the_path_come_back(row: &Row) -> Result<Outcome> {
         poll_until(PATIENCE, "the path's MTU in the container", || {
             let route = a1.ip_json(&["route", "get", &net.outside.to_string()])?;
             Ok(route.to_string().contains("1280").then_some(()))
-        })
+        })?;
+        // Between containers, of another network and of the same.
+        containers.b1.udp((net.host, 8081)).refused()?;
+        containers.a2.udp((net.host, 8081)).refused()
     })
 }
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::net::{IpAddr, TcpListener};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use netdp_tests::harness::{Outcome, Row};
 use netdp_tests::lab::Lab;
 use netdp_tests::net::Net;
@@ -13,7 +13,7 @@ use netdp_tests::probe::{Endpoint, Failure, PATIENCE, expect_same};
 use netdp_tests::runtime::{patient, poll_until};
 use serde_json::Value;
 
-use crate::{counted_soon, expect_no_flows_of, standard_containers};
+use super::{containers_publishing, counted_soon, expect_no_flows_of, standard_containers};
 
 /// Bytes of a datagram that fills a frame.
 const FULL_DATAGRAM_BYTES: usize = 1400;
@@ -62,13 +62,12 @@ fn expect_host_reaches(lab: &Lab, address: IpAddr) -> Result<()> {
 pub(crate) fn host_reaches_the_published_port(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let _containers = standard_containers(lab)?;
+        let here = Net::publish_on(net.host, "8082:80");
+        let _containers = containers_publishing(lab, &[&here])?;
         for address in [net.host, net.host_second, net.gateway_a, net.gateway_b] {
             expect_host_reaches(lab, address).with_context(|| format!("dial {address}"))?;
         }
         // One that is published on one address only is not there on the other.
-        let here = Net::publish_on(net.host, "8082:80");
-        lab.netdp(&["publish", "a1", "-p", &here])?;
         lab.host().tcp((net.host, 8082)).exchange()?.by("a1")?.saw_client_at(net.gateway_a)?;
         lab.host().tcp((net.host_second, 8082)).refused()?;
         lab.host().tcp((net.loopback, 8082)).refused()?;
@@ -76,6 +75,10 @@ pub(crate) fn host_reaches_the_published_port(row: &Row) -> Result<Outcome> {
         let _outside = lab.outside().tcp_server("outside", (net.outside, 8080))?;
         lab.host().tcp((net.outside, 8080)).exchange()?.by("outside")?.saw_client_at(net.host)?;
 
+        if lab.docker().is_some() {
+            // What it has published stays so for as long as the container runs.
+            return Ok(());
+        }
         let mut session = lab.host().udp((net.host, 8080)).open()?;
         session.exchange()?.by("a1")?;
         lab.netdp(&["unpublish", "a1", "-p", "8080:80", "-p", "8080:80/udp"])?;
@@ -87,18 +90,22 @@ pub(crate) fn host_reaches_the_published_port(row: &Row) -> Result<Outcome> {
 pub(crate) fn host_reaches_the_published_port_by_loopback(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let _containers = standard_containers(lab)?;
+        let here = Net::publish_on(net.loopback, "8082:80");
+        let _containers = containers_publishing(lab, &[&here])?;
         expect_host_reaches(lab, net.loopback)?;
         // One that is published on loopback only is there, and nowhere else.
-        let here = Net::publish_on(net.loopback, "8082:80");
-        lab.netdp(&["publish", "a1", "-p", &here])?;
         lab.host().tcp((net.loopback, 8082)).exchange()?.by("a1")?.saw_client_at(net.gateway_a)?;
         lab.host().tcp((net.host, 8082)).refused()?;
         lab.outside().tcp((net.host, 8082)).refused()?;
         // The agent does it all without a process for each port.
-        let status = lab.json(&["status"])?;
-        let agent = status["pid"].as_u64().context("read the agent's pid")?;
-        expect_same("processes of the agent", &children_of(agent)?, &vec![])?;
+        let agent = match lab.docker() {
+            Some(docker) => u64::from(docker.pid()),
+            None => lab.json(&["status"])?["pid"].as_u64().context("read the agent's pid")?,
+        };
+        let mut children = children_of(agent)?;
+        // What Docker has whatever is published: one for all, and one for each container.
+        children.retain(|name| !name.starts_with("Name:\tcontainerd"));
+        expect_same("processes of the agent", &children, &vec![])?;
         // And is not needed for it, where packets from there can be sent on.
         if row.is_ebpf() {
             lab.agent()?.kill9()?;
@@ -225,7 +232,7 @@ pub(crate) fn port_ranges_lead_each_to_its_own(row: &Row) -> Result<Outcome> {
         let expected: Vec<_> = (0..10).map(|offset| (9000 + offset, 8000 + offset)).collect();
         expect_same("ports of the range", &ranged, &expected)?;
         let [(free, 80)] = chosen[..] else {
-            anyhow::bail!("expect one port for container port 80: {endpoint}");
+            bail!("expect one port for container port 80: {endpoint}");
         };
         // 8000 is in use by the host, so it was not free.
         ensure!((8001..=8010).contains(&free), "choose a free port of 8000-8010: {free}");
@@ -348,7 +355,12 @@ pub(crate) fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
         let a1 = lab.container("a1")?;
         let address = net.a1.to_string();
         let arguments = ["connect", "net-a", a1.name(), "--name", "a1", "--ip", &address, "-p"];
-        let refuse = |port: &str| lab.netdp_fails(&[&arguments[..], &[port]].concat());
+        let connect = |ports: &[&str]| lab.connect("net-a", &a1, "a1", net.a1, ports);
+        let refuse = |port: &str| match (lab.docker(), connect(&[port])) {
+            (_, Ok(endpoint)) => bail!("publish a port that is in use: {endpoint}"),
+            (Some(_), Err(error)) => Ok(format!("{error:#}")),
+            (None, Err(_)) => lab.netdp_fails(&[&arguments[..], &[port]].concat()),
+        };
 
         let tcp = lab.host().tcp_server("host", (net.any, 8080))?;
         let udp = lab.host().udp_server("host", (net.host_second, 8080))?;
@@ -358,6 +370,9 @@ pub(crate) fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
         for port in ["8080:80", &on_host, "8080:80/udp", &on_second] {
             let reason = refuse(port)?;
             ensure!(reason.contains("8080"), "name the port: {reason}");
+            if lab.docker().is_some() {
+                continue;
+            }
             let named = reason.contains(&pid) || reason.contains("conformance");
             ensure!(named, "name the process {pid} that has the port: {reason}");
             let network = lab.json(&["network", "inspect", "net-a"])?;
@@ -366,14 +381,19 @@ pub(crate) fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
         lab.outside().tcp((net.host, 8080)).exchange()?.by("host")?;
         drop((tcp, udp));
 
-        lab.netdp(&[&arguments[..], &["8080:80"]].concat())?;
-        lab.netdp(&["publish", "a1", "-p", "8080:80/udp"])?;
+        connect(&["8080:80", "8080:80/udp"])?;
         let _server = a1.tcp_server("a1", (net.a1, 80))?;
         for address in [(net.any, 8080), (net.host, 8080), (net.loopback, 8080)] {
             expect_in_use(lab.host().tcp_server("host", address).map(drop))?;
             expect_in_use(lab.host().udp_server("host", address).map(drop))?;
         }
         lab.outside().tcp((net.host, 8080)).exchange()?.by("a1")?;
+        if lab.docker().is_some() {
+            // Nor can a second container have it.
+            let refused = lab.attach("net-a", "a2", net.a2, &["8080:80"]);
+            ensure!(refused.is_err(), "two containers publish one port");
+            return Ok(());
+        }
         // Where a program of the kernel refuses, the port stays taken without the agent.
         let status = lab.json(&["status"])?;
         let features = status["features"].as_array().context("read the kernel's features")?;
@@ -410,7 +430,7 @@ pub(crate) fn udp_flow_never_reaches_a_successor(row: &Row) -> Result<Outcome> {
         expect_same("datagrams", &containers.a1_udp.received().len(), &2)?;
 
         // A successor with the same host port at another address gets the flow anew.
-        lab.netdp(&["disconnect", "net-a", "a1"])?;
+        lab.disconnect("net-a", "a1")?;
         expect_no_flows_of(lab, net.a1)?;
         lab.outside().udp((net.host, 8080)).refused()?;
         let a3 = lab.attach("net-a", "a3", net.a3, &["8080:80/udp"])?;
@@ -418,7 +438,7 @@ pub(crate) fn udp_flow_never_reaches_a_successor(row: &Row) -> Result<Outcome> {
         client.exchange()?.by("a3")?.saw_client_at(net.outside)?;
 
         // One at the same address that does not publish the port gets nothing at all.
-        lab.netdp(&["disconnect", "net-a", "a3"])?;
+        lab.disconnect("net-a", "a3")?;
         let a4 = lab.attach("net-a", "a4", net.a3, &[])?;
         let a4_udp = a4.udp_server("a4", (net.a3, 80))?;
         client.send()?;
@@ -433,19 +453,21 @@ pub(crate) fn unpublish_ends_open_flows(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
+        // What Docker has published stays so for as long as the container runs.
+        if lab.docker().is_none() {
+            let mut session = lab.outside().tcp((net.host, 8080)).open()?;
+            session.exchange(100_000)?.by("a1")?;
+            lab.netdp(&["unpublish", "a1", "-p", "8080:80"])?;
+            // The host's own stack answers with a reset, as for any port that is closed.
+            expect_cut(session.exchange(1000))?;
+            lab.outside().tcp((net.host, 8080)).refused()?;
+            expect_same("clients of the container", &containers.a1_tcp.accepted().len(), &1)?;
+            lab.outside().udp((net.host, 8080)).exchange()?.by("a1")?;
+            lab.netdp(&["publish", "a1", "-p", "8080:80"])?;
+        }
         let mut session = lab.outside().tcp((net.host, 8080)).open()?;
         session.exchange(100_000)?.by("a1")?;
-        lab.netdp(&["unpublish", "a1", "-p", "8080:80"])?;
-        // The host's own stack answers with a reset, as for any port that is closed.
-        expect_cut(session.exchange(1000))?;
-        lab.outside().tcp((net.host, 8080)).refused()?;
-        expect_same("clients of the container", &containers.a1_tcp.accepted().len(), &1)?;
-        lab.outside().udp((net.host, 8080)).exchange()?.by("a1")?;
-
-        lab.netdp(&["publish", "a1", "-p", "8080:80"])?;
-        let mut session = lab.outside().tcp((net.host, 8080)).open()?;
-        session.exchange(100_000)?.by("a1")?;
-        lab.netdp(&["disconnect", "net-a", "a1"])?;
+        lab.disconnect("net-a", "a1")?;
         expect_cut(session.exchange(1000))?;
         lab.outside().tcp((net.host, 8080)).refused()?;
         lab.outside().udp((net.host, 8080)).refused()?;
@@ -457,17 +479,23 @@ pub(crate) fn chosen_port_is_reported_and_stays(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
         lab.create_network("net-a", net.subnet_a, &[])?;
-        let a1 = lab.attach("net-a", "a1", net.a1, &[])?;
+        let a1 = lab.container("a1")?;
+        let reported = lab.connect("net-a", &a1, "a1", net.a1, &["80"])?;
+        let [(port, 80)] = host_ports(&reported["published"], net)?[..] else {
+            bail!("expect one port for container port 80: {reported}");
+        };
         let _server = a1.tcp_server("a1", (net.a1, 80))?;
-        let reported = lab.json(&["publish", "a1", "-p", "80"])?;
-        let port = reported[0]["host_port"].as_u64().context("read the chosen port")?;
-        let dialled = (net.host, u16::try_from(port)?);
+        let dialled = (net.host, port);
         lab.outside().tcp(dialled).exchange()?.by("a1")?.saw_client_at(net.outside)?;
+        if lab.docker().is_some() {
+            // Its containers end with it, unless they are told to outlive it.
+            return Ok(());
+        }
         lab.agent()?.kill9()?;
         lab.agent()?.start()?;
         let inspected = lab.json(&["network", "inspect", "net-a"])?;
         let kept = inspected[0]["endpoints"][0]["published"][0]["host_port"].as_u64();
-        expect_same("the port after a restart", &kept, &Some(port))?;
+        expect_same("the port after a restart", &kept, &Some(port.into()))?;
         lab.outside().tcp(dialled).exchange()?.by("a1")?.saw_client_at(net.outside)?;
         Ok(())
     })
@@ -477,17 +505,20 @@ pub(crate) fn fragmented_datagrams_arrive_whole(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
-        for bytes in [1473, 9000, 40_000] {
+        let sizes = [1473, 9000, 40_000];
+        for bytes in sizes {
             let seen = lab.outside().udp((net.host, 8080)).bytes(bytes).exchange()?;
             seen.by("a1")?.saw_client_at(net.outside)?;
+        }
+        let _outside = lab.outside().udp_server("outside", (net.outside, 7))?;
+        let seen = containers.a1.udp((net.outside, 7)).bytes(9000).exchange()?;
+        seen.by("outside")?.saw_client_at(net.host)?;
+        for bytes in sizes {
             let seen = containers.a2.udp((net.host, 8080)).bytes(bytes).exchange()?;
             seen.by("a1")?.saw_client_at(net.a2)?;
             let seen = containers.b1.udp((net.host, 8080)).bytes(bytes).exchange()?;
             seen.by("a1")?.saw_client_at(net.b1)?;
         }
-        let _outside = lab.outside().udp_server("outside", (net.outside, 7))?;
-        let seen = containers.a1.udp((net.outside, 7)).bytes(9000).exchange()?;
-        seen.by("outside")?.saw_client_at(net.host)?;
         Ok(())
     })
 }

@@ -12,7 +12,7 @@ use netdp_tests::packet::{Envelope, advertise_neighbour, arp, solicit_neighbour,
 use netdp_tests::probe::{Endpoint, PATIENCE, expect_same};
 use netdp_tests::runtime::poll_until;
 
-use crate::{bridge_mac, counted_soon, standard_containers};
+use super::{bridge_mac, counted_soon, standard_containers};
 
 pub(crate) fn forged_sources_are_dropped(row: &Row) -> Result<Outcome> {
     let net = row.net();
