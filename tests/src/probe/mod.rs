@@ -290,10 +290,12 @@ fn check_reply(request: &[u8], witness: &[u8], mut echo: Vec<u8>) -> Result<Witn
 }
 
 /// Binds a socket, waiting a moment for the address: a program that another test is starting has
-/// copies of all our sockets until it is that program, closed ones included.
+/// copies of all our sockets until it is that program, closed ones included; and the kernel takes its
+/// time, on a busy machine, until an IPv6 address that was added can be used.
 fn bind_once_free<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
     let is_taken = |bound: &io::Result<T>| {
-        bound.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse)
+        let kind = bound.as_ref().map_err(io::Error::kind).err();
+        matches!(kind, Some(io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable))
     };
     let free = poll_until(SHORT_PATIENCE, "the address", || {
         let bound = bind();

@@ -21,8 +21,17 @@ use netdp_tests::probe::locked;
 #[path = "../conformance/main.rs"]
 mod conformance;
 
-/// What is known of each row so far: firewall, id, family, and how Docker met it.
-type Comparison = Arc<Mutex<BTreeMap<(&'static str, usize, Family), (&'static str, String)>>>;
+/// How Docker met each row so far, by firewall, place in the catalogue and family.
+type Comparison = Arc<Mutex<BTreeMap<(&'static str, usize, Family), Line>>>;
+
+/// A line of the comparison.
+struct Line {
+    id: &'static str,
+    /// In a word.
+    verdict: &'static str,
+    /// What Docker does otherwise.
+    what: &'static str,
+}
 
 fn main() -> ExitCode {
     let comparison = Comparison::default();
@@ -89,22 +98,22 @@ fn meet(
     installed: &Installation,
     comparison: &Comparison,
 ) -> Result<Completion, Failed> {
-    let note = |what: &str| {
+    let note = |verdict, what| {
         let key = (firewall.name(), place, row.family);
-        locked(comparison).insert(key, (row.id, what.to_owned()));
+        locked(comparison).insert(key, Line { id: row.id, verdict, what });
     };
     let outcome = catch(|| (row.run)(row));
     match judge(row.id, row.family, &outcome) {
-        Ok(Meeting::Same) => note("as netdp"),
-        Ok(Meeting::Differs(known)) => note(known.docker),
+        Ok(Meeting::Same) => note("same", ""),
+        Ok(Meeting::Differs(known)) => note("differs", known.docker),
         Err(wrong) if is_listed(installed, firewall) => {
-            note("not as listed");
+            note("NEW", "not as listed");
             let report = outcome.err().map(|error| full(&error)).unwrap_or_default();
             return Err(format!("{report}\n{wrong}").into());
         }
         // Another version may do as it likes: what it does is to be looked at, not to stop anybody.
         Err(wrong) => {
-            note("not as listed for another version");
+            note("NEW", "not as listed for another version");
             return Ok(Completion::ignored_with(wrong));
         }
     }
@@ -135,10 +144,14 @@ fn print(version: &str, comparison: &Comparison) {
     if comparison.is_empty() {
         return;
     }
-    println!("Docker {version} beside netdp, by the rows of docs/behaviour.md:\n");
-    println!("{:<8} {:<7} {:<9} what Docker does", "row", "family", "firewall");
-    for ((firewall, _, family), (id, what)) in comparison.iter() {
-        println!("{id:<8} {:<7} {firewall:<9} {what}", family.name());
+    println!(
+        "Docker {version} beside what netdp promises and the suite conformance holds it to:\n"
+    );
+    println!("{:<8} {:<7} {:<9} {:<8} what Docker does", "row", "family", "firewall", "verdict");
+    for ((firewall, _, family), Line { id, verdict, what }) in comparison.iter() {
+        let line = format!("{id:<8} {:<7} {firewall:<9} {verdict:<8} {what}", family.name());
+        println!("{}", line.trim_end());
     }
-    println!();
+    let same = comparison.values().filter(|line| line.verdict == "same").count();
+    println!("\n{same} the same, {} not\n", comparison.len() - same);
 }
