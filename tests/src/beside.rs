@@ -88,6 +88,14 @@ pub const DIFFERENCES: &[Difference] = &[
         reason: "containers have ports of their own (50000–60999), and the host's are the host's",
     },
     Difference {
+        id: "OUT-14",
+        families: FAMILIES,
+        seen: &["frames that left un-NATed"],
+        docker: "the end of a connection whose uplink was down in between leaves with the container's \
+                 address",
+        reason: "no packet leaves with a container's address",
+    },
+    Difference {
         id: "ISO-02",
         families: &[Family::Ipv4],
         seen: &["address as the server saw it: expected {a2}, saw {gateway_a}"],

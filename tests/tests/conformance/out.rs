@@ -340,8 +340,12 @@ pub(crate) fn uplinks_come_and_go(row: &Row) -> Result<Outcome> {
             let server = outside.tcp_server("outside", (theirs, 7))?;
             host.ip("link set up2 up\n")?;
             expect_soon_seen_as(a1, (theirs, 7), ours)?;
+            let mut old = a1.tcp((theirs, 7)).open()?;
+            old.exchange(1000)?.saw_client_at(ours)?;
             host.ip("link set up2 down\nlink set up2 name up3\nlink set up3 up\n")?;
             expect_soon_seen_as(a1, (theirs, 7), ours)?;
+            // Who has forgotten the connection with the link must not let its end pass as it is.
+            drop(old);
             // With the first IPv4 address go the others of its subnet, so the second comes twice.
             host.ip(&format!("address add {second} dev up3\naddress del {first} dev up3\n"))?;
             host.ip(&format!("address replace {second} dev up3\n"))?;
