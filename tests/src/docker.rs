@@ -4,12 +4,14 @@
 //! end together, and with them the containers. Knows Docker's words for what the lab's verbs mean.
 
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::LazyLock;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::backend::Firewall;
@@ -62,11 +64,16 @@ pub struct Installation {
 }
 
 impl Installation {
-    /// Looks for Docker in `$NETDP_DOCKER`: `/` is what is installed on this machine.
+    /// Looks for Docker in `$NETDP_DOCKER`, once: `/` is what is installed on this machine.
     ///
     /// # Errors
     /// When there is none, with what to do.
-    pub fn find() -> Result<Self> {
+    pub fn find() -> Result<&'static Self> {
+        static FOUND: LazyLock<Result<Installation>> = LazyLock::new(Installation::look);
+        FOUND.as_ref().map_err(|error| anyhow!("{error:#}"))
+    }
+
+    fn look() -> Result<Self> {
         let root = std::env::var_os(ROOT_VARIABLE).with_context(|| {
             format!("find Docker: {ROOT_VARIABLE} names no root directory that has it")
         })?;
@@ -129,7 +136,7 @@ impl Docker {
             fs::create_dir_all(directory).context("create a directory")?;
         }
         let cgroup = format!("netdp-{}", namespace.name());
-        let settings = settings(&cgroup, firewall, &installed);
+        let settings = settings(&cgroup, firewall, installed);
         fs::write(files.join("daemon.json"), settings.to_string()).context("write settings")?;
         let log = File::create(files.join("log")).context("create Docker's log")?;
         let guard = namespace
@@ -263,12 +270,25 @@ impl Docker {
             self.output(&["rm", "--force", name])?;
             return Err(error);
         }
-        let inspected: Value = serde_json::from_str(&self.run(&["inspect", name])?)
-            .context("parse what docker inspect says")?;
-        let settings = &inspected[0]["NetworkSettings"];
+        let inspected = self.inspect(name)?;
+        let settings = &inspected["NetworkSettings"];
         let sandbox = settings["SandboxKey"].as_str().context("read the container's sandbox")?;
         namespace.become_another(&self.root()?.join(sandbox.trim_start_matches('/')))?;
         Ok(json!({ "published": published_ports(&settings["Ports"])? }))
+    }
+
+    /// What `docker inspect` says, without a program that takes longer to start than to ask.
+    fn inspect(&self, name: &str) -> Result<Value> {
+        let title = || format!("ask Docker for {name}");
+        let mut stream = UnixStream::connect(self.files.join("docker.sock")).with_context(title)?;
+        // The answer of HTTP/1.0 is in one piece and ends with the connection.
+        let question = format!("GET /containers/{name}/json HTTP/1.0\r\nHost: docker\r\n\r\n");
+        stream.write_all(question.as_bytes()).with_context(title)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).with_context(title)?;
+        let (head, body) = answer.split_once("\r\n\r\n").with_context(title)?;
+        ensure!(head.contains(" 200 "), "{}: {answer}", title());
+        serde_json::from_str(body).with_context(title)
     }
 
     /// Removes a container.

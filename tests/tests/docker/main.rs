@@ -64,17 +64,21 @@ fn skipped(name: String, reason: String) -> Trial {
 }
 
 /// Every row that can be asked, for both families.
-fn rows(firewall: Firewall, installed: &Installation, comparison: &Comparison) -> Vec<Trial> {
+fn rows(
+    firewall: Firewall,
+    installed: &'static Installation,
+    comparison: &Comparison,
+) -> Vec<Trial> {
     let mut trials = Vec::new();
     for (place, &(id, run)) in conformance::CHECKS.iter().enumerate() {
         for &family in FAMILIES {
             let backend = Backend::Docker(firewall);
             let row = Row { id, backend, unkept: None, family, offload: Offload::On, run };
-            let (installed, comparison) = (installed.clone(), Arc::clone(comparison));
+            let comparison = Arc::clone(comparison);
             trials.push(match unasked(id, firewall) {
                 Some(reason) => skipped(row.trial_name(), reason.to_owned()),
                 None => Trial::ignorable_test(row.trial_name(), move || {
-                    meet(&row, place, firewall, &installed, &comparison)
+                    meet(&row, place, firewall, installed, &comparison)
                 }),
             });
         }
