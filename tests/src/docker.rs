@@ -135,6 +135,12 @@ impl Docker {
         for directory in [&root, &files] {
             fs::create_dir_all(directory).context("create a directory")?;
         }
+        if firewall == Firewall::Nftables {
+            // With that Docker leaves it to the host's owner whether the host forwards at all.
+            for setting in ["net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"] {
+                namespace.set_sysctl(setting, "1")?;
+            }
+        }
         let cgroup = format!("netdp-{}", namespace.name());
         let settings = settings(&cgroup, firewall, installed);
         fs::write(files.join("daemon.json"), settings.to_string()).context("write settings")?;

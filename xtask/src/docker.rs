@@ -13,7 +13,7 @@ use crate::apt::{self, Part, Suite};
 use crate::cargo;
 
 /// What holds networks together, and what containers are made of.
-const PACKAGES: [&str; 4] = ["docker.io", "docker-cli", "iptables", "busybox-static"];
+const PACKAGES: [&str; 5] = ["docker.io", "docker-cli", "iptables", "nftables", "busybox-static"];
 
 /// Suites of Debian's to take it from, the first that has it: the next release changes less often
 /// than unstable.
