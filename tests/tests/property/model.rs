@@ -455,13 +455,15 @@ impl Model {
             (RESERVED.0..=RESERVED.1).contains(&wish)
         };
         let may_keep = new.ports == Ports::Clients || is_never_the_hosts;
-        let allowed: Vec<u16> = if may_keep && is_free(wish) {
+        let is_kept = may_keep && is_free(wish);
+        let allowed: Vec<u16> = if is_kept {
             vec![wish]
         } else {
-            let is_empty = |port: &u16| !self.halves.contains_key(&leaving(*port).1);
-            (RESERVED.0..=RESERVED.1).filter(|port| is_free(*port)).filter(is_empty).collect()
+            (RESERVED.0..=RESERVED.1).filter(|port| is_free(*port)).collect()
         };
-        if allowed.is_empty() {
+        // A port with a half of this flow's own is met by chance, and not looked for.
+        let is_looked_for = |port: &u16| is_kept || !self.halves.contains_key(&leaving(*port).1);
+        if chosen.is_none() && !allowed.iter().any(is_looked_for) {
             return Ok(Some(Verdict::Refused(new.network, Reason::PortsExhausted)));
         }
         ensure!(
