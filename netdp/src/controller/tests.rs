@@ -80,10 +80,15 @@ fn ask(address: impl Into<IpAddr>, port: u16) -> Option<String> {
         IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
     let client = UdpSocket::bind((any, 0)).unwrap();
-    client.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    let patience = Duration::from_millis(200);
+    client.set_read_timeout(Some(patience)).unwrap();
     let mut buffer = [0; 64];
     (0..10).find_map(|_| {
-        client.send_to(b"who am I?", (address, port)).ok()?;
+        if client.send_to(b"who am I?", (address, port)).is_err() {
+            // The kernel may not be done with an address that was put back.
+            thread::sleep(patience);
+            return None;
+        }
         let length = client.recv(&mut buffer).ok()?;
         Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
     })
@@ -167,6 +172,22 @@ fn ip(arguments: &str) -> String {
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "ip {arguments}: {error}");
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// The host as it is once the kernel has done what it does by and by: it looks for duplicates of an
+/// address, and makes the routes to it, some time after it was given.
+fn settled() -> BTreeMap<String, String> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let mut last = dump();
+    loop {
+        thread::sleep(Duration::from_millis(100));
+        let now = dump();
+        let is_settled = now == last && !now.values().any(|text| text.contains("tentative"));
+        if is_settled || Instant::now() > deadline {
+            return now;
+        }
+        last = now;
+    }
 }
 
 /// Everything of the host that netdp could have left a trace in.
@@ -266,7 +287,7 @@ async fn eventually(what: &str, is_so: impl AsyncFn() -> bool) {
 #[test]
 fn networks_carry_traffic_and_purge_leaves_the_host_byte_for_byte_as_it_was() {
     on_a_host(async |host| {
-        let before = dump();
+        let before = settled();
         let controller = host.start(&[]).await.unwrap();
         assert_same(&before, &dump());
 
@@ -332,7 +353,7 @@ fn ipv6_networks_carry_traffic_and_purge_leaves_no_trace_either() {
             fs::write(format!("/proc/sys/net/ipv6/conf/default/{name}"), value).unwrap();
         }
         ip("addr add 2001:db8::2/64 dev up0 nodad");
-        let before = dump();
+        let before = settled();
         let controller = host.start(&[]).await.unwrap();
         let [a1, a2, s1] = [(); 3].map(|()| Namespace::new().unwrap());
         create_dual(&controller, "a", "172.20.0.0/24", "fd00:20::/64").await;
@@ -385,7 +406,7 @@ fn a_kernel_that_forwards_by_router_gets_its_switches_back() {
         // One interface that says something else than all of them.
         fs::write("/proc/sys/net/ipv6/conf/out0/forwarding", "1").unwrap();
         fs::write("/proc/sys/net/ipv6/conf/out0/accept_ra", "0").unwrap();
-        let before = dump();
+        let before = settled();
         let controller = host.start(&[]).await.unwrap();
         let mut model = Model::default();
         let spec =
@@ -415,7 +436,7 @@ fn a_kernel_that_forwards_by_router_gets_its_switches_back() {
 #[test]
 fn removing_the_last_network_gives_the_sysctls_back() {
     on_a_host(async |host| {
-        let before = dump();
+        let before = settled();
         let controller = host.start(&[]).await.unwrap();
         create(&controller, "a", "172.20.0.0/24").await;
         controller.change(|model, _| model.remove_network("a")).await.unwrap();
@@ -432,7 +453,7 @@ fn a_change_that_fails_half_way_leaves_everything_as_it_was() {
         connect(&controller, "a", "A1", &a1.path).await.unwrap();
         a2.run(|| ip("link add taken type bridge"));
         let model = controller.model().await;
-        let dump_before = dump();
+        let dump_before = settled();
         let inside = [a1.run(dump), a2.run(dump)];
         let check = async |what: &str, a2: &Namespace| {
             eprintln!("{what}");
@@ -496,7 +517,7 @@ fn a_port_that_another_program_has_is_refused_by_its_name() {
             spec.publish = vec!["8080:80".parse().unwrap()];
             publish_and_connect(&controller, spec).await
         };
-        let before = dump();
+        let before = settled();
         let Err(ChangeError::Refused(refusal)) = connect().await else { panic!("not refused") };
         assert_eq!(refusal.kind, RefusalKind::Conflict);
         assert!(refusal.message.starts_with("tcp 0.0.0.0:8080 is in use by "), "{refusal}");
@@ -515,7 +536,7 @@ fn a_port_that_another_program_has_is_refused_by_its_name() {
 #[test]
 fn a_start_after_a_kill_repairs_what_is_missing_and_sweeps_what_nothing_names() {
     on_a_host(async |host| {
-        let before = dump();
+        let before = settled();
         let [a1, a2, gone] = [(); 3].map(|()| Namespace::new().unwrap());
         let controller = host.start(&[]).await.unwrap();
         create(&controller, "a", "172.20.0.0/24").await;
@@ -561,7 +582,7 @@ fn a_start_after_a_kill_repairs_what_is_missing_and_sweeps_what_nothing_names() 
 #[test]
 fn killed_at_any_moment_the_next_start_completes_or_undoes() {
     on_a_bare_host(|host| {
-        let before = dump();
+        let before = settled();
         let a1 = Namespace::new().unwrap();
         let inside = a1.run(|| ip("link"));
         for step in 0..40u64 {
