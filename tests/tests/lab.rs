@@ -59,9 +59,11 @@ fn routed_lab(offload: Offload) -> Result<(Lab, Namespace)> {
     container.ip("link set eth0 up\n")?;
     for net in [&IPV4, &IPV6] {
         let [gateway, own] = [net.gateway_a, net.a1].map(|address| net.with_prefix(address));
-        lab.host().ip(&format!("address add {gateway} dev to-a1\n"))?;
+        // An address that the kernel still looks for duplicates of can't be used.
+        let at_once = if net.a1.is_ipv6() { "nodad" } else { "" };
+        lab.host().ip(&format!("address add {gateway} dev to-a1 {at_once}\n"))?;
         container.ip(&format!(
-            "address add {own} dev eth0\nroute add default via {}\n",
+            "address add {own} dev eth0 {at_once}\nroute add default via {}\n",
             net.gateway_a
         ))?;
     }
