@@ -206,7 +206,7 @@ impl UdpProbe {
     }
 
     fn bind(&self) -> std::io::Result<(UdpSocket, SocketAddr)> {
-        let socket = UdpSocket::bind(self.source)?;
+        let socket = bind_once_free(|| UdpSocket::bind(self.source))?;
         socket.set_broadcast(true)?;
         socket.set_read_timeout(Some(self.patience))?;
         set_fragmentation(&socket, self.destination.ip(), self.dont_fragment)?;
