@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs, mem,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     path::{Path, PathBuf},
     process::Command,
@@ -80,18 +80,26 @@ fn ask(address: impl Into<IpAddr>, port: u16) -> Option<String> {
         IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
     let client = UdpSocket::bind((any, 0)).unwrap();
-    let patience = Duration::from_millis(200);
-    client.set_read_timeout(Some(patience)).unwrap();
+    client.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
     let mut buffer = [0; 64];
-    (0..10).find_map(|_| {
-        if client.send_to(b"who am I?", (address, port)).is_err() {
-            // The kernel may not be done with an address that was put back.
-            thread::sleep(patience);
-            return None;
-        }
+    // The kernel may not be done with an address that was put back.
+    poll_for(Duration::from_secs(2), || {
+        client.send_to(b"who am I?", (address, port)).ok()?;
         let length = client.recv(&mut buffer).ok()?;
         Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
     })
+}
+
+/// Looks until there is something, or for so long.
+fn poll_for<T>(patience: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let found = look();
+        if found.is_some() || Instant::now() > deadline {
+            return found;
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 impl Drop for Namespace {
@@ -177,17 +185,13 @@ fn ip(arguments: &str) -> String {
 /// The host as it is once the kernel has done what it does by and by: it looks for duplicates of an
 /// address, and makes the routes to it, some time after it was given.
 fn settled() -> BTreeMap<String, String> {
-    let deadline = Instant::now() + Duration::from_secs(5);
     let mut last = dump();
-    loop {
-        thread::sleep(Duration::from_millis(100));
-        let now = dump();
-        let is_settled = now == last && !now.values().any(|text| text.contains("tentative"));
-        if is_settled || Instant::now() > deadline {
-            return now;
-        }
-        last = now;
-    }
+    let settled = poll_for(Duration::from_secs(5), || {
+        let before = mem::replace(&mut last, dump());
+        let is_tentative = last.values().any(|text| text.contains("tentative"));
+        (before == last && !is_tentative).then_some(before)
+    });
+    settled.unwrap_or(last)
 }
 
 /// Everything of the host that netdp could have left a trace in.
