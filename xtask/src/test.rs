@@ -44,6 +44,8 @@ pub(crate) enum Suite {
     Differential,
     /// The same promises, asked of Docker itself
     Docker,
+    /// Whoever has netdp do the networks of containers
+    Engines,
     /// Restarts, crashes and clean-up of the agent
     Lifecycle,
     /// The demo, as one test
@@ -112,6 +114,7 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
         | Suite::Property
         | Suite::Differential
         | Suite::Sockets
+        | Suite::Engines
         | Suite::Lifecycle => run_packets(suite, agent(netdp)?, None),
         Suite::Conformance => match json {
             Some(json) => run_conformance(agent(netdp)?, json),

@@ -1,0 +1,13 @@
+//! Whoever has netdp do the networks of containers, and gets what the command line gives: each by its
+//! own protocol, with real packets.
+
+mod run;
+
+use std::process::ExitCode;
+
+use netdp_tests::harness::run_tests;
+
+fn main() -> ExitCode {
+    let tests = [run::TESTS];
+    run_tests(&tests.concat())
+}
