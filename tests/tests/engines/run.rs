@@ -19,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// What the command says before it waits: the tests enter its namespace by that.
 const SAY_PID: &str = "echo $$; exec sleep 1d";
 
-pub const TESTS: &[Promise] = &[
+pub(super) const TESTS: &[Promise] = &[
     ("run_publishes_a_service_for_as_long_as_it_runs", publishes_a_service),
     ("run_connects_before_the_command_starts", connects_first),
     ("run_ends_as_its_command_does", ends_as_the_command),
