@@ -2,7 +2,7 @@
 //! a suite tests is its own business; this file knows only libtest's result lines.
 
 use std::env;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Display, Formatter};
 use std::fs;
 use std::iter::Sum;
@@ -17,7 +17,8 @@ use serde_json::Value;
 
 use crate::check::UNIT_TESTED;
 use crate::process::{Finished, as_root, ensure_root, run_quiet, run_shown};
-use crate::{cargo, demo, docker, setup, tidy, vm};
+use crate::unpacked::{self, CLIENTS, DOCKER, Engine};
+use crate::{cargo, demo, setup, tidy, vm};
 
 /// A group of tests that is run and counted as one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -114,17 +115,18 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
         | Suite::Property
         | Suite::Differential
         | Suite::Sockets
-        | Suite::Engines
         | Suite::Lifecycle => run_packets(suite, agent(netdp)?, None),
         Suite::Conformance => match json {
             Some(json) => run_conformance(agent(netdp)?, json),
             None => run_packets(suite, agent(netdp)?, None),
         },
         // It needs no agent, and says what it misses.
-        Suite::Docker => {
-            let root = env::var_os("NETDP_DOCKER").map(PathBuf::from).or(docker::get().ok());
-            let named = root.iter().map(|root| ("NETDP_DOCKER", root.as_os_str()));
-            run_as_root(suite, &named.collect::<Vec<_>>())
+        Suite::Docker => run_as_root(suite, &borrowed(&[root(&DOCKER)])),
+        Suite::Engines => {
+            let netdp = agent(netdp)?.clone().into_os_string();
+            let mut environment = vec![Some(("NETDP_BIN", netdp))];
+            environment.extend(CLIENTS.iter().map(root));
+            run_as_root(suite, &borrowed(&environment))
         }
         Suite::Demo => {
             let finished = run_shown("demo", &mut demo::command(agent(netdp)?)?)?;
@@ -135,6 +137,20 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
         }
         Suite::Vm => Ok(run_machines().into()),
     }
+}
+
+/// An environment variable of a suite.
+type Variable = (&'static str, OsString);
+
+/// The variable that tells a suite where an engine is, if there is one; whoever has set it is right.
+fn root(engine: &Engine) -> Option<Variable> {
+    let set = env::var_os(engine.variable);
+    let root = set.or_else(|| Some(unpacked::get(engine).ok()?.into_os_string()))?;
+    Some((engine.variable, root))
+}
+
+fn borrowed(variables: &[Option<Variable>]) -> Vec<(&str, &OsStr)> {
+    variables.iter().flatten().map(|(name, value)| (*name, value.as_os_str())).collect()
 }
 
 /// The gate of every kernel, and the agent on one without eBPF: one after the other, whatever fails.

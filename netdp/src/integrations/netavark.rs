@@ -185,8 +185,7 @@ async fn set_up(client: &Client, netns: &str, attachment: Attachment) -> Result<
         interface: Some(attachment.network_options.interface_name),
         publish,
     };
-    let path = client::path(&["networks", &network.name, "endpoints"]);
-    let endpoint: wire::Endpoint = client.send(Method::POST, &path, &connect).await?;
+    let endpoint = network::connect(client, &network.name, &connect).await?;
     let subnet = |address: &String| {
         let is_ipv6 = address.contains(':');
         let gateway = endpoint.gateways.iter().find(|gateway| gateway.contains(':') == is_ipv6);

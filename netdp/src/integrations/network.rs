@@ -40,6 +40,25 @@ pub(super) async fn ensure(client: &Client, wanted: &wire::CreateNetwork) -> Res
     }
 }
 
+/// Connects a container.
+///
+/// # Errors
+/// The agent's refusal. Podman holds a port of the host before it asks anybody to publish it, so who
+/// reads that is told how to have it otherwise.
+pub(super) async fn connect(
+    client: &Client,
+    network: &str,
+    container: &wire::Connect,
+) -> Result<wire::Endpoint> {
+    let path = client::path(&["networks", network, "endpoints"]);
+    client.send(Method::POST, &path, container).await.map_err(|error| {
+        if !error.to_string().contains("is in use by podman") {
+            return error;
+        }
+        error.context("set enable_port_reservation = false in containers.conf, for Podman")
+    })
+}
+
 /// The ports that a container has published, whichever its networks. Runtimes name them anew for each
 /// network that a container joins; published once, they lead to it by the network that it answers by.
 ///

@@ -2,14 +2,16 @@
 //! own protocol, with real packets.
 
 mod cni;
+mod netavark;
 mod page;
+mod podman;
 mod run;
 
 use std::process::ExitCode;
 
-use netdp_tests::harness::run_tests;
+use netdp_tests::harness::{run_trials, trials};
 
 fn main() -> ExitCode {
-    let tests = [run::TESTS, cni::TESTS];
-    run_tests(&tests.concat())
+    let protocols = trials(&[run::TESTS, cni::TESTS, netavark::TESTS].concat());
+    run_trials([protocols, podman::trials()].into_iter().flatten().collect())
 }

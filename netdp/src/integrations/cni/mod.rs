@@ -132,8 +132,7 @@ async fn add(client: &Client, config: &Config, version: &str) -> Result<Value, E
         interface: Some(attachment.interface),
         publish: missing.into_iter().map(PortMapping::argument).collect(),
     };
-    let path = client::path(&["networks", &network.name, "endpoints"]);
-    let endpoint: wire::Endpoint = client.send(Method::POST, &path, &connect).await?;
+    let endpoint = network::connect(client, &network.name, &connect).await?;
     let attached = Attached { endpoint: &endpoint, network: &network, netns: &netns, dns: &dns };
     let result = attached.result(&config.prev_result, version);
     if result.is_err() {
