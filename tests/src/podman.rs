@@ -194,7 +194,7 @@ impl Podman {
     fn command(&self) -> Result<Command> {
         let mut command = self.namespace.command("nsenter", Fate::DiesWithParent)?;
         command
-            .args(["--target", &self.pid, "--mount", "--pid", "--root", "podman"])
+            .args(["--target", &self.pid, "--mount", "--pid", "--root", "--wd", "podman"])
             .args(["--root", &format!("{FILES}/store"), "--runroot", "/run/podman"])
             .args(["--storage-driver", "vfs"])
             .env_clear()

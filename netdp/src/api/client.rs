@@ -4,7 +4,7 @@
 
 use std::{
     io,
-    path::{Path, PathBuf},
+    path::{self, Path, PathBuf},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -30,6 +30,17 @@ pub fn path(segments: &[&str]) -> String {
         .map(|segment| utf8_percent_encode(segment, NON_ALPHANUMERIC).to_string())
         .collect();
     format!("/v1/{}", encoded.join("/"))
+}
+
+/// A path of a file as it looks from the agent's directory.
+///
+/// # Errors
+/// Fails for a path that is not UTF-8.
+pub fn absolute(path: &str) -> Result<String> {
+    let path = path::absolute(path).with_context(|| format!("resolve {path}"))?;
+    path.into_os_string()
+        .into_string()
+        .map_err(|path| anyhow!("{} is not UTF-8: give another path", path.display()))
 }
 
 /// A path with one query parameter.

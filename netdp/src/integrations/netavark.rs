@@ -146,20 +146,21 @@ async fn create(client: &Client, mut config: Map<String, Value>) -> Result<Value
     let wanted: Network =
         serde_json::from_value(config.clone().into()).context("understand standard input")?;
     let network = network::ensure(client, &wanted.request()?).await?;
-    let subnets = network.subnets.iter().map(|subnet| {
-        let is_ipv6 = subnet.contains(':');
-        let gateway = network.gateways.iter().find(|gateway| gateway.contains(':') == is_ipv6);
-        let given = config["subnets"].as_array().into_iter().flatten();
-        let range = given.clone().find(|given| given["subnet"] == subnet.as_str());
-        let mut known = json!({"subnet": subnet, "gateway": gateway});
-        if let Some(range) =
-            range.map(|given| &given["lease_range"]).filter(|range| !range.is_null())
-        {
-            known["lease_range"] = range.clone();
-        }
-        known
-    });
-    let subnets: Vec<Value> = subnets.collect();
+    let given = config.get("subnets").and_then(Value::as_array).cloned().unwrap_or_default();
+    let subnets: Vec<Value> = network
+        .subnets
+        .iter()
+        .map(|subnet| {
+            let is_ipv6 = subnet.contains(':');
+            let gateway = network.gateways.iter().find(|gateway| gateway.contains(':') == is_ipv6);
+            let mut known = json!({"subnet": subnet, "gateway": gateway});
+            let given = given.iter().find(|given| given["subnet"] == subnet.as_str());
+            if let Some(range) = given.and_then(|given| given.get("lease_range")) {
+                known["lease_range"] = range.clone();
+            }
+            known
+        })
+        .collect();
     let has_ipv6 = network.subnets.iter().any(|subnet| subnet.contains(':'));
     config.insert("subnets".into(), subnets.into());
     config.insert("ipv6_enabled".into(), has_ipv6.into());

@@ -122,7 +122,7 @@ async fn add(client: &Client, config: &Config, version: &str) -> Result<Value, E
     let request = config.network()?;
     let Wishes { addresses, mac, ports, dns } = config.wishes(&parameters::arguments())?;
     let network = network::ensure(client, &request).await?;
-    let path = absolute(&netns)?;
+    let path = client::absolute(&netns)?;
     let missing = not_published(client, &path, &ports).await?;
     let connect = wire::Connect {
         netns: path,
@@ -180,7 +180,9 @@ async fn check(client: &Client, config: &Config) -> Result<(), Error> {
             return Err(broken(format!("the agent does not have {address} for it")));
         }
     }
-    if let Some(port) = not_published(client, &absolute(&netns)?, &wishes.ports).await?.first() {
+    if let Some(port) =
+        not_published(client, &client::absolute(&netns)?, &wishes.ports).await?.first()
+    {
         return Err(broken(format!("port {} is not published", port.argument())));
     }
     let drift: Vec<String> = client.get(&client::path(&["check"])).await?;
@@ -279,12 +281,4 @@ async fn collect(client: &Client, config: &Config) -> Result<(), Error> {
 async fn status(client: &Client) -> Result<(), Error> {
     let answer: Result<wire::Status, _> = client.get(&client::path(&["status"])).await;
     answer.map(drop).map_err(|error| Error::new(Code::NotAvailable, format!("{error:#}")))
-}
-
-/// A path as it looks from the agent's directory.
-fn absolute(netns: &str) -> anyhow::Result<String> {
-    let path = std::path::absolute(netns).with_context(|| format!("resolve {netns}"))?;
-    path.into_os_string()
-        .into_string()
-        .map_err(|path| anyhow::anyhow!("{} is not UTF-8: give another path", path.display()))
 }
