@@ -79,6 +79,7 @@ fn expect_service(lab: &Lab, podman: &Podman) -> Result<()> {
 
     podman.run(&["rm", "--force", "--time", "0", "web1"])?;
     expect_same("endpoints", &endpoints(lab)?.len(), &0)?;
+    lab.vanish(&container)?;
     lab.outside().tcp("10.0.0.2:8080").refused()
 }
 

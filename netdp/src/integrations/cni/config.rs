@@ -172,20 +172,10 @@ impl Config {
                 return Err(Error::new(Code::InvalidConfig, details));
             }
         }
-        decode("the network", request.clone().into()).map_err(|error| {
-            let is_known = |key: &String| {
-                let alone: Map<_, _> = [("name", "a".into()), (key.as_str(), request[key].clone())]
-                    .map(|(key, value)| (key.to_owned(), value))
-                    .into_iter()
-                    .collect();
-                let read = serde_json::from_value::<wire::CreateNetwork>(alone.into());
-                read.map_or_else(|error| !error.to_string().starts_with("unknown field"), |_| true)
-            };
-            match request.keys().find(|key| !is_known(key)) {
-                Some(key) => unsupported(key, &request[key], "netdp does not know it"),
-                None => error,
-            }
-        })
+        if let Some(key) = unknown_key(&request) {
+            return Err(unsupported(key, &request[key], "netdp does not know it"));
+        }
+        decode("the network", request.into())
     }
 
     /// What the attachment wants, `arguments` being those of `CNI_ARGS`. The runtime's own words come
@@ -253,6 +243,17 @@ impl Dns {
     pub(super) fn is_empty(&self) -> bool {
         *self == Self::default()
     }
+}
+
+/// The first key that is none of the request to create a network; whether its value is right is another
+/// question.
+fn unknown_key(request: &Map<String, Value>) -> Option<&String> {
+    request.iter().find_map(|(key, value)| {
+        let mut alone = Map::from_iter([("name".to_owned(), Value::from(""))]);
+        alone.insert(key.clone(), value.clone());
+        let error = serde_json::from_value::<wire::CreateNetwork>(alone.into()).err()?;
+        error.to_string().starts_with("unknown field").then_some(key)
+    })
 }
 
 /// The prefix's length follows from the network.
