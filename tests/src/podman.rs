@@ -20,13 +20,14 @@ use crate::runtime::{NETNS_DIRECTORY, poll_until};
 /// Where Podman's programs are.
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 /// Where the lab's files are, as Podman sees them.
-const FILES: &str = "/run/netdp";
+const FILES: &str = "/run/lab";
 /// Making mounts takes no time where nothing else runs.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Makes the root and sees to what Podman expects there, then waits for its end: `$1` is Podman's root
 /// directory, `$2` where to have it, `$3` the lab's files, `$4` the directory of netdp's program, `$5`
-/// that of the agent's socket.
+/// that of the agent's socket. The socket has to be where plugins look for it by themselves: what cleans
+/// up behind a container is started without an environment.
 const BECOME_ROOT: &str = r#"
 set -e
 read -r pid rest < /proc/self/stat
@@ -39,11 +40,11 @@ mount --rbind /dev "$root/dev"
 mount -t tmpfs tmpfs "$root/dev/shm"
 mount -t tmpfs tmpfs "$root/tmp"
 mount -t tmpfs tmpfs "$root/run"
-mkdir "$root/run/netdp" "$root/run/program" "$root/run/agent" "$root/run/netns"
-mount --bind "$files" "$root/run/netdp"
+mkdir "$root/run/lab" "$root/run/program" "$root/run/netdp" "$root/run/netns"
+mount --bind "$files" "$root/run/lab"
 mount --bind "$files/containers.conf.d" "$root/etc/containers/containers.conf.d"
 mount --bind "$4" "$root/run/program"
-mount --bind "$5" "$root/run/agent"
+mount --bind "$5" "$root/run/netdp"
 mount --bind /run/netns "$root/run/netns"
 # As whoever is outside knows this process.
 echo "$pid" > "$files/pid"
@@ -58,9 +59,9 @@ events_logger = "none"
 runtime = "crun"
 
 [network]
-cni_plugin_dirs = ["/run/netdp/plugins"]
-netavark_plugin_dirs = ["/run/netdp/plugins"]
-network_config_dir = "/run/netdp/networks"
+cni_plugin_dirs = ["/run/lab/plugins"]
+netavark_plugin_dirs = ["/run/lab/plugins"]
+network_config_dir = "/run/lab/networks"
 
 [containers]
 cgroups = "disabled"
@@ -176,9 +177,7 @@ impl Podman {
     /// What to run a container with in place of an image.
     #[must_use]
     pub fn container(&self) -> Vec<String> {
-        ["--rootfs", "/run/netdp/rootfs", "/bin/busybox", "sleep", "100000"]
-            .map(String::from)
-            .into()
+        ["--rootfs", "/run/lab/rootfs", "/bin/busybox", "sleep", "100000"].map(String::from).into()
     }
 
     /// Makes `namespace` the network of a container that runs.
@@ -200,7 +199,6 @@ impl Podman {
             .env_clear()
             .env("PATH", PATH)
             .env("HOME", "/tmp")
-            .env("NETDP_SOCKET", "/run/agent/netdp.sock")
             .env("PODMAN_IGNORE_CGROUPSV1_WARNING", "1");
         Ok(command)
     }
