@@ -59,7 +59,7 @@ events_logger = "none"
 runtime = "crun"
 
 [network]
-cni_plugin_dirs = ["/run/lab/plugins"]
+cni_plugin_dirs = ["/run/lab/plugins", "/usr/lib/cni"]
 netavark_plugin_dirs = ["/run/lab/plugins"]
 network_config_dir = "/run/lab/networks"
 

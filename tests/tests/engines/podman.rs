@@ -8,7 +8,7 @@ use netdp_tests::harness::{self, Promise, brief};
 use netdp_tests::lab::{Lab, SUBNET_B};
 use netdp_tests::podman::{self, Podman};
 use netdp_tests::probe::expect_same;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::page;
 
@@ -20,9 +20,13 @@ const PODMAN_WITH_CNI: &str = "NETDP_PODMAN_WITH_CNI";
 const NETAVARK: &[Promise] = &[
     ("podman_5_runs_a_container_as_its_guide_says", runs_by_netavark),
     ("podman_5_connects_a_container_to_networks_while_it_runs", connects_while_it_runs),
+    ("podman_5_creates_networks_as_they_are_asked_for", creates_networks),
     ("podman_5_says_why_netdp_refuses", says_why),
 ];
-const CNI: &[Promise] = &[("podman_4_runs_a_container_as_its_guide_says", runs_by_cni)];
+const CNI: &[Promise] = &[
+    ("podman_4_runs_a_container_as_its_guide_says", runs_by_cni),
+    ("podman_4_has_other_plugins_behind_netdp", chains),
+];
 
 pub(super) fn trials() -> Vec<Trial> {
     let trials = |tests, variable| match podman::find(variable) {
@@ -125,6 +129,38 @@ fn connects_while_it_runs() -> Result<()> {
     })())
 }
 
+fn creates_networks() -> Result<()> {
+    const PAGE: &str = "docs/podman.md";
+    let lab = Lab::builder().build()?;
+    lab.explain((|| {
+        let podman = start(&lab, PODMAN, PAGE)?;
+        let create = ["network", "create", "--driver", "netdp-netavark"];
+        let asked = ["--ipv6", "--subnet", SUBNET_B, "--ip-range", "172.21.0.128/25"];
+        let options = ["--gateway", "172.21.0.254", "--opt", "mtu=1400", "web"];
+        podman.run(&[&create[..], &asked, &options].concat())?;
+        podman.run(&[&create[..], &["chosen"]].concat())?;
+        let network = &lab.json(&["network", "inspect", "web"])?[0];
+        expect_same("ranges", &network["ip_ranges"], &json!(["172.21.0.128/25"]))?;
+        expect_same("the MTU", &network["mtu"], &json!(1400))?;
+        expect_same("the gateway", &network["gateways"][0], &json!("172.21.0.254"))?;
+        let chosen = &lab.json(&["network", "inspect", "chosen"])?[0];
+        let format = "{{range .Subnets}}{{.Subnet}}{{end}}";
+        let shown = podman.run(&["network", "inspect", "--format", format, "chosen"])?;
+        expect_same("the subnet", &json!(shown), &chosen["subnets"][0])?;
+
+        podman.run(&line_that_runs(PAGE, &podman)?)?;
+        let endpoint = endpoints(&lab)?.pop().context("find the endpoint")?;
+        expect_same("the address", &endpoint["addresses"][0], &json!("172.21.0.129/24"))?;
+        let container = lab.container("web1")?;
+        podman.enter("web1", &container)?;
+        let address = endpoint["addresses"][1].as_str().context("read the IPv6 address")?;
+        let address = address.split('/').next().context("read the IPv6 address")?;
+        let _server = container.tcp_server("web1", (address, 80))?;
+        lab.outside().tcp("[fd00::2]:8080").exchange()?.by("web1")?.saw_client_at("fd00::3")?;
+        Ok(())
+    })())
+}
+
 fn says_why() -> Result<()> {
     const PAGE: &str = "docs/podman.md";
     let lab = Lab::builder().build()?;
@@ -148,6 +184,25 @@ fn runs_by_cni() -> Result<()> {
         let list = page::block(PAGE, "json")?;
         fs::write(podman.networks().join("10-web.conflist"), list).context("write a network")?;
         podman.run(&line_that_runs(PAGE, &podman)?)?;
+        expect_service(&lab, &podman)
+    })())
+}
+
+fn chains() -> Result<()> {
+    const PAGE: &str = "docs/cni.md";
+    let lab = Lab::builder().build()?;
+    lab.explain((|| {
+        let podman = start(&lab, PODMAN_WITH_CNI, PAGE)?;
+        let mut list: Value = serde_json::from_str(&page::block(PAGE, "json")?)?;
+        let plugins = list["plugins"].as_array_mut().context("read the plugins")?;
+        plugins.push(json!({"type": "tuning", "sysctl": {"net.core.somaxconn": "500"}}));
+        fs::write(podman.networks().join("10-web.conflist"), list.to_string())
+            .context("write a network")?;
+        podman.run(&line_that_runs(PAGE, &podman)?)?;
+        let container = lab.container("behind")?;
+        podman.enter("web1", &container)?;
+        let setting = container.sysctl("net.core.somaxconn")?;
+        expect_same("what the plugin behind has set", &setting.as_str(), &"500")?;
         expect_service(&lab, &podman)
     })())
 }
