@@ -225,7 +225,8 @@ impl Network {
         if let Some(mtu) = options.remove(podman) {
             options.insert(docker.to_owned(), mtu);
         }
-        if let Some(bridge) = self.network_interface.clone().filter(|bridge| !bridge.is_empty()) {
+        let bridge = self.network_interface.clone().filter(|bridge| !bridge.is_empty());
+        if let Some(bridge) = bridge.filter(|bridge| !is_chosen(bridge)) {
             options.insert(BRIDGE_OPTION.to_owned(), bridge);
         }
         let subnets = self.subnets.as_deref().unwrap_or_default();
@@ -265,6 +266,12 @@ impl Subnet {
             .filter_map(|length| Some(IpNet::new(*start, length).ok()?.trunc()));
         Some(prefixes.find(is_it).ok_or_else(|| no_prefix(self.subnet)))
     }
+}
+
+/// Whether netdp gave a bridge its name: Podman keeps it, and netdp may give it to another network when it
+/// begins anew.
+fn is_chosen(bridge: &str) -> bool {
+    bridge.strip_prefix("nd-").is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
 /// The last address of a prefix that is not its broadcast address.
@@ -353,6 +360,8 @@ mod tests {
         let nothing = request(json!({"name": "web", "options": null})).unwrap();
         let bare = wire::CreateNetwork { name: "web".into(), ..wire::CreateNetwork::default() };
         assert_eq!(nothing, bare);
+        let chosen = request(json!({"name": "web", "network_interface": "nd-1"})).unwrap();
+        assert_eq!(chosen, bare);
         let ipv6 = request(json!({"name": "web", "subnets": [{"subnet": "fd00:20::/64"}]}));
         assert_eq!(ipv6.unwrap().enable_ipv4, Some(false));
     }
