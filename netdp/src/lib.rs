@@ -11,6 +11,7 @@ pub mod dataplane;
 mod difference;
 pub mod facts;
 pub mod family;
+pub mod integrations;
 pub mod ipam;
 pub mod loopback;
 pub mod model;

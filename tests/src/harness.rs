@@ -152,10 +152,24 @@ pub type Promise = (&'static str, fn() -> Result<()>);
 
 /// Runs tests that build their own labs.
 pub fn run_tests(tests: &[Promise]) -> ExitCode {
-    let trials = tests.iter().map(|&(name, test)| {
+    run_trials(trials(tests))
+}
+
+/// Tests that build their own labs, to be run among others.
+pub fn trials(tests: &[Promise]) -> Vec<Trial> {
+    let trial = |&(name, test): &Promise| {
         Trial::test(name, move || catch(test).map_err(|error| full(&error).into()))
-    });
-    run_trials(trials.collect())
+    };
+    tests.iter().map(trial).collect()
+}
+
+/// Tests that can't be run here, and why.
+pub fn skipped(tests: &[Promise], reason: &str) -> Vec<Trial> {
+    let trial = |&(name, _): &Promise| {
+        let reason = reason.to_owned();
+        Trial::ignorable_test(name, move || Ok(Completion::ignored_with(reason)))
+    };
+    tests.iter().map(trial).collect()
 }
 
 /// Runs rows and records their results where `NETDP_TEST_JSON` says.
@@ -197,7 +211,9 @@ fn excused(row: &Row, outcome: Result<Outcome>) -> Result<Outcome> {
     }
 }
 
-fn run_trials(trials: Vec<Trial>) -> ExitCode {
+/// Runs trials, some at a time.
+#[must_use]
+pub fn run_trials(trials: Vec<Trial>) -> ExitCode {
     run_on_threads(trials, if slowness() > 1 { SLOW_THREADS } else { DEFAULT_THREADS })
 }
 

@@ -35,6 +35,7 @@ pub mod lab;
 pub mod namespace;
 pub mod net;
 pub mod packet;
+pub mod podman;
 pub mod probe;
 pub mod runtime;
 pub mod snapshot;

@@ -14,13 +14,13 @@ mod bench;
 mod cargo;
 mod check;
 mod demo;
-mod docker;
 mod mask;
 mod process;
 mod rust_src;
 mod setup;
 mod test;
 mod tidy;
+mod unpacked;
 mod vm;
 
 /// netdp's development commands.

@@ -9,7 +9,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use crate::process::{find_program, is_root, own_status, run_quiet};
-use crate::{apt, cargo, docker, rust_src};
+use crate::unpacked::{self, CLIENTS, DOCKER};
+use crate::{apt, cargo, rust_src};
 
 /// The last release whose default features use rustc's own LLVM: later ones want a system
 /// LLVM of the same version.
@@ -63,16 +64,19 @@ pub(crate) fn run(scope: Scope) -> Result<()> {
         ensure_programs()?;
     }
     if scope == Scope::Everything {
-        look_for_docker();
+        look_for_engines();
     }
     Ok(())
 }
 
-/// Only one suite asks Docker, and says so where there is none.
-fn look_for_docker() {
-    match docker::get() {
-        Ok(root) => println!("Docker: there, in {}", root.display()),
-        Err(error) => println!("Docker: not to be had, so the suite docker skips: {error:#}"),
+/// Only some tests ask an engine, and say so where there is none.
+fn look_for_engines() {
+    for engine in [DOCKER].iter().chain(&CLIENTS) {
+        let title = engine.title;
+        match unpacked::get(engine) {
+            Ok(root) => println!("{title}: there, in {}", root.display()),
+            Err(error) => println!("{title}: not to be had, so its tests skip: {error:#}"),
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 //! a suite tests is its own business; this file knows only libtest's result lines.
 
 use std::env;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Display, Formatter};
 use std::fs;
 use std::iter::Sum;
@@ -17,7 +17,8 @@ use serde_json::Value;
 
 use crate::check::UNIT_TESTED;
 use crate::process::{Finished, as_root, ensure_root, run_quiet, run_shown};
-use crate::{bench, cargo, demo, docker, setup, tidy, vm};
+use crate::unpacked::{self, CLIENTS, DOCKER, Engine};
+use crate::{bench, cargo, demo, setup, tidy, vm};
 
 /// A group of tests that is run and counted as one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -44,6 +45,8 @@ pub(crate) enum Suite {
     Differential,
     /// The same promises, asked of Docker itself
     Docker,
+    /// Whoever has netdp do the networks of containers
+    Engines,
     /// Restarts, crashes and clean-up of the agent
     Lifecycle,
     /// The demo, as one test
@@ -65,10 +68,8 @@ impl Suite {
 
     /// Whether it is a test of the tests crate, and can run wherever its executable is.
     pub(crate) fn is_executable(self) -> bool {
-        !matches!(
-            self,
-            Self::Unit | Self::Tidy | Self::Docker | Self::Demo | Self::Bench | Self::Vm
-        )
+        use Suite::{Bench, Demo, Docker, Engines, Tidy, Unit, Vm};
+        !matches!(self, Unit | Tidy | Docker | Engines | Demo | Bench | Vm)
     }
 }
 
@@ -123,10 +124,12 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
             None => run_packets(suite, agent(netdp)?, None),
         },
         // It needs no agent, and says what it misses.
-        Suite::Docker => {
-            let root = env::var_os("NETDP_DOCKER").map(PathBuf::from).or(docker::get().ok());
-            let named = root.iter().map(|root| ("NETDP_DOCKER", root.as_os_str()));
-            run_as_root(suite, &named.collect::<Vec<_>>())
+        Suite::Docker => run_as_root(suite, &borrowed(&[root(&DOCKER)])),
+        Suite::Engines => {
+            let netdp = agent(netdp)?.clone().into_os_string();
+            let mut environment = vec![Some(("NETDP_BIN", netdp))];
+            environment.extend(CLIENTS.iter().map(root));
+            run_as_root(suite, &borrowed(&environment))
         }
         Suite::Demo => {
             let finished = run_shown("demo", &mut demo::command(agent(netdp)?)?)?;
@@ -141,6 +144,20 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
         }
         Suite::Vm => Ok(run_machines().into()),
     }
+}
+
+/// An environment variable of a suite.
+type Variable = (&'static str, OsString);
+
+/// The variable that tells a suite where an engine is, if there is one; whoever has set it is right.
+fn root(engine: &Engine) -> Option<Variable> {
+    let set = env::var_os(engine.variable);
+    let root = set.or_else(|| Some(unpacked::get(engine).ok()?.into_os_string()))?;
+    Some((engine.variable, root))
+}
+
+fn borrowed(variables: &[Option<Variable>]) -> Vec<(&str, &OsStr)> {
+    variables.iter().flatten().map(|(name, value)| (*name, value.as_os_str())).collect()
 }
 
 /// The gate of every kernel, and the agent on one without eBPF: one after the other, whatever fails.

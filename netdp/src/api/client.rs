@@ -4,7 +4,7 @@
 
 use std::{
     io,
-    path::{Path, PathBuf},
+    path::{self, Path, PathBuf},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -15,7 +15,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
-use super::wire;
+use super::wire::{self, ErrorKind};
 
 /// Where the agent is.
 #[derive(Clone, Debug)]
@@ -32,9 +32,37 @@ pub fn path(segments: &[&str]) -> String {
     format!("/v1/{}", encoded.join("/"))
 }
 
+/// A path of a file as it looks from the agent's directory.
+///
+/// # Errors
+/// Fails for a path that is not UTF-8.
+pub fn absolute(path: &str) -> Result<String> {
+    let path = path::absolute(path).with_context(|| format!("resolve {path}"))?;
+    path.into_os_string()
+        .into_string()
+        .map_err(|path| anyhow!("{} is not UTF-8: give another path", path.display()))
+}
+
 /// A path with one query parameter.
 pub fn with_query(path: &str, key: &str, value: &str) -> String {
     format!("{path}?{key}={}", utf8_percent_encode(value, NON_ALPHANUMERIC))
+}
+
+/// Runs what asks the agent, on this thread, in a process that has nothing else to do.
+///
+/// # Errors
+/// As `work`, or why it can't be begun.
+pub fn wait_for<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the async runtime")?
+        .block_on(work)
+}
+
+/// What sort of refusal an answer was; `None` where the agent did not refuse.
+pub fn refusal(error: &anyhow::Error) -> Option<ErrorKind> {
+    error.downcast_ref::<wire::Error>().map(|refusal| refusal.kind)
 }
 
 impl Client {
@@ -102,7 +130,7 @@ impl Client {
             .with_context(|| format!("talk to the agent on {}", self.socket.display()))?;
         if !status.is_success() {
             match serde_json::from_slice::<wire::Error>(&bytes) {
-                Ok(refusal) => bail!(refusal.error),
+                Ok(refusal) => bail!(refusal),
                 Err(_) => bail!(
                     "{} answers {status}, which is no agent's answer: give --socket",
                     self.socket.display()

@@ -295,7 +295,9 @@ async fn connect(
             let network = spec.network.clone();
             let id = model.connect(spec.clone(), facts)?;
             let network = model.network(&network)?;
-            let endpoint = model.endpoints.get(&id).map(|e| wire::Endpoint::of(network, e));
+            let gateways = model.gateway_endpoints();
+            let endpoint = model.endpoints.get(&id);
+            let endpoint = endpoint.map(|e| wire::Endpoint::of(network, e, &gateways));
             endpoint.ok_or_else(|| Refusal::not_found("the endpoint is gone already"))
         })
         .await?;

@@ -4,7 +4,7 @@
 //! refusal can say what is wrong with them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fmt::Display,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
@@ -18,7 +18,10 @@ use crate::{
     dataplane::{self, Count, FlowRecord, Program, protocol_name},
     facts::HostFacts,
     family::{Family, V4, V6},
-    model::{self, ConnectSpec, Model, NetworkSpec, PublishSpec, Refusal, RefusalKind},
+    model::{
+        self, ConnectSpec, EndpointId, Model, NetnsIdentity, NetworkSpec, PublishSpec, Refusal,
+        RefusalKind,
+    },
     netlink::namespace::Survey,
 };
 
@@ -26,7 +29,8 @@ use crate::{
 const NAMED_NAMESPACES: &str = "/run/netns";
 
 /// Why a request was not carried out.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{error}")]
 pub struct Error {
     /// One line: what, and what to do.
     pub error: String,
@@ -331,6 +335,8 @@ pub struct Endpoint {
     pub host_interface: String,
     /// Addresses with the subnet's prefix length.
     pub addresses: Vec<String>,
+    /// Gateways of the container's default routes, those that lead by this endpoint.
+    pub gateways: Vec<String>,
     /// MAC address.
     pub mac: String,
     /// Published ports.
@@ -538,11 +544,12 @@ impl Network {
 impl NetworkDetail {
     /// A network of the model.
     pub fn of(model: &Model, network: &model::Network) -> Self {
+        let gateways = model.gateway_endpoints();
         Self {
             settings: network.into(),
             endpoints: model
                 .endpoints_of(network.id)
-                .map(|endpoint| Endpoint::of(network, endpoint))
+                .map(|endpoint| Endpoint::of(network, endpoint, &gateways))
                 .collect(),
             policy: network.policy.iter().map(ToString::to_string).collect(),
         }
@@ -550,10 +557,16 @@ impl NetworkDetail {
 }
 
 impl Endpoint {
-    /// An endpoint of `network`.
-    pub fn of(network: &model::Network, endpoint: &model::Endpoint) -> Self {
+    /// An endpoint of `network`, `gateways` being those of [`Model::gateway_endpoints`].
+    pub fn of(
+        network: &model::Network,
+        endpoint: &model::Endpoint,
+        gateways: &HashMap<(NetnsIdentity, bool), EndpointId>,
+    ) -> Self {
         let ipv4 = endpoint.ipv4.zip(network.ipv4);
         let ipv6 = endpoint.ipv6.zip(network.ipv6);
+        let leads_out =
+            |is_ipv4| gateways.get(&(endpoint.netns_identity, is_ipv4)) == Some(&endpoint.id);
         Self {
             name: endpoint.name.clone(),
             network: network.name.clone(),
@@ -563,6 +576,10 @@ impl Endpoint {
             addresses: texts(
                 ipv4.map(|(address, side)| V4::with_prefix_of(address, side.subnet)),
                 ipv6.map(|(address, side)| V6::with_prefix_of(address, side.subnet)),
+            ),
+            gateways: texts(
+                ipv4.filter(|_| leads_out(true)).map(|(_, side)| side.gateway),
+                ipv6.filter(|_| leads_out(false)).map(|(_, side)| side.gateway),
             ),
             mac: endpoint.mac.to_string(),
             published: endpoint.published.iter().map(Published::from).collect(),
@@ -866,6 +883,7 @@ mod tests {
             "interface": "eth0",
             "host_interface": "ndv1",
             "addresses": ["172.20.0.2/24"],
+            "gateways": ["172.20.0.1"],
             "mac": "02:42:ac:14:00:02",
             "published": [
                 {"protocol": "tcp", "host_ip": "0.0.0.0", "host_port": 8080, "container_port": 80}

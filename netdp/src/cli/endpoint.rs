@@ -1,8 +1,6 @@
 //! `netdp connect` and `netdp disconnect`: attach a container to a network, and let go of it.
 
-use std::path::{self, Path};
-
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Args, builder::NonEmptyStringValueParser};
 use hyper::Method;
 
@@ -84,11 +82,5 @@ impl Disconnect {
 
 /// A path as it looks from the agent's directory; a name stays a name.
 fn absolute(netns: &str) -> Result<String> {
-    if !netns.contains('/') {
-        return Ok(netns.to_owned());
-    }
-    let path = path::absolute(Path::new(netns)).with_context(|| format!("resolve {netns}"))?;
-    path.into_os_string()
-        .into_string()
-        .map_err(|path| anyhow::anyhow!("{} is not UTF-8: give another path", path.display()))
+    if netns.contains('/') { client::absolute(netns) } else { Ok(netns.to_owned()) }
 }

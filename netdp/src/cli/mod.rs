@@ -14,7 +14,7 @@ use clap::{Parser, Subcommand};
 use serde::Serialize;
 
 use crate::{
-    api::client::Client,
+    api::client::{Client, wait_for},
     config::{Config, Paths},
 };
 
@@ -27,6 +27,8 @@ mod observe;
 mod policy;
 mod publish;
 mod purge;
+mod room;
+mod run;
 mod table;
 
 /// Container networks without iptables in the packet path.
@@ -51,6 +53,11 @@ enum Verb {
     Connect(endpoint::Connect),
     /// Detach an endpoint from a network
     Disconnect(endpoint::Disconnect),
+    /// Run a command in a network, for as long as it runs
+    Run(run::Run),
+    /// Become a command that ends with the process that started it
+    #[command(hide = true)]
+    Become(run::Become),
     /// Publish ports of an endpoint on the host
     Publish(publish::Publish),
     /// Take published ports back
@@ -74,26 +81,36 @@ enum Verb {
 }
 
 /// Runs the command line that this process was given. 0: done, 1: refused or failed, with one
-/// line on standard error, 2: not understood.
+/// line on standard error, 2: not understood. `netdp run` ends as its command does, and with 125
+/// where it was not the command that failed.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
+    let failed = match cli.verb {
+        Verb::Run(_) | Verb::Become(_) => run::FAILED,
+        _ => 1,
+    };
     match execute(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            // One line, whatever an error from below brought along.
-            let line =
-                format!("{error:#}").split('\n').map(str::trim).collect::<Vec<_>>().join(" ");
-            eprintln!("netdp: {line}");
-            ExitCode::FAILURE
+            complain(&error);
+            failed.into()
         }
     }
 }
 
-fn execute(cli: Cli) -> Result<()> {
+/// Says what went wrong in one line, whatever an error from below brought along.
+fn complain(error: &anyhow::Error) {
+    let line = format!("{error:#}").split('\n').map(str::trim).collect::<Vec<_>>().join(" ");
+    eprintln!("netdp: {line}");
+}
+
+fn execute(cli: Cli) -> Result<ExitCode> {
     let socket = |paths: &Paths| cli.socket.clone().unwrap_or_else(|| paths.socket());
     let client = || Client::new(&socket(&Paths::default()));
-    match cli.verb {
+    let done = match cli.verb {
+        Verb::Run(verb) => return wait_for(verb.run(&client())),
+        Verb::Become(verb) => return verb.run(),
         Verb::Agent(config) => agent::run(&config, &socket(&config.paths)),
         Verb::Network(verb) => wait_for(verb.run(&client())),
         Verb::Connect(verb) => wait_for(verb.run(&client())),
@@ -110,16 +127,8 @@ fn execute(cli: Cli) -> Result<()> {
         }
         Verb::Completions(verb) => verb.run(),
         Verb::Man(verb) => verb.run(),
-    }
-}
-
-/// Runs a verb that waits for the network, on this thread.
-fn wait_for(verb: impl Future<Output = Result<()>>) -> Result<()> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("start the async runtime")?
-        .block_on(verb)
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 /// Writes to standard output.
@@ -166,6 +175,9 @@ mod tests {
             "connect a web --name A1 --ip 172.20.0.2 --mac 02:42:ac:14:00:02 --interface eth0 \
              -p 8080:80 -p 53:53/udp --json",
             "disconnect a A1",
+            "run --network a --name A1 --ip 172.20.0.2 --mac 02:42:ac:14:00:02 -p 8080:80 \
+             --dns 192.0.2.1 ls -l /tmp",
+            "run --network a -- ls",
             "publish A1 -p 8080:80 -p 80 --network a --json",
             "unpublish A1 -p 8080:80",
             "policy set a rules.txt",
@@ -186,7 +198,16 @@ mod tests {
                 panic!("{line}: {error}");
             }
         }
-        for line in ["", "network", "network create", "publish A1", "connect a", "policy add a"] {
+        for line in [
+            "",
+            "network",
+            "network create",
+            "publish A1",
+            "connect a",
+            "policy add a",
+            "run ls",
+            "run --network a",
+        ] {
             let words = ["netdp"].into_iter().chain(line.split_whitespace());
             let error = Cli::try_parse_from(words).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");

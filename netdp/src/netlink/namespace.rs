@@ -19,7 +19,7 @@ use nix::{
 };
 use rtnetlink::{
     LinkUnspec, RouteMessageBuilder,
-    packet_route::route::{RouteHeader, RouteType},
+    packet_route::route::{RouteHeader, RouteMessage, RouteType},
 };
 use tokio::{runtime::Handle, sync::oneshot};
 
@@ -27,7 +27,7 @@ use super::{
     Netlink, kernel_error,
     link::{ensure_ipv6, refuse_ipv6},
 };
-use crate::{model::NetnsIdentity, plan::VethPlan};
+use crate::{facts::Link, model::NetnsIdentity, plan::VethPlan};
 
 /// An open network namespace.
 #[derive(Debug)]
@@ -46,6 +46,17 @@ pub struct Survey {
     pub interfaces: BTreeSet<String>,
 }
 
+/// What a container could use, by its own account.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interior {
+    /// Its interfaces with their addresses.
+    pub links: Vec<Link>,
+    /// Whether there is a default route for IPv4.
+    pub has_ipv4_route: bool,
+    /// Whether there is a default route for IPv6.
+    pub has_ipv6_route: bool,
+}
+
 /// Whether a path still means this namespace. Cheap: one `stat`.
 pub fn is_still(path: &Path, identity: NetnsIdentity) -> bool {
     fs::metadata(path).is_ok_and(|metadata| identity_of(&metadata) == identity)
@@ -60,6 +71,21 @@ pub async fn survey(path: &Path) -> Result<Survey> {
     let links = namespace.within(async |netlink| netlink.links().await).await?;
     let interfaces = links.into_values().map(|link| link.name).collect();
     Ok(Survey { identity: namespace.identity, interfaces })
+}
+
+/// Opens the namespace at a path and says what is in it.
+///
+/// # Errors
+/// Fails where there is nothing at the path or something else than a network namespace.
+pub async fn look_inside(path: &Path) -> Result<Interior> {
+    let look = async |netlink: Netlink| {
+        Ok(Interior {
+            links: netlink.read_facts().await?.links.into_values().collect(),
+            has_ipv4_route: has_default_route(&netlink.routes::<Ipv4Addr>().await?),
+            has_ipv6_route: has_default_route(&netlink.routes::<Ipv6Addr>().await?),
+        })
+    };
+    Namespace::open(path)?.within(look).await
 }
 
 impl Namespace {
@@ -186,12 +212,7 @@ impl Netlink {
             IpAddr::V4(_) => self.routes::<Ipv4Addr>().await?,
             IpAddr::V6(_) => self.routes::<Ipv6Addr>().await?,
         };
-        let has_one = routes.iter().any(|route| {
-            route.header.table == RouteHeader::RT_TABLE_MAIN
-                && route.header.kind == RouteType::Unicast
-                && route.header.destination_prefix_length == 0
-        });
-        if has_one {
+        if has_default_route(&routes) {
             return Ok(());
         }
         let route = match gateway {
@@ -212,6 +233,14 @@ impl Netlink {
             .map_err(kernel_error)
             .with_context(|| format!("add a default route by {gateway}"))
     }
+}
+
+fn has_default_route(routes: &[RouteMessage]) -> bool {
+    routes.iter().any(|route| {
+        route.header.table == RouteHeader::RT_TABLE_MAIN
+            && route.header.kind == RouteType::Unicast
+            && route.header.destination_prefix_length == 0
+    })
 }
 
 fn identity_of(metadata: &fs::Metadata) -> NetnsIdentity {
