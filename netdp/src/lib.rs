@@ -10,6 +10,7 @@ pub mod controller;
 pub mod dataplane;
 pub mod facts;
 pub mod family;
+pub mod integrations;
 pub mod ipam;
 pub mod loopback;
 pub mod model;

@@ -44,6 +44,8 @@ pub(crate) enum Suite {
     Differential,
     /// The same promises, asked of Docker itself
     Docker,
+    /// Container engines as they are, with networks of netdp's
+    Engines,
     /// Restarts, crashes and clean-up of the agent
     Lifecycle,
     /// The demo, as one test
@@ -63,7 +65,7 @@ impl Suite {
 
     /// Whether it is a test of the tests crate, and can run wherever its executable is.
     pub(crate) fn is_executable(self) -> bool {
-        !matches!(self, Self::Unit | Self::Tidy | Self::Docker | Self::Demo | Self::Vm)
+        !matches!(self, Self::Unit | Self::Tidy | Self::Docker | Self::Engines | Self::Demo | Self::Vm)
     }
 }
 
@@ -122,6 +124,12 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
             let root = env::var_os("NETDP_DOCKER").map(PathBuf::from).or(docker::get().ok());
             let named = root.iter().map(|root| ("NETDP_DOCKER", root.as_os_str()));
             run_as_root(suite, &named.collect::<Vec<_>>())
+        }
+        Suite::Engines => {
+            let root = env::var_os("NETDP_DOCKER").map(PathBuf::from).or(docker::get().ok());
+            let mut environment = vec![("NETDP_BIN", agent(netdp)?.as_os_str())];
+            environment.extend(root.iter().map(|root| ("NETDP_DOCKER", root.as_os_str())));
+            run_as_root(suite, &environment)
         }
         Suite::Demo => {
             let finished = run_shown("demo", &mut demo::command(agent(netdp)?)?)?;

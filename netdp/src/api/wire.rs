@@ -132,6 +132,7 @@ impl CreateNetwork {
     pub fn into_spec(self, global_id: [u8; 5]) -> Result<NetworkSpec, Refusal> {
         let mut spec = NetworkSpec {
             name: self.name,
+            engine_id: None,
             enable_ipv4: self.enable_ipv4,
             enable_ipv6: self.enable_ipv6,
             subnets: cidrs("subnet", &self.subnets)?,
@@ -260,6 +261,8 @@ pub struct Settings {
     pub name: String,
     /// Its id.
     pub id: u32,
+    /// How the container engine that made it calls it; `null` where the user did.
+    pub engine_id: Option<String>,
     /// Name of the Linux bridge.
     pub bridge: String,
     /// CIDRs.
@@ -323,9 +326,11 @@ pub struct Endpoint {
     pub name: String,
     /// Its network's name.
     pub network: String,
-    /// Path of the container's namespace.
+    /// How the container engine that made it calls it; `null` where the user did.
+    pub engine_id: Option<String>,
+    /// Path of the container's namespace; empty while an engine has given it to none.
     pub netns: String,
-    /// Interface inside the container.
+    /// Interface inside the container; empty where an engine names it.
     pub interface: String,
     /// Interface of the host.
     pub host_interface: String,
@@ -497,6 +502,7 @@ impl From<&model::Network> for Settings {
         Self {
             name: network.name.clone(),
             id: network.id.0,
+            engine_id: network.engine_id.clone(),
             bridge: network.bridge.clone(),
             subnets: network.subnets().map(|net| net.to_string()).collect(),
             gateways: texts(ipv4.map(|side| side.gateway), ipv6.map(|side| side.gateway)),
@@ -554,11 +560,18 @@ impl Endpoint {
     pub fn of(network: &model::Network, endpoint: &model::Endpoint) -> Self {
         let ipv4 = endpoint.ipv4.zip(network.ipv4);
         let ipv6 = endpoint.ipv6.zip(network.ipv6);
+        let (engine_id, netns, interface) = match &endpoint.place {
+            model::Place::Netns(netns) => (None, Some(&netns.path), endpoint.interface.clone()),
+            model::Place::Engine(engaged) => {
+                (Some(engaged.id.clone()), engaged.sandbox.as_ref(), String::new())
+            }
+        };
         Self {
             name: endpoint.name.clone(),
             network: network.name.clone(),
-            netns: endpoint.netns.display().to_string(),
-            interface: endpoint.interface.clone(),
+            engine_id,
+            netns: netns.map(|path| path.display().to_string()).unwrap_or_default(),
+            interface,
             host_interface: endpoint.host_interface.clone(),
             addresses: texts(
                 ipv4.map(|(address, side)| V4::with_prefix_of(address, side.subnet)),
@@ -839,6 +852,7 @@ mod tests {
         let mut expected = json!({
             "name": "a",
             "id": 1,
+            "engine_id": null,
             "bridge": "nd-1",
             "subnets": ["172.20.0.0/24"],
             "gateways": ["172.20.0.1"],
@@ -862,6 +876,7 @@ mod tests {
         expected["endpoints"] = json!([{
             "name": "A1",
             "network": "a",
+            "engine_id": null,
             "netns": "/run/netns/A1",
             "interface": "eth0",
             "host_interface": "ndv1",

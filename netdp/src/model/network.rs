@@ -34,6 +34,8 @@ const MIN_IPV6_MTU: u32 = 1280;
 pub struct NetworkSpec {
     /// Its name.
     pub name: String,
+    /// See [`Network::engine_id`].
+    pub engine_id: Option<String>,
     /// Whether it has an IPv4 side; it has unless the user said no.
     pub enable_ipv4: Option<bool>,
     /// Whether it has an IPv6 side; it has if there is an IPv6 subnet.
@@ -279,6 +281,7 @@ impl Model {
         let network = Network {
             id,
             name: spec.name,
+            engine_id: spec.engine_id,
             bridge,
             ipv4,
             ipv6,

@@ -1,6 +1,6 @@
 //! Whole plans from whole models, and what holds for every plan.
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
@@ -8,7 +8,7 @@ use super::*;
 use crate::{
     dataplane::PublishedTarget,
     facts::LinkAddress,
-    model::{GatewayMode, NatBehaviour, Protocol, PublishedPort, policy, tests::steady},
+    model::{GatewayMode, NatBehaviour, NetnsIdentity, Protocol, PublishedPort, policy, tests::steady},
 };
 
 const A: NetworkId = NetworkId(1);
@@ -29,6 +29,7 @@ fn network(id: u32) -> Network {
     Network {
         id: NetworkId(id),
         name: format!("n{id}"),
+        engine_id: None,
         bridge: format!("nd-{id}"),
         ipv4: side(format!("172.{}.0.0/24", 19 + id).parse().unwrap()),
         ipv6: None,
@@ -50,6 +51,13 @@ fn dual_network(id: u32) -> Network {
     Network { ipv6, ..network(id) }
 }
 
+fn netns(id: u32) -> Netns {
+    Netns {
+        path: format!("/run/netns/e{id}").into(),
+        identity: NetnsIdentity { device: 4, inode: u64::from(id) },
+    }
+}
+
 fn endpoint(id: u32, network: &Network, published: Vec<PublishedPort>) -> Endpoint {
     let host = |first: u128| first + 1 + u128::from(id);
     let ipv4 = network.ipv4.map(|side| V4::address(host(V4::bits(V4::first(side.subnet)))));
@@ -58,8 +66,7 @@ fn endpoint(id: u32, network: &Network, published: Vec<PublishedPort>) -> Endpoi
         id: EndpointId(id),
         network: network.id,
         name: format!("e{id}"),
-        netns: PathBuf::from(format!("/run/netns/e{id}")),
-        netns_identity: NetnsIdentity { device: 4, inode: u64::from(id) },
+        place: Place::Netns(netns(id)),
         host_interface: format!("ndv{id}"),
         interface: "eth0".into(),
         ipv4,
@@ -191,8 +198,7 @@ fn the_first_plan_makes_links_and_keeps_them_from_the_backend_until_they_exist()
         alias: "netdp endpoint n1/e1".into(),
         bridge: "nd-1".into(),
         mtu: 1500,
-        netns: "/run/netns/e1".into(),
-        netns_identity: NetnsIdentity { device: 4, inode: 1 },
+        netns: Some(netns(1)),
         interface: "eth0".into(),
         mac: MacAddress([0x02, 0x42, 172, 20, 0, 2]),
         ipv4: Some(InterfacePlan {
@@ -213,8 +219,8 @@ fn the_first_plan_makes_links_and_keeps_them_from_the_backend_until_they_exist()
 #[test]
 fn a_container_has_one_way_out_and_its_ports_follow_it() {
     let (mut model, b, b1) = (model(), NetworkId(2), EndpointId(2));
-    let identity = model.endpoints[&A1].netns_identity;
-    let second = Endpoint { netns_identity: identity, ..endpoint(2, &network(2), vec![WEB]) };
+    let place = Place::Netns(netns(1));
+    let second = Endpoint { place, ..endpoint(2, &network(2), vec![WEB]) };
     model.networks.insert(b, network(2));
     model.endpoints.insert(b1, second);
     let gateways = |model: &Model| {
