@@ -5,7 +5,7 @@
 //! wire formats.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::PathBuf,
@@ -100,6 +100,8 @@ pub struct Network {
     pub mtu: u32,
     /// Most flows that one endpoint may have opened, in both families together; 0 = no limit.
     pub endpoint_flows: u32,
+    /// Addresses that are chosen for no endpoint: somebody else's, on the same bridge.
+    pub reserved: BTreeSet<IpAddr>,
     /// The user's rules, evaluated in order before our own.
     pub policy: Vec<PolicyRule>,
     /// Incremented with every change of `policy`; flows classified under an older one are

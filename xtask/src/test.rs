@@ -65,7 +65,10 @@ impl Suite {
 
     /// Whether it is a test of the tests crate, and can run wherever its executable is.
     pub(crate) fn is_executable(self) -> bool {
-        !matches!(self, Self::Unit | Self::Tidy | Self::Docker | Self::Engines | Self::Demo | Self::Vm)
+        !matches!(
+            self,
+            Self::Unit | Self::Tidy | Self::Docker | Self::Engines | Self::Demo | Self::Vm
+        )
     }
 }
 

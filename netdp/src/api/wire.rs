@@ -4,7 +4,7 @@
 //! refusal can say what is wrong with them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt::Display,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
@@ -147,6 +147,8 @@ impl CreateNetwork {
             // These come as options.
             endpoint_flows: None,
             nat: None,
+            // Engines have them.
+            reserved: BTreeSet::new(),
             host_bindings: addresses("host binding", &self.host_bindings)?,
             snat_ips: addresses("SNAT address", &self.snat_ips)?,
             global_id,
@@ -287,6 +289,8 @@ pub struct Settings {
     pub mtu: u32,
     /// Most flows that one endpoint may have opened, in both families together; 0 = no limit.
     pub endpoint_flows: u32,
+    /// Addresses that are chosen for no endpoint.
+    pub reserved: Vec<String>,
     /// Host addresses of published ports that name none.
     pub host_bindings: Vec<String>,
     /// The first of them.
@@ -515,6 +519,7 @@ impl From<&model::Network> for Settings {
             gateway_mode: network.gateway_mode.to_string(),
             mtu: network.mtu,
             endpoint_flows: network.endpoint_flows,
+            reserved: network.reserved.iter().map(ToString::to_string).collect(),
             host_binding: host_bindings.first().cloned().unwrap_or_default(),
             host_bindings,
             snat_ip: snat_ips.first().cloned(),
@@ -865,6 +870,7 @@ mod tests {
             "gateway_mode": "nat",
             "mtu": 1500,
             "endpoint_flows": 0,
+            "reserved": [],
             "host_binding": "0.0.0.0",
             "host_bindings": ["0.0.0.0"],
             "snat_ip": null,

@@ -130,8 +130,8 @@ impl Model {
         }
         let used4 = members.iter().filter_map(|e| Some((e.ipv4?, e.name.as_str()))).collect();
         let used6 = members.iter().filter_map(|e| Some((e.ipv6?, e.name.as_str()))).collect();
-        let ipv4 = choose_address(&network.name, network.ipv4, &used4, new.addresses)?;
-        let ipv6 = choose_address(&network.name, network.ipv6, &used6, new.addresses)?;
+        let ipv4 = choose_address(network, network.ipv4, &used4, new.addresses)?;
+        let ipv6 = choose_address(network, network.ipv6, &used6, new.addresses)?;
         let address4 = ipv4.as_ref().map(|choice| choice.address);
         let address6 = ipv6.as_ref().map(|choice| choice.address);
         let mac = match new.mac {
@@ -301,11 +301,12 @@ struct Choice<F: Family> {
 
 /// The endpoint's address in one family; `None` where the network does not have the family.
 fn choose_address<F: Family>(
-    network: &str,
+    network: &Network,
     side: Option<Subnet<F>>,
     used: &BTreeMap<F::Address, &str>,
     wanted: &[IpAddr],
 ) -> Result<Option<Choice<F>>, Refusal> {
+    let (reserved, network) = (&network.reserved, &network.name);
     let mut wanted = wanted.iter().copied().filter_map(F::of);
     let (first, second) = (wanted.next(), wanted.next());
     if second.is_some() {
@@ -324,7 +325,8 @@ fn choose_address<F: Family>(
         };
     };
     let Some(address) = first else {
-        let used: BTreeSet<F::Address> = used.keys().copied().collect();
+        let reserved = reserved.iter().copied().filter_map(F::of);
+        let used: BTreeSet<F::Address> = used.keys().copied().chain(reserved).collect();
         let address = ipam::choose_address(&side, &used).ok_or_else(|| {
             Refusal::conflict(format!(
                 "no address is free in {} of network {network:?}: disconnect an endpoint",

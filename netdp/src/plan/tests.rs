@@ -8,7 +8,10 @@ use super::*;
 use crate::{
     dataplane::PublishedTarget,
     facts::LinkAddress,
-    model::{GatewayMode, NatBehaviour, NetnsIdentity, Protocol, PublishedPort, policy, tests::steady},
+    model::{
+        Engaged, GatewayMode, NatBehaviour, NetnsIdentity, Protocol, PublishedPort, policy,
+        tests::steady,
+    },
 };
 
 const A: NetworkId = NetworkId(1);
@@ -40,6 +43,7 @@ fn network(id: u32) -> Network {
         nat: NatBehaviour::EndpointIndependent,
         mtu: 1500,
         endpoint_flows: 1000,
+        reserved: BTreeSet::new(),
         policy: Vec::new(),
         policy_generation: 0,
     }
@@ -368,6 +372,34 @@ fn links_of_ours_that_nothing_names_are_orphans() {
     let plan = plan(&Model::default(), &host_with_links(), &Setting::default());
     assert_eq!(plan.orphans, [10, 11].into());
     assert_eq!(plan.program.networks, [].into());
+}
+
+#[test]
+fn an_offered_end_is_ours_under_its_own_name_only() {
+    let mut model = model();
+    let engaged = Engaged { id: "e".into(), sandbox: None };
+    let endpoint = model.endpoints.get_mut(&A1).unwrap();
+    (endpoint.place, endpoint.interface) = (Place::Engine(engaged), "ndc1".into());
+    let offered = |name: &str| {
+        let alias = Some("netdp offer ndc1".into());
+        (20, Link { alias, kind: Some("veth".into()), ..link(name) })
+    };
+    let plan_of = |model: &Model, facts: &HostFacts| plan(model, facts, &Setting::default());
+
+    let mut facts = host_with_links();
+    facts.links.extend([offered("ndc1")]);
+    let waiting = plan_of(&model, &facts);
+    assert_eq!(waiting.veths[&A1].netns, None);
+    assert_eq!(waiting.orphans, [].into());
+    assert!(!waiting.program.uplinks.contains_key(&20));
+    assert_eq!(plan_of(&Model::default(), &facts).orphans, [10, 11, 20].into());
+    // In a container that runs an agent of its own, it is that container's.
+    facts.links.extend([offered("eth7")]);
+    assert_eq!(plan_of(&Model::default(), &facts).orphans, [10, 11].into());
+    // Gone with its container: nothing to repair.
+    let facts = host();
+    let drift = link_drift(&plan_of(&model, &facts), &facts);
+    assert!(!drift.iter().any(|drift| drift.what.contains("ndv1")), "{drift:?}");
 }
 
 #[test]

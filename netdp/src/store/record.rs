@@ -3,6 +3,7 @@
 //! Owns the shapes on disk. A change that an older record does not read as needs a new schema.
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::PathBuf,
 };
@@ -15,7 +16,8 @@ use crate::{
     family::Family,
     model::{
         Action, Endpoint, EndpointId, Engaged, GatewayMode, MacAddress, NatBehaviour, Netns,
-        NetnsIdentity, Network, NetworkId, Place, PolicyRule, Protocol, PublishedPort, Source, Subnet,
+        NetnsIdentity, Network, NetworkId, Place, PolicyRule, Protocol, PublishedPort, Source,
+        Subnet,
     },
 };
 
@@ -39,6 +41,9 @@ pub(super) struct NetworkRecord {
     /// Older records have none.
     #[serde(default)]
     endpoint_flows: u32,
+    /// Older records have none.
+    #[serde(default)]
+    reserved: BTreeSet<IpAddr>,
     policy: Vec<RuleRecord>,
     policy_generation: u32,
 }
@@ -185,6 +190,7 @@ impl From<&Network> for NetworkRecord {
             nat: network.nat.into(),
             mtu: network.mtu,
             endpoint_flows: network.endpoint_flows,
+            reserved: network.reserved.clone(),
             policy: network.policy.iter().map(RuleRecord::from).collect(),
             policy_generation: network.policy_generation,
         }
@@ -212,6 +218,7 @@ impl NetworkRecord {
             nat: self.nat.into(),
             mtu: self.mtu,
             endpoint_flows: self.endpoint_flows,
+            reserved: self.reserved,
             policy: self.policy.into_iter().map(RuleRecord::into_rule).collect::<Result<_>>()?,
             policy_generation: self.policy_generation,
         })

@@ -42,7 +42,10 @@ const TESTS: &[(&str, Test)] = &[
     ("options_are_dockers_and_netdps", networks::options_are_dockers_and_netdps),
     ("web_app_and_database", networks::web_app_and_database),
     ("agent_may_restart", lifecycle::agent_may_restart),
-    ("interface_that_is_lost_is_not_made_again", lifecycle::interface_that_is_lost_is_not_made_again),
+    (
+        "interface_that_is_lost_is_not_made_again",
+        lifecycle::interface_that_is_lost_is_not_made_again,
+    ),
     ("daemon_may_restart", lifecycle::daemon_may_restart),
     ("containers_live_through_a_restart", lifecycle::containers_live_through_a_restart),
 ];

@@ -5,7 +5,10 @@
 //! the model's operations for engines bear all of that. Docker's own API is never asked from here: its
 //! daemon holds locks while it waits for an answer.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::Error;
 use axum::{
@@ -29,6 +32,7 @@ use crate::{
     model::{self, Refusal, engine::short_id},
 };
 
+mod ipam;
 mod wire;
 
 /// What Docker's own plugins answer with.
@@ -49,6 +53,7 @@ pub fn is_present() -> bool {
 #[derive(Clone)]
 pub struct Driver {
     controller: Controller,
+    ledger: Arc<ipam::Ledger>,
 }
 
 /// An error on its way out.
@@ -74,9 +79,10 @@ impl<T: Serialize> IntoResponse for Reply<T> {
 }
 
 impl IntoResponse for Failure {
-    /// Docker shows `Err` to its user, whatever the status code; other codes it has uses of its own for.
+    /// Docker shows it to its user, whatever the status code; other codes it has uses of its own for.
     fn into_response(self) -> Response {
-        Reply(json!({ "Err": self.0 })).into_response()
+        // The first is what network drivers are read for, the second what IPAM drivers are.
+        Reply(json!({ "Err": self.0, "Error": self.0 })).into_response()
     }
 }
 
@@ -125,7 +131,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Call<T> {
 impl Driver {
     /// Serves networks of this controller.
     pub fn new(controller: Controller) -> Self {
-        Self { controller }
+        Self { controller, ledger: Arc::default() }
     }
 
     /// All calls.
@@ -147,6 +153,7 @@ impl Driver {
             .route("/NetworkDriver.FreeNetwork", post(nothing))
             .route("/NetworkDriver.DiscoverNew", post(nothing))
             .route("/NetworkDriver.DiscoverDelete", post(nothing))
+            .merge(ipam::router())
             .fallback(unknown)
             .layer(DefaultBodyLimit::max(BODY_LIMIT))
             .with_state(self)
@@ -160,7 +167,7 @@ async fn unknown(uri: Uri) -> (StatusCode, Failure) {
 
 async fn activate() -> Reply<serde_json::Value> {
     info!("Docker takes netdp for a driver");
-    Reply(json!({ "Implements": ["NetworkDriver"] }))
+    Reply(json!({ "Implements": ["NetworkDriver", "IpamDriver"] }))
 }
 
 async fn capabilities() -> Reply<serde_json::Value> {
@@ -239,10 +246,7 @@ async fn endpoint_info(Call(_): Call<Endpoint>) -> Reply<serde_json::Value> {
 async fn join(State(driver): State<Driver>, Call(request): Call<Join>) -> Answer<Joined> {
     let Join { endpoint: Endpoint { id, .. }, sandbox } = request;
     let sandbox = PathBuf::from(sandbox);
-    driver
-        .controller
-        .change(|model, _| model.take(&id, sandbox.clone()).map(drop))
-        .await?;
+    driver.controller.change(|model, _| model.take(&id, sandbox.clone()).map(drop)).await?;
     let model = driver.controller.model().await;
     let endpoint = model.endpoint_of_engine(&id)?;
     Ok(Reply(Joined::of(&model, endpoint)))
@@ -259,10 +263,7 @@ async fn leave(
 async fn expose(State(driver): State<Driver>, Call(request): Call<External>) -> Answer<Done> {
     let specs = request.ports()?;
     let id = &request.endpoint.id;
-    let ports = driver
-        .controller
-        .change(|model, facts| model.expose(id, &specs, facts))
-        .await?;
+    let ports = driver.controller.change(|model, facts| model.expose(id, &specs, facts)).await?;
     if !ports.is_empty() {
         let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
         info!("published of {}: {}", short_id(id), ports.join(", "));

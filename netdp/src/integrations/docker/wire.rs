@@ -8,10 +8,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
-use crate::model::{
-    self, Model, NetworkSpec, OfferSpec, PublishSpec, Refusal,
-    engine::short_id,
-};
+use crate::model::{self, Model, NetworkSpec, OfferSpec, PublishSpec, Refusal, engine::short_id};
 
 /// Key of what `--opt` said, among the options of a network.
 const GENERIC: &str = "com.docker.network.generic";
@@ -34,7 +31,9 @@ fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Vec<T
     Ok(Option::deserialize(from)?.unwrap_or_default())
 }
 
-fn options<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, Value>, D::Error> {
+fn map<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    from: D,
+) -> Result<BTreeMap<String, T>, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or_default())
 }
 
@@ -43,7 +42,7 @@ fn options<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, Value>
 pub(super) struct CreateNetwork {
     #[serde(rename = "NetworkID")]
     id: String,
-    #[serde(rename = "Options", default, deserialize_with = "options")]
+    #[serde(rename = "Options", default, deserialize_with = "map")]
     options: BTreeMap<String, Value>,
     #[serde(rename = "IPv4Data", default, deserialize_with = "list")]
     ipv4: Vec<Pool>,
@@ -60,6 +59,9 @@ struct Pool {
     /// With the subnet's prefix length.
     #[serde(default)]
     gateway: String,
+    /// By name; with the subnet's prefix length.
+    #[serde(default, deserialize_with = "map")]
+    aux_addresses: BTreeMap<String, String>,
 }
 
 impl CreateNetwork {
@@ -81,6 +83,9 @@ impl CreateNetwork {
             spec.subnets.push(parse("subnet", &pool.pool)?);
             if !pool.gateway.is_empty() {
                 spec.gateways.push(address("gateway", &pool.gateway)?);
+            }
+            for text in pool.aux_addresses.values() {
+                spec.reserved.insert(address("auxiliary address", text)?);
             }
         }
         let generic = self.options.get(GENERIC).and_then(Value::as_object);
@@ -122,7 +127,7 @@ pub(super) struct CreateEndpoint {
     endpoint: Endpoint,
     #[serde(rename = "Interface")]
     pub(super) interface: Option<Interface>,
-    #[serde(rename = "Options", default, deserialize_with = "options")]
+    #[serde(rename = "Options", default, deserialize_with = "map")]
     options: BTreeMap<String, Value>,
 }
 
@@ -241,7 +246,7 @@ impl Joined {
 pub(super) struct External {
     #[serde(flatten)]
     pub(super) endpoint: Endpoint,
-    #[serde(rename = "Options", default, deserialize_with = "options")]
+    #[serde(rename = "Options", default, deserialize_with = "map")]
     options: BTreeMap<String, Value>,
 }
 
@@ -292,12 +297,171 @@ fn text(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
-fn parse(noun: &str, text: &str) -> Result<IpNet, Refusal> {
+pub(super) fn parse(noun: &str, text: &str) -> Result<IpNet, Refusal> {
     text.parse().map_err(|_| Refusal::invalid(format!("{noun} {text:?} is no CIDR")))
 }
 
 /// An address, with or without a prefix length.
-fn address(noun: &str, text: &str) -> Result<IpAddr, Refusal> {
+pub(super) fn address(noun: &str, text: &str) -> Result<IpAddr, Refusal> {
     let address = text.split('/').next().unwrap_or_default();
     address.parse().map_err(|_| Refusal::invalid(format!("{noun} {text:?} is no IP address")))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::{GatewayMode, tests as fixture};
+
+    const ID: &str = "1e5b878e07d95fe7295305fdabdb09a1";
+
+    fn create(extra: Value) -> Result<NetworkSpec, Refusal> {
+        let mut call = json!({
+            "NetworkID": ID,
+            "Options": {
+                "com.docker.network.enable_ipv4": true,
+                "com.docker.network.enable_ipv6": false,
+                "com.docker.network.generic": {},
+            },
+            "IPv4Data": [{
+                "AddressSpace": "LocalDefault",
+                "Gateway": "172.17.0.1/16",
+                "Pool": "172.17.0.0/16",
+            }],
+            "IPv6Data": null,
+        });
+        for (key, value) in extra.as_object().unwrap() {
+            match value.as_object().zip(call[key].as_object_mut()) {
+                Some((more, options)) => options.extend(more.clone()),
+                None => call[key] = value.clone(),
+            }
+        }
+        serde_json::from_value::<CreateNetwork>(call).unwrap().into_spec([0; 5])
+    }
+
+    #[test]
+    fn a_network_is_as_docker_says() {
+        let expected = NetworkSpec {
+            name: "1e5b878e07d9".into(),
+            engine_id: Some(ID.into()),
+            enable_ipv4: Some(true),
+            enable_ipv6: Some(false),
+            gateways: vec!["172.17.0.1".parse().unwrap()],
+            ..fixture::network_spec("", "172.17.0.0/16")
+        };
+        assert_eq!(create(json!({})), Ok(expected.clone()));
+        let spec = create(json!({
+            "Options": {
+                "com.docker.network.internal": true,
+                "com.docker.network.enable_ipv6": true,
+                "com.docker.network.generic": {
+                    "com.docker.network.bridge.gateway_mode_ipv4": "routed",
+                    "com.docker.network.driver.mtu": "1400",
+                    "netdp.name": "web",
+                },
+            },
+            "IPv6Data": [{
+                "Pool": "fd00:20::/64",
+                "AuxAddresses": {"router": "fd00:20::9/64"},
+            }],
+        }));
+        let subnets = [expected.subnets[0], "fd00:20::/64".parse().unwrap()];
+        let expected = NetworkSpec {
+            name: "web".into(),
+            enable_ipv6: Some(true),
+            subnets: subnets.into(),
+            internal: true,
+            gateway_mode: Some(GatewayMode::Routed),
+            mtu: Some(1400),
+            reserved: ["fd00:20::9".parse().unwrap()].into(),
+            ..expected
+        };
+        assert_eq!(spec, Ok(expected));
+        let options = json!({"com.docker.network.generic": {"netdp.speed": "high"}});
+        let refusal = create(json!({ "Options": options })).unwrap_err();
+        assert!(refusal.message.contains("netdp.speed"), "{refusal}");
+    }
+
+    /// A model with network `a`, and an endpoint of it that Docker has asked for in these words.
+    fn offered(interface: Value) -> (Model, model::Endpoint) {
+        let mut model = fixture::model_with_network("a");
+        model.networks.values_mut().next().unwrap().engine_id = Some(ID.into());
+        let call = json!({
+            "NetworkID": ID,
+            "EndpointID": "e1",
+            "Interface": interface,
+            "Options": {"netdp.name": "shop"},
+        });
+        let spec = serde_json::from_value::<CreateEndpoint>(call).unwrap().into_spec().unwrap();
+        let id = model.offer(spec, &fixture::host()).unwrap();
+        let endpoint = model.endpoints[&id].clone();
+        (model, endpoint)
+    }
+
+    #[test]
+    fn docker_is_told_of_an_endpoint_what_it_did_not_say() {
+        let said = json!({"Address": "172.20.0.7/24", "AddressIPv6": "", "MacAddress": ""});
+        let (model, endpoint) = offered(said.clone());
+        assert_eq!(endpoint.name, "shop");
+        let said: Interface = serde_json::from_value(said).unwrap();
+        let answer = serde_json::to_value(MadeEndpoint::of(&model, &endpoint, &said)).unwrap();
+        let chosen = json!({"Address": "", "AddressIPv6": "", "MacAddress": "02:42:ac:14:00:07"});
+        assert_eq!(answer, json!({ "Interface": chosen }));
+
+        let mac = json!({"MacAddress": "02:42:00:00:00:07"});
+        let (model, endpoint) = offered(mac.clone());
+        let said: Interface = serde_json::from_value(mac).unwrap();
+        let answer = serde_json::to_value(MadeEndpoint::of(&model, &endpoint, &said)).unwrap();
+        let chosen = json!({"Address": "172.20.0.2/24", "AddressIPv6": "", "MacAddress": ""});
+        assert_eq!(answer, json!({ "Interface": chosen }));
+    }
+
+    #[test]
+    fn there_is_a_gateway_or_docker_is_told_to_do_without() {
+        let (mut model, endpoint) = offered(Value::Null);
+        let joined = |model: &Model| serde_json::to_value(Joined::of(model, &endpoint)).unwrap();
+        let name = json!({"SrcName": "ndc1", "DstPrefix": "eth"});
+        let expected = json!({
+            "InterfaceName": name,
+            "Gateway": "172.20.0.1",
+            "GatewayIPv6": "",
+            "DisableGatewayService": false,
+        });
+        assert_eq!(joined(&model), expected);
+        model.networks.values_mut().next().unwrap().internal = true;
+        let expected = json!({
+            "InterfaceName": name,
+            "Gateway": "",
+            "GatewayIPv6": "",
+            "DisableGatewayService": true,
+        });
+        assert_eq!(joined(&model), expected);
+    }
+
+    #[test]
+    fn ports_are_read_as_docker_means_them() {
+        let ports = |bindings: Value| {
+            let call = json!({
+                "NetworkID": ID, "EndpointID": "e1",
+                "Options": {"com.docker.network.portmap": bindings},
+            });
+            serde_json::from_value::<External>(call).unwrap().ports()
+        };
+        let binding = |host_ip: &str, first: u16, last: u16| {
+            json!({"Proto": 6, "IP": "", "Port": 80, "HostIP": host_ip, "HostPort": first,
+                   "HostPortEnd": last})
+        };
+        for (said, meant) in [
+            (binding("", 8080, 8080), "8080:80"),
+            (binding("", 0, 0), "80"),
+            (binding("127.0.0.1", 8080, 8089), "127.0.0.1:8080-8089:80"),
+            (binding("::1", 8080, 0), "[::1]:8080:80"),
+        ] {
+            assert_eq!(ports(json!([said])), Ok(vec![meant.parse().unwrap()]), "{meant}");
+        }
+        assert_eq!(ports(Value::Null), Ok(Vec::new()));
+        assert!(ports(json!([binding("here", 1, 1)])).is_err());
+        assert!(ports(json!([{"Proto": 1, "Port": 80}])).is_err());
+    }
 }

@@ -27,7 +27,10 @@ pub(super) fn agent_may_restart(scene: &Scene) -> Result<()> {
     // What is gone while the agent is not there is gone when it comes back.
     agent.stop()?;
     let other = scene.lab.host().ip_json(&["link", "show", "type", "veth"])?;
-    ensure!(other.as_array().is_some_and(|links| !links.is_empty()), "the container's link is gone");
+    ensure!(
+        other.as_array().is_some_and(|links| !links.is_empty()),
+        "the container's link is gone"
+    );
     agent.start()?;
     scene.run("web2", "--network web --publish 8081:80")?;
     scene.docker("rm --force web1")?;

@@ -78,7 +78,9 @@ pub(super) fn container_is_in_two_networks(scene: &Scene) -> Result<()> {
 }
 
 pub(super) fn addresses_are_as_asked(scene: &Scene) -> Result<()> {
-    scene.docker("network create --driver netdp --subnet 172.28.0.0/24 --gateway 172.28.0.254 web")?;
+    scene.docker(
+        "network create --driver netdp --subnet 172.28.0.0/24 --gateway 172.28.0.254 web",
+    )?;
     let options = "--network web --ip 172.28.0.77 --mac-address 02:42:00:00:00:77";
     let web = scene.run("web1", options)?;
     let other = scene.run("web2", "--network web")?;

@@ -82,7 +82,8 @@ pub(super) fn taken_port_is_refused_and_nothing_stays(scene: &Scene) -> Result<(
     let net = scene.lab.net();
     scene.docker("network create --driver netdp web")?;
     let _program = scene.lab.host().tcp_server("a program of the host", (net.host, 8080))?;
-    let create = "run --detach --network web --publish 8080:80 --name web1 busybox /bin/busybox sleep 1d";
+    let create =
+        "run --detach --network web --publish 8080:80 --name web1 busybox /bin/busybox sleep 1d";
     let said = scene.docker_fails(create)?;
     ensure!(said.contains("8080"), "what Docker says does not name the port: {said}");
     scene.docker("rm --force web1")?;
