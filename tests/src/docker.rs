@@ -105,6 +105,12 @@ impl Installation {
         Ok(Self { root, version, knows_firewalls })
     }
 
+    /// The path of a program, for processes that have another root; it has to do without libraries.
+    #[must_use]
+    pub fn program(&self, path: &str) -> PathBuf {
+        self.root.join(path)
+    }
+
     /// The first number of the version.
     #[must_use]
     pub fn major(&self) -> Option<u32> {
@@ -206,7 +212,16 @@ impl Docker {
             .output()
             .context("run tar")?;
         ensure!(said.status.success(), "tar: {}", String::from_utf8_lossy(&said.stderr).trim());
-        self.run(&["import", &format!("{FILES}/image.tar"), IMAGE]).map(drop)
+        self.import(IMAGE, "LABEL netdp=tests")
+    }
+
+    /// Makes an image of busybox alone, with one line of a Dockerfile laid over it.
+    ///
+    /// # Errors
+    /// When Docker refuses.
+    pub fn import(&self, name: &str, line: &str) -> Result<()> {
+        let tar = format!("{FILES}/image.tar");
+        self.run(&["import", "--change", line, &tar, name]).map(drop)
     }
 
     /// Docker's root directory, with all that is mounted there.

@@ -17,14 +17,25 @@ use netdp_tests::lab::Lab;
 use netdp_tests::namespace::Namespace;
 use netdp_tests::probe::locked;
 use netdp_tests::runtime::poll_until;
-use serde_json::Value;
+use serde_json::{Value, json};
 
+mod addresses;
+mod crowd;
+mod guide;
 mod lifecycle;
 mod networks;
 mod ports;
 
 /// How long the agent may take to see that something has gone.
 const NOTICED: Duration = Duration::from_secs(10);
+
+/// What the image nginx of these tests does: a page by HTTP, and no more.
+const SERVE: [&str; 4] = [
+    "/bin/busybox",
+    "sh",
+    "-c",
+    "echo hello > /index.html && exec /bin/busybox httpd -f -p 80 -h /",
+];
 
 type Test = fn(&Scene) -> Result<()>;
 
@@ -41,6 +52,10 @@ const TESTS: &[(&str, Test)] = &[
     ("names_are_resolved", networks::names_are_resolved),
     ("options_are_dockers_and_netdps", networks::options_are_dockers_and_netdps),
     ("web_app_and_database", networks::web_app_and_database),
+    ("addresses_are_chosen_by_netdp", addresses::addresses_are_chosen_by_netdp),
+    ("guide_does_what_it_says", guide::guide_does_what_it_says),
+    ("host_moves_network_by_network", guide::host_moves_network_by_network),
+    ("many_containers_leave_nothing", crowd::many_containers_leave_nothing),
     ("agent_may_restart", lifecycle::agent_may_restart),
     (
         "interface_that_is_lost_is_not_made_again",
@@ -76,7 +91,7 @@ impl Stage {
         let mut stage = locked(&self.0);
         let result = catch(|| {
             if stage.is_none() {
-                *stage = Some(Scene::start()?);
+                *stage = Some(Scene::start(Firewall::Off)?);
             }
             let scene = stage.as_ref().context("find the stage")?;
             scene.lab.expect_no_netfilter().context("before the test")?;
@@ -109,9 +124,10 @@ struct Container {
 }
 
 impl Scene {
-    fn start() -> Result<Self> {
+    fn start(firewall: Firewall) -> Result<Self> {
         let lab = Lab::builder().serving_docker().build()?;
-        let docker = Docker::start(lab.host(), lab.directory(), Firewall::Off)?;
+        let docker = Docker::start(lab.host(), lab.directory(), firewall)?;
+        docker.import("nginx", &format!("CMD {}", json!(SERVE)))?;
         Ok(Self { docker, lab, containers: Mutex::default() })
     }
 

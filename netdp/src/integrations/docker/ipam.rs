@@ -31,6 +31,11 @@ use crate::{
 /// Name of the one address space that there is.
 const ADDRESS_SPACE: &str = "netdp";
 
+/// Option that says what an address is for.
+const ADDRESS_TYPE: &str = "RequestAddressType";
+/// What it is for a gateway.
+const GATEWAY: &str = "com.docker.network.gateway";
+
 /// What was given and is in no endpoint yet, by subnet.
 #[derive(Debug, Default)]
 pub(super) struct Ledger(Mutex<BTreeMap<IpNet, Given>>);
@@ -94,6 +99,16 @@ struct AddressOfPool {
     /// Empty = to be chosen.
     #[serde(default)]
     address: String,
+    #[serde(default)]
+    options: Option<BTreeMap<String, String>>,
+}
+
+impl AddressOfPool {
+    /// Whether it is about the gateway, which may be outside of the range that containers are in.
+    fn is_gateway(&self) -> bool {
+        let kind = self.options.as_ref().and_then(|options| options.get(ADDRESS_TYPE));
+        kind.is_some_and(|kind| kind == GATEWAY)
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -160,7 +175,10 @@ async fn request_address(
     State(driver): State<Driver>,
     Call(request): Call<AddressOfPool>,
 ) -> Answer<GivenAddress> {
-    let pool = Pool::parse(&request.pool_id)?;
+    let mut pool = Pool::parse(&request.pool_id)?;
+    if request.is_gateway() {
+        pool.range = pool.subnet;
+    }
     let wanted = match request.address.as_str() {
         "" => None,
         text => Some(address("address", text)?),

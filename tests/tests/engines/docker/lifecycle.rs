@@ -23,15 +23,7 @@ pub(super) fn agent_may_restart(scene: &Scene) -> Result<()> {
     agent.start()?;
     session.exchange(1000)?.by("web1")?;
     expect_same("the network", &scene.network("web")?, &before)?;
-    expect_same("drift", &scene.lab.json(&["doctor"])?["drift"], &json!([])).ok();
-    // What is gone while the agent is not there is gone when it comes back.
-    agent.stop()?;
-    let other = scene.lab.host().ip_json(&["link", "show", "type", "veth"])?;
-    ensure!(
-        other.as_array().is_some_and(|links| !links.is_empty()),
-        "the container's link is gone"
-    );
-    agent.start()?;
+    // What is made and removed from then on is so with what the agent found.
     scene.run("web2", "--network web --publish 8081:80")?;
     scene.docker("rm --force web1")?;
     scene.lab.outside().tcp((net.host, 8080)).refused()
