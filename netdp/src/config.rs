@@ -222,6 +222,20 @@ mod tests {
     }
 
     #[test]
+    fn docker_is_served_where_it_is_or_where_one_is_told() {
+        let asked = |arguments: &[&str]| {
+            let line = [&["agent"], arguments].concat();
+            Line::try_parse_from(line).unwrap().config
+        };
+        assert_eq!(asked(&[]).docker_socket, DockerSocket::Auto);
+        assert!(asked(&[]).paths.is_default_agent());
+        assert!(!asked(&["--run-dir", "/tmp/r"]).paths.is_default_agent());
+        assert_eq!(asked(&["--docker-socket", "off"]).docker_socket, DockerSocket::Off);
+        let at = DockerSocket::At("/tmp/s".into());
+        assert_eq!(asked(&["--docker-socket", "/tmp/s"]).docker_socket, at);
+    }
+
+    #[test]
     fn a_bad_timeout_is_named() {
         for (bad, hint) in [("icmp", "KIND=SECONDS"), ("tcp=5", "tcp-established"), ("icmp=0", "1")]
         {

@@ -68,11 +68,13 @@ pub(crate) fn run(scope: Scope) -> Result<()> {
     Ok(())
 }
 
-/// Only one suite asks Docker, and says so where there is none.
+/// Only two suites ask Docker, and say so where there is none.
 fn look_for_docker() {
     match docker::get() {
         Ok(root) => println!("Docker: there, in {}", root.display()),
-        Err(error) => println!("Docker: not to be had, so the suite docker skips: {error:#}"),
+        Err(error) => {
+            println!("Docker: not to be had, so the suites docker and engines skip: {error:#}")
+        }
     }
 }
 

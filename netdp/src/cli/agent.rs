@@ -203,7 +203,8 @@ async fn docker_socket(config: &Config) -> Result<Option<Socket>> {
     };
     let listen = async {
         if let Some(parent) = path.parent() {
-            make_directory(parent, 0o755)?;
+            // As Docker's daemon makes it, which may come later.
+            make_directory(parent, 0o700)?;
         }
         Socket::bind(path).await
     };

@@ -108,13 +108,14 @@ impl Model {
         Ok(endpoint)
     }
 
-    /// Notes that no container has an endpoint any more; nothing leads to it from then on.
-    pub fn leave(&mut self, id: &str) {
-        self.conceal(id);
-        let Ok(id) = self.endpoint_of_engine(id).map(|endpoint| endpoint.id) else { return };
-        if let Some(Endpoint { place: Place::Engine(engaged), .. }) = self.endpoints.get_mut(&id) {
+    /// Notes that no container has an endpoint any more; nothing leads to it from then on. Returns
+    /// which one it is, if there is one.
+    pub fn leave(&mut self, id: &str) -> Option<EndpointId> {
+        let id = self.conceal(id)?;
+        if let Place::Engine(engaged) = &mut self.endpoints.get_mut(&id)?.place {
             engaged.sandbox = None;
         }
+        Some(id)
     }
 
     /// Publishes exactly these ports of an endpoint. From a network that nothing comes into none
@@ -139,12 +140,11 @@ impl Model {
         Ok(ports)
     }
 
-    /// Takes all ports of an endpoint back.
-    pub fn conceal(&mut self, id: &str) {
-        let Ok(id) = self.endpoint_of_engine(id).map(|endpoint| endpoint.id) else { return };
-        if let Some(endpoint) = self.endpoints.get_mut(&id) {
-            endpoint.published.clear();
-        }
+    /// Takes all ports of an endpoint back. Returns which one it is, if there is one.
+    pub fn conceal(&mut self, id: &str) -> Option<EndpointId> {
+        let id = self.endpoint_of_engine(id).ok()?.id;
+        self.endpoints.get_mut(&id)?.published.clear();
+        Some(id)
     }
 
     /// Removes an endpoint, if there is one.

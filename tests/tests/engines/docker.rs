@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::{Completion, Failed, Trial};
-use netdp_tests::backend::Firewall;
+use netdp_tests::backend::{Backend, Firewall};
 use netdp_tests::docker::{Docker, IMAGE, Installation};
 use netdp_tests::harness::{brief, catch, full};
 use netdp_tests::lab::Lab;
@@ -47,6 +47,7 @@ const TESTS: &[(&str, Test)] = &[
     ("networks_are_apart", networks::networks_are_apart),
     ("internal_network_has_no_way_out", networks::internal_network_has_no_way_out),
     ("container_is_in_two_networks", networks::container_is_in_two_networks),
+    ("ports_follow_the_gateway", networks::ports_follow_the_gateway),
     ("addresses_are_as_asked", networks::addresses_are_as_asked),
     ("ipv6_works_like_ipv4", networks::ipv6_works_like_ipv4),
     ("names_are_resolved", networks::names_are_resolved),
@@ -55,6 +56,7 @@ const TESTS: &[(&str, Test)] = &[
     ("addresses_are_chosen_by_netdp", addresses::addresses_are_chosen_by_netdp),
     ("guide_does_what_it_says", guide::guide_does_what_it_says),
     ("host_moves_network_by_network", guide::host_moves_network_by_network),
+    ("iptables_serves_docker_as_well", ports::iptables_serves_docker_as_well),
     ("many_containers_leave_nothing", crowd::many_containers_leave_nothing),
     ("agent_may_restart", lifecycle::agent_may_restart),
     (
@@ -91,7 +93,7 @@ impl Stage {
         let mut stage = locked(&self.0);
         let result = catch(|| {
             if stage.is_none() {
-                *stage = Some(Scene::start(Firewall::Off)?);
+                *stage = Some(Scene::start(Backend::Ebpf, Firewall::Off)?);
             }
             let scene = stage.as_ref().context("find the stage")?;
             scene.lab.expect_no_netfilter().context("before the test")?;
@@ -124,8 +126,8 @@ struct Container {
 }
 
 impl Scene {
-    fn start(firewall: Firewall) -> Result<Self> {
-        let lab = Lab::builder().serving_docker().build()?;
+    fn start(backend: Backend, firewall: Firewall) -> Result<Self> {
+        let lab = Lab::builder().backend(backend).serving_docker().build()?;
         let docker = Docker::start(lab.host(), lab.directory(), firewall)?;
         docker.import("nginx", &format!("CMD {}", json!(SERVE)))?;
         Ok(Self { docker, lab, containers: Mutex::default() })

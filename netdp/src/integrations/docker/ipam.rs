@@ -276,8 +276,7 @@ impl Given {
             }
         }
         // Docker asks for the gateway first, in a subnet that has no network yet: it is the first.
-        let gateway =
-            network.and_then(|network| side(network)).map_or(F::first(subnet), |side| side.gateway);
+        let gateway = network.and_then(side).map_or(F::first(subnet), |side| side.gateway);
         let side: Subnet<F> = Subnet {
             subnet,
             gateway,

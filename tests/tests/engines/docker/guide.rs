@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use netdp_tests::backend::Firewall;
+use netdp_tests::backend::{Backend, Firewall};
 use netdp_tests::docker::Installation;
 use netdp_tests::namespace::Namespace;
 use netdp_tests::probe::PATIENCE;
@@ -70,7 +70,7 @@ pub(super) fn guide_does_what_it_says(scene: &Scene) -> Result<()> {
 
 /// A daemon that makes rules of its own, as on a host that has Docker already.
 pub(super) fn host_moves_network_by_network(_: &Scene) -> Result<()> {
-    let scene = Scene::start(Firewall::Iptables)?;
+    let scene = Scene::start(Backend::Ebpf, Firewall::Iptables)?;
     let result = move_over_and_back(&scene).with_context(|| scene.docker.log_tail());
     scene.lab.explain(result)
 }

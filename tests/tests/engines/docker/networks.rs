@@ -77,6 +77,26 @@ pub(super) fn container_is_in_two_networks(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
+pub(super) fn ports_follow_the_gateway(scene: &Scene) -> Result<()> {
+    let net = scene.lab.net();
+    scene.docker("network create --driver netdp one")?;
+    scene.docker("network create --driver netdp two")?;
+    let options = "--network name=one --network name=two,gw-priority=1 --publish 8080:80";
+    let web = scene.run("web1", options)?;
+    let (one, two) = (scene.address(&web, "one")?, scene.address(&web, "two")?);
+    let _one = web.namespace.tcp_server("by one", (one, 80))?;
+    let _two = web.namespace.tcp_server("by two", (two, 80))?;
+    let outside = scene.lab.outside();
+    outside.tcp((net.host, 8080)).exchange()?.by("by two")?.saw_client_at(net.outside)?;
+    scene.docker("network disconnect two web1")?;
+    outside.tcp((net.host, 8080)).exchange()?.by("by one")?.saw_client_at(net.outside)?;
+    scene.docker("network connect --gw-priority 2 two web1")?;
+    let two = scene.address(&web, "two")?;
+    let _two = web.namespace.tcp_server("by two again", (two, 80))?;
+    outside.tcp((net.host, 8080)).exchange()?.by("by two again")?.saw_client_at(net.outside)?;
+    Ok(())
+}
+
 pub(super) fn addresses_are_as_asked(scene: &Scene) -> Result<()> {
     scene.docker(
         "network create --driver netdp --subnet 172.28.0.0/24 --gateway 172.28.0.254 web",
@@ -114,6 +134,13 @@ pub(super) fn ipv6_works_like_ipv4(scene: &Scene) -> Result<()> {
     }
     let _outside = scene.lab.outside().tcp_server("outside", (IPV6.outside, 7))?;
     web.namespace.tcp((IPV6.outside, 7)).exchange()?.saw_client_at(IPV6.host)?;
+    // The same without IPv4.
+    scene.docker("network create --driver netdp --ipv4=false --ipv6 alone")?;
+    let alone = scene.run("alone1", "--network alone --publish 8081:80")?;
+    let there: IpAddr = scene.field(&alone, "alone", "GlobalIPv6Address")?.parse()?;
+    let _server = alone.namespace.tcp_server("alone1", (there, 80))?;
+    scene.lab.outside().tcp((IPV6.host, 8081)).exchange()?.by("alone1")?;
+    alone.namespace.tcp((IPV6.outside, 7)).exchange()?.saw_client_at(IPV6.host)?;
     Ok(())
 }
 
@@ -146,6 +173,8 @@ pub(super) fn options_are_dockers_and_netdps(scene: &Scene) -> Result<()> {
     expect_same("MTU inside", &links[0]["mtu"], &json!(1400))?;
     let said = scene.docker_fails("network create --driver netdp --opt netdp.speed=high fast")?;
     ensure!(said.contains("netdp.speed"), "what Docker says does not name the option: {said}");
+    let said = scene.docker_fails("network create --driver netdp --subnet 10.0.0.0/16 wide")?;
+    ensure!(said.contains("overlaps"), "what Docker says does not name the subnet: {said}");
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! Published ports of Docker's containers.
 
 use anyhow::{Context, Result, ensure};
+use netdp_tests::backend::{Backend, Firewall, Variant};
 use netdp_tests::probe::expect_same;
 use serde_json::Value;
 
@@ -44,6 +45,31 @@ pub(super) fn published_port_is_reached_from_everywhere(scene: &Scene) -> Result
     let _server = web.namespace.tcp_server("web1 again", (scene.address(&web, "web")?, 80))?;
     outside.tcp((net.host, 8080)).exchange()?.by("web1 again")?;
     Ok(())
+}
+
+/// A host that can't do eBPF has the same networks, and rules of netdp's.
+pub(super) fn iptables_serves_docker_as_well(_: &Scene) -> Result<()> {
+    let scene = Scene::start(Backend::Iptables(Variant::Nft), Firewall::Off)?;
+    let result = serve_by_iptables(&scene).with_context(|| scene.docker.log_tail());
+    scene.lab.explain(result)
+}
+
+fn serve_by_iptables(scene: &Scene) -> Result<()> {
+    let net = scene.lab.net();
+    scene.docker("network create --driver netdp web")?;
+    scene.docker("network create --driver netdp other")?;
+    let web = scene.run("web1", "--network web --publish 8080:80")?;
+    let other = scene.run("other1", "--network other")?;
+    let address = scene.address(&web, "web")?;
+    let _server = web.namespace.tcp_server("web1", (address, 80))?;
+    let seen = scene.lab.outside().tcp((net.host, 8080)).exchange()?;
+    seen.by("web1")?.saw_client_at(net.outside)?;
+    for destination in [net.host, net.loopback] {
+        scene.lab.host().tcp((destination, 8080)).exchange()?.by("web1")?;
+    }
+    other.namespace.tcp((address, 80)).dropped()?;
+    scene.docker("rm --force web1 other1")?;
+    scene.lab.outside().tcp((net.host, 8080)).refused()
 }
 
 pub(super) fn all_kinds_of_ports_are_published(scene: &Scene) -> Result<()> {
