@@ -85,10 +85,11 @@ pub(super) fn ports_follow_the_gateway(scene: &Scene) -> Result<()> {
     let web = scene.run("web1", options)?;
     let (one, two) = (scene.address(&web, "one")?, scene.address(&web, "two")?);
     let _one = web.namespace.tcp_server("by one", (one, 80))?;
-    let _two = web.namespace.tcp_server("by two", (two, 80))?;
+    let by_two = web.namespace.tcp_server("by two", (two, 80))?;
     let outside = scene.lab.outside();
     outside.tcp((net.host, 8080)).exchange()?.by("by two")?.saw_client_at(net.outside)?;
     scene.docker("network disconnect two web1")?;
+    drop(by_two);
     outside.tcp((net.host, 8080)).exchange()?.by("by one")?.saw_client_at(net.outside)?;
     scene.docker("network connect --gw-priority 2 two web1")?;
     let two = scene.address(&web, "two")?;
