@@ -23,7 +23,7 @@ use tracing::{debug, info, warn};
 use self::{
     alarms::{About, Alarm, alarms, unheard},
     blocking::Blocking,
-    converge::{Dressed, Failure, Subject},
+    converge::{Dressed, Failure, Links, Subject},
 };
 use crate::{
     config::Config,
@@ -94,6 +94,8 @@ struct State {
     flow_tables: Vec<FlowTable>,
     /// Alarms that are in the log already.
     heard: BTreeSet<About>,
+    /// What the last pass made right; `None` where something was left undone.
+    links: Option<Links>,
     /// Endpoints whose container's end was made right by this agent.
     dressed: BTreeMap<EndpointId, Dressed>,
     netlink: Netlink,
@@ -160,6 +162,7 @@ impl Controller {
             troubles: Vec::new(),
             flow_tables: Vec::new(),
             heard: BTreeSet::new(),
+            links: None,
             dressed: BTreeMap::new(),
             netlink,
             store,

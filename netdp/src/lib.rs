@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod controller;
 pub mod dataplane;
+mod difference;
 pub mod facts;
 pub mod family;
 pub mod integrations;

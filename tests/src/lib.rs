@@ -23,10 +23,12 @@
 
 pub mod agent;
 pub mod backend;
+pub mod bench;
 pub mod beside;
 pub mod bpf;
 pub mod diagnose;
 pub mod docker;
+pub mod figures;
 pub mod harness;
 pub mod kernels;
 pub mod lab;

@@ -72,13 +72,16 @@ enum Task {
     },
     /// Measure, in namespaces of its own
     Bench {
-        /// What to measure
+        /// What to measure (everything by default)
         #[arg(value_enum)]
-        what: bench::Bench,
+        what: Vec<bench::Bench>,
+        /// Measure only what has WORD in its name
+        #[arg(long, value_name = "WORD")]
+        only: Option<String>,
         /// Write the figures to FILE: a list of {metric, system, unit, median, p50, p99, ci95, …}
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
-        /// Fewer rounds, wider intervals
+        /// Few rounds, wide intervals: to see that it runs
         #[arg(long)]
         quick: bool,
     },
@@ -135,7 +138,10 @@ fn run(cli: Cli) -> Result<ExitCode> {
             let options = vm::Options { suites, filter, skipped, resume, limit, without_ebpf };
             return vm::run(kernel, &options);
         }
-        Task::Bench { what, json, quick } => bench::run(what, json.as_deref(), quick)?,
+        Task::Bench { what, only, json, quick } => {
+            let (only, json) = (only.as_deref(), json.as_deref());
+            bench::run(&what, bench::Options { only, is_quick: quick, json })?;
+        }
         Task::Fuzz { seconds, keep } => return test::fuzz(seconds, keep),
         Task::Demo { keep } => demo::run(keep)?,
     }

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::check::UNIT_TESTED;
 use crate::process::{Finished, as_root, ensure_root, run_quiet, run_shown};
-use crate::{cargo, demo, docker, setup, tidy, vm};
+use crate::{bench, cargo, demo, docker, setup, tidy, vm};
 
 /// A group of tests that is run and counted as one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -50,6 +50,8 @@ pub(crate) enum Suite {
     Lifecycle,
     /// The demo, as one test
     Demo,
+    /// Every benchmark, as one test of whether it runs
+    Bench,
     /// The suite load, on the kernels of Debian's releases
     Vm,
 }
@@ -67,7 +69,13 @@ impl Suite {
     pub(crate) fn is_executable(self) -> bool {
         !matches!(
             self,
-            Self::Unit | Self::Tidy | Self::Docker | Self::Engines | Self::Demo | Self::Vm
+            Self::Unit
+                | Self::Tidy
+                | Self::Docker
+                | Self::Engines
+                | Self::Demo
+                | Self::Bench
+                | Self::Vm
         )
     }
 }
@@ -140,6 +148,10 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
                 eprintln!("demo: {}", finished.status);
             }
             Ok(Counts::of_one(finished.status.success()).into())
+        }
+        Suite::Bench => {
+            bench::run(&[], bench::Options { only: None, is_quick: true, json: None })?;
+            Ok(Counts::of_one(true).into())
         }
         Suite::Vm => Ok(run_machines().into()),
     }

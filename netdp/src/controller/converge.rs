@@ -14,7 +14,7 @@ use crate::{
     facts::HostFacts,
     model::{EndpointId, Model, Netns, NetworkId},
     netlink::namespace::Namespace,
-    plan::{self, Plan, VethPlan, own},
+    plan::{self, BridgePlan, Plan, SysctlPlan, VethPlan, own},
 };
 
 /// Something that a pass could not do.
@@ -38,6 +38,30 @@ impl Dressed {
         let has4 = veth.ipv4.is_some_and(|side| side.gateway.is_some());
         let has6 = veth.ipv6.is_some_and(|side| side.gateway.is_some());
         Self { ifindex, gateways: (has4, has6) }
+    }
+}
+
+/// Links and sysctls as a pass has left them that did all it had to.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Links {
+    bridges: BTreeMap<NetworkId, BridgePlan>,
+    veths: BTreeMap<EndpointId, VethPlan>,
+    sysctls: BTreeMap<String, SysctlPlan>,
+}
+
+impl Links {
+    fn of(plan: Plan) -> Self {
+        let Plan { bridges, veths, sysctls, .. } = plan;
+        Self { bridges, veths, sysctls }
+    }
+
+    /// Whether a plan wants the same, so that nothing but the backend has work to do.
+    fn are_of(&self, plan: &Plan) -> bool {
+        let Self { bridges, veths, sysctls } = self;
+        plan.orphans.is_empty()
+            && plan.bridges == *bridges
+            && plan.veths == *veths
+            && plan.sysctls == *sysctls
     }
 }
 
@@ -113,7 +137,19 @@ impl State {
         self.setting.filters_bridges = self.filters_bridges().await?;
         let facts = self.netlink.read_facts().await?;
         self.follow_renames(&facts).await?;
+        let links = self.links.take();
         let outgoing = plan::plan(model, &facts, &self.setting);
+        if before.is_some()
+            && facts == self.facts
+            && links.is_some_and(|links| links.are_of(&outgoing))
+        {
+            self.apply(&mut pass, &outgoing).await?;
+            // Unless the backend has given way to another one just now.
+            if self.filters_bridges().await? == self.setting.filters_bridges {
+                self.links = Some(Links::of(outgoing));
+                return Ok(pass.failures);
+            }
+        }
         self.shut(&mut pass, &outgoing, &facts).await?;
 
         let facts = self.netlink.read_facts().await?;
@@ -138,6 +174,7 @@ impl State {
         if is_applied && settled.program != *self.program {
             self.apply(&mut pass, &settled).await?;
         }
+        self.links = (pass.failures.is_empty() && is_applied).then(|| Links::of(settled));
         Ok(pass.failures)
     }
 

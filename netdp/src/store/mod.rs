@@ -17,7 +17,10 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
 use self::record::{EndpointRecord, NetworkRecord};
-use crate::model::{Endpoint, EndpointId, Model, Network, NetworkId, NextIds};
+use crate::{
+    difference::{Step, steps},
+    model::{EndpointId, Model, NetworkId, NextIds},
+};
 
 mod record;
 mod upgrade;
@@ -176,23 +179,23 @@ impl Store {
             }
 
             let mut networks = transaction.open_table(NETWORKS)?;
-            for change in differences(&old.networks, &new.networks) {
-                match change {
-                    Change::Put(id, network) => {
-                        let record = encode(&NetworkRecord::from(network as &Network))?;
+            for step in steps(&old.networks, &new.networks) {
+                match step {
+                    Step::Put(id, network) => {
+                        let record = encode(&NetworkRecord::from(network))?;
                         networks.insert(id.0, record.as_slice())?;
                     }
-                    Change::Remove(id) => drop(networks.remove(id.0)?),
+                    Step::Remove(id) => drop(networks.remove(id.0)?),
                 }
             }
             let mut endpoints = transaction.open_table(ENDPOINTS)?;
-            for change in differences(&old.endpoints, &new.endpoints) {
-                match change {
-                    Change::Put(id, endpoint) => {
-                        let record = encode(&EndpointRecord::from(endpoint as &Endpoint))?;
+            for step in steps(&old.endpoints, &new.endpoints) {
+                match step {
+                    Step::Put(id, endpoint) => {
+                        let record = encode(&EndpointRecord::from(endpoint))?;
                         endpoints.insert(id.0, record.as_slice())?;
                     }
-                    Change::Remove(id) => drop(endpoints.remove(id.0)?),
+                    Step::Remove(id) => drop(endpoints.remove(id.0)?),
                 }
             }
         }
@@ -384,24 +387,6 @@ fn found<T>(table: Result<T, TableError>) -> Result<Option<T>, TableError> {
 
 fn encode(record: &impl Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(record).context("encode a record")
-}
-
-/// One step from an old map to a new one.
-enum Change<'a, K, V> {
-    Put(K, &'a V),
-    Remove(K),
-}
-
-fn differences<'a, K: Copy + Ord, V: PartialEq>(
-    old: &'a BTreeMap<K, V>,
-    new: &'a BTreeMap<K, V>,
-) -> impl Iterator<Item = Change<'a, K, V>> {
-    let removed = old.keys().filter(|id| !new.contains_key(id)).map(|&id| Change::Remove(id));
-    let put = new
-        .iter()
-        .filter(|(id, value)| old.get(id) != Some(value))
-        .map(|(&id, value)| Change::Put(id, value));
-    removed.chain(put)
 }
 
 #[cfg(test)]

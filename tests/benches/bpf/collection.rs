@@ -13,16 +13,17 @@ use anyhow::{Context, Result, ensure};
 use netdp::dataplane::Dataplane;
 use netdp_common::config::Timeouts;
 use netdp_tests::{
+    bench::Cpu,
     bpf::{self, Checksum, Rotation},
+    figures::Figure,
     packet::ETHERNET_BYTES,
 };
 
 use crate::{
-    Cpu,
     datagram::{Datagram, Kind},
     family::Family,
     fixture::{Fixture, HOST, from_outside_wire, from_uplink},
-    report::{Figure, once},
+    report::SYSTEM,
 };
 
 /// Flows in the table.
@@ -76,7 +77,8 @@ pub(crate) fn measure() -> Result<Vec<Figure>> {
 }
 
 fn pause(beside: &str, longest: Duration) -> Figure {
-    once(&format!("longest_pause.{beside}"), "ms", longest.as_secs_f64() * 1e3)
+    let pause = longest.as_secs_f64() * 1e3;
+    Figure::of(&format!("longest_pause.{beside}"), SYSTEM, "ms", &[pause], 1)
 }
 
 /// Opens the flows of a batch, inwards.

@@ -1,11 +1,14 @@
-//! Figures of all rounds: their statistics, the table, the JSON file.
+//! Figures of all rounds: the table, and the JSON file.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
-use anyhow::{Context, Result};
-use serde::Serialize;
+use anyhow::Result;
+use netdp_tests::figures::{self, Figure};
 
 use crate::cases::Place;
+
+/// What is measured here.
+pub(crate) const SYSTEM: &str = "netdp-ebpf";
 
 /// The figures of one case, one of each round.
 pub(crate) struct Series {
@@ -45,89 +48,13 @@ impl Series {
 
 const WHOLE_WAY: &str = "whole way";
 
-/// What a series says, in nanoseconds, or one measurement in another unit. Percentiles are those of the rounds.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct Figure {
-    metric: String,
-    system: &'static str,
-    unit: &'static str,
-    /// The round that was disturbed least.
-    min: f64,
-    median: f64,
-    p50: f64,
-    p99: f64,
-    /// Interval that holds the median with a probability of at least 95 %.
-    ci95: [f64; 2],
-    rounds: usize,
-    /// Packets.
-    n: u64,
-}
-
-impl Figure {
-    fn of(series: &Series, metric: String) -> Self {
-        let mut sorted = series.nanos.clone();
-        sorted.sort_by(f64::total_cmp);
-        let p50 = percentile(&sorted, 0.5);
-        let (low, high) = median_interval(sorted.len());
-        Self {
-            metric,
-            system: "netdp-ebpf",
-            unit: "ns",
-            min: percentile(&sorted, 0.0),
-            median: p50,
-            p50,
-            p99: percentile(&sorted, 0.99),
-            ci95: [sorted[low], sorted[high]],
-            rounds: sorted.len(),
-            n: series.packets,
-        }
-    }
-}
-
 /// What the kernel takes for a new flow, whoever opens it.
-pub(crate) fn floor(nanos: Vec<f64>, flows: u32) -> Figure {
-    let place = Place { is_new: true, way: "floor", family: "ipv4", protocol: "", program: "none" };
+pub(crate) fn floor(nanos: &[f64], flows: u32) -> Figure {
     let packets = nanos.len() as u64 * u64::from(flows);
-    let figure = Figure::of(&Series { place, nanos, packets }, "bpf_new_floor_ns".to_owned());
+    let figure = Figure::of("bpf_new_floor_ns", "kernel", "ns", nanos, packets);
     let Figure { metric, min, median, .. } = &figure;
     println!("{metric} {median:.0}, at least {min:.0} (a lookup, two insertions, one in a queue)");
-    Figure { system: "kernel", ..figure }
-}
-
-/// A figure that was measured once.
-pub(crate) fn once(metric: &str, unit: &'static str, value: f64) -> Figure {
-    Figure {
-        metric: metric.to_owned(),
-        system: "netdp-ebpf",
-        unit,
-        min: value,
-        median: value,
-        p50: value,
-        p99: value,
-        ci95: [value; 2],
-        rounds: 1,
-        n: 1,
-    }
-}
-
-/// The smallest value that is not below the share of values.
-fn percentile(sorted: &[f64], share: f64) -> f64 {
-    let rank = (sorted.len() as f64 * share).ceil() as usize;
-    sorted[rank.clamp(1, sorted.len()) - 1]
-}
-
-/// Ranks, from 0, between which the median of the distribution lies with 95 %: each value is on
-/// either side of it like a coin, so the ranks are those of the binomial distribution.
-fn median_interval(count: usize) -> (usize, usize) {
-    let mut probability = 0.5_f64.powi(count as i32);
-    let mut below = probability;
-    let mut low = 0;
-    while below + probability * (count - low) as f64 / (low + 1) as f64 <= 0.025 {
-        probability *= (count - low) as f64 / (low + 1) as f64;
-        below += probability;
-        low += 1;
-    }
-    (low, count - 1 - low)
+    figure
 }
 
 fn metric(place: &Place) -> &'static str {
@@ -135,7 +62,7 @@ fn metric(place: &Place) -> &'static str {
 }
 
 /// Every figure with its place: programs, and whole ways where they have more than one program.
-fn figures(series: &[Series]) -> Vec<(Place, Figure)> {
+fn placed(series: &[Series]) -> Vec<(Place, Figure)> {
     let mut figures = Vec::new();
     let same_way = |a: &Place, b: &Place| {
         (a.is_new, a.way, a.family, a.protocol) == (b.is_new, b.way, b.family, b.protocol)
@@ -146,7 +73,9 @@ fn figures(series: &[Series]) -> Vec<(Place, Figure)> {
         let mut add = |series: &Series| {
             let Place { way, family, protocol, program, .. } = series.place;
             let detail = [metric(&series.place), way, family, protocol, program].join(".");
-            figures.push((series.place, Figure::of(series, detail.replace(' ', "_"))));
+            let metric = detail.replace(' ', "_");
+            let figure = Figure::of(&metric, SYSTEM, "ns", &series.nanos, series.packets);
+            figures.push((series.place, figure));
         };
         add(one);
         let is_last = !series[index + 1..].iter().any(|other| same_way(&other.place, &one.place));
@@ -189,7 +118,7 @@ pub(crate) fn print(series: &[Series]) {
         ["flow", "way", "over", "", "program"],
         ["min", "median", "p99", "95 %", "rounds", "packets"],
     );
-    let figures = figures(series);
+    let figures = placed(series);
     for (Place { is_new, way, family, protocol, program }, figure) in &figures {
         let Figure { min, median, p99, ci95: [low, high], rounds, n, .. } = figure;
         let numbers = [
@@ -211,10 +140,9 @@ pub(crate) fn print(series: &[Series]) {
 
 /// Writes all figures, those that stand for all first.
 pub(crate) fn write(path: &Path, series: &[Series], others: Vec<Figure>) -> Result<()> {
-    let figures = figures(series);
-    let mut list = headlines(&figures);
+    let places = placed(series);
+    let mut list = headlines(&places);
     list.extend(others);
-    list.extend(figures.into_iter().map(|(_, figure)| figure));
-    let text = serde_json::to_string_pretty(&list).context("encode the figures")?;
-    fs::write(path, text).with_context(|| format!("write the figures to {}", path.display()))
+    list.extend(places.into_iter().map(|(_, figure)| figure));
+    figures::write(path, &list)
 }

@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     dataplane::{NetworkProgram, Program, PublishedTarget},
+    difference::{Step, steps},
     family::{V4, V6},
     model::{Action, GatewayMode, NatBehaviour},
 };
@@ -314,7 +315,10 @@ impl<A: Address> Footing<'_, A> {
 impl<A: Address> Side<A> {
     fn loses(&self, next: &Self) -> bool {
         fn lost<K: Ord, V: PartialEq>(old: &BTreeMap<K, V>, new: &BTreeMap<K, V>) -> bool {
-            old.iter().any(|(key, value)| new.get(key) != Some(value))
+            steps(old, new).any(|step| match step {
+                Step::Put(key, _) => old.contains_key(key),
+                Step::Remove(_) => true,
+            })
         }
         lost(&self.published, &next.published)
             || lost(&self.endpoints, &next.endpoints)

@@ -9,6 +9,7 @@ use bytemuck::{Pod, Zeroable};
 use netdp_common::interface::Slot;
 
 use super::{image::Prefix, sys::Wire};
+use crate::difference::{Step, steps};
 
 /// A map whose whole contents the agent decides.
 pub(super) struct Table<M> {
@@ -150,17 +151,19 @@ impl<M> Table<M> {
         K: Copy + Ord + Debug,
         V: Copy + PartialEq,
     {
-        let mut writes = 0;
-        for (&key, &value) in wanted {
-            if current.get(&key) != Some(&value) {
-                self.map
-                    .write(key, value)
-                    .with_context(|| format!("write {key:?} to map {}", self.name))?;
-                current.insert(key, value);
-                writes += 1;
-            }
+        let new: Vec<(K, V)> = steps(current, wanted)
+            .filter_map(|step| match step {
+                Step::Put(&key, &value) => Some((key, value)),
+                Step::Remove(_) => None,
+            })
+            .collect();
+        for &(key, value) in &new {
+            self.map
+                .write(key, value)
+                .with_context(|| format!("write {key:?} to map {}", self.name))?;
+            current.insert(key, value);
         }
-        Ok(writes)
+        Ok(new.len())
     }
 
     /// Deletes what is not in `wanted`; `current` follows. Returns the number of writes.
@@ -172,9 +175,14 @@ impl<M> Table<M> {
     where
         M: Backing<K, V>,
         K: Copy + Ord + Debug,
+        V: PartialEq,
     {
-        let gone: Vec<K> =
-            current.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
+        let gone: Vec<K> = steps(current, wanted)
+            .filter_map(|step| match step {
+                Step::Remove(&key) => Some(key),
+                Step::Put(..) => None,
+            })
+            .collect();
         for &key in &gone {
             absent_is_fine(self.map.delete(key))
                 .with_context(|| format!("delete {key:?} from map {}", self.name))?;
