@@ -59,6 +59,7 @@ const TESTS: &[(&str, Test)] = &[
     ("iptables_serves_docker_as_well", ports::iptables_serves_docker_as_well),
     ("many_containers_leave_nothing", crowd::many_containers_leave_nothing),
     ("agent_may_restart", lifecycle::agent_may_restart),
+    ("containers_start_while_the_agent_dies", lifecycle::containers_start_while_the_agent_dies),
     (
         "interface_that_is_lost_is_not_made_again",
         lifecycle::interface_that_is_lost_is_not_made_again,

@@ -50,7 +50,7 @@ fn follow(scene: &Scene, line: &str) -> Result<()> {
 }
 
 /// Gets the page that the image serves; its server may need a moment.
-fn fetch(client: &Namespace, url: &str) -> Result<()> {
+pub(super) fn fetch(client: &Namespace, url: &str) -> Result<()> {
     let busybox = Installation::find()?.program("bin/busybox");
     let busybox = busybox.to_str().context("name busybox")?;
     poll_until(PATIENCE, "the page", || {

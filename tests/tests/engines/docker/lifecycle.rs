@@ -1,10 +1,13 @@
 //! What becomes of containers and their networks when agent or daemon come and go.
 
-use anyhow::{Context, Result, ensure};
+use std::thread;
+
+use anyhow::{Context, Result, bail, ensure};
 use netdp_tests::probe::expect_same;
 use netdp_tests::runtime::poll_until;
 use serde_json::json;
 
+use super::guide::fetch;
 use super::{NOTICED, Scene};
 
 pub(super) fn agent_may_restart(scene: &Scene) -> Result<()> {
@@ -27,6 +30,41 @@ pub(super) fn agent_may_restart(scene: &Scene) -> Result<()> {
     scene.run("web2", "--network web --publish 8081:80")?;
     scene.docker("rm --force web1")?;
     scene.lab.outside().tcp((net.host, 8080)).refused()
+}
+
+/// Docker repeats what it got no answer to, and netdp bears it.
+pub(super) fn containers_start_while_the_agent_dies(scene: &Scene) -> Result<()> {
+    const PORTS: std::ops::Range<u16> = 8100..8106;
+    let agent = scene.lab.agent()?;
+    scene.docker("network create --driver netdp web")?;
+    thread::scope(|scope| {
+        let starts: Vec<_> = PORTS
+            .map(|port| {
+                let line = format!("run --detach --network web --publish {port}:80 nginx");
+                scope.spawn(move || scene.docker(&line))
+            })
+            .collect();
+        for count in [1, 3] {
+            // In the middle of things.
+            poll_until(NOTICED, "some endpoints", || {
+                let endpoints = scene.lab.json(&["status"])?["endpoints"].as_u64();
+                Ok(endpoints.filter(|endpoints| *endpoints >= count))
+            })?;
+            agent.kill9()?;
+            agent.start()?;
+        }
+        let mut starts = starts.into_iter();
+        starts.try_for_each(|start| match start.join() {
+            Ok(started) => started.map(drop),
+            Err(_) => bail!("a thread panicked"),
+        })
+    })?;
+    for port in PORTS {
+        let page = format!("http://10.0.0.2:{port}/");
+        fetch(scene.lab.outside(), &page)?;
+    }
+    let network = scene.network("web")?;
+    expect_same("endpoints", &network["endpoints"].as_array().map(Vec::len), &Some(PORTS.len()))
 }
 
 pub(super) fn interface_that_is_lost_is_not_made_again(scene: &Scene) -> Result<()> {
