@@ -122,6 +122,11 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Call<T> {
             .await
             .map_err(|rejection| Failure(format!("read {name}: {}", rejection.body_text())))?;
         debug!(call = name, body = %String::from_utf8_lossy(&bytes), "called by Docker");
+        // Docker 28 repeats a call that broke off, and has read what to say to its end by then.
+        if bytes.is_empty() {
+            let reason = "the agent went away in the middle of it, and Docker repeats it empty";
+            return Err(Failure(format!("read {name}: {reason}: try again")));
+        }
         let value = serde_json::from_slice(&bytes)
             .map_err(|error| Failure(format!("read {name}: {error}")))?;
         Ok(Self(value))

@@ -32,16 +32,18 @@ pub(super) fn agent_may_restart(scene: &Scene) -> Result<()> {
     scene.lab.outside().tcp((net.host, 8080)).refused()
 }
 
-/// Docker repeats what it got no answer to, and netdp bears it.
+/// Docker waits for an agent that is away. A start during which it goes away may fail, is told so, and
+/// can be tried again.
 pub(super) fn containers_start_while_the_agent_dies(scene: &Scene) -> Result<()> {
     const PORTS: std::ops::Range<u16> = 8100..8106;
     let agent = scene.lab.agent()?;
     scene.docker("network create --driver netdp web")?;
-    thread::scope(|scope| {
+    let failed = thread::scope(|scope| {
         let starts: Vec<_> = PORTS
             .map(|port| {
-                let line = format!("run --detach --network web --publish {port}:80 nginx");
-                scope.spawn(move || scene.docker(&line))
+                let options = format!("--name c{port} --network web --publish {port}:80");
+                let line = format!("run --detach {options} nginx");
+                (port, scope.spawn(move || scene.docker(&line)))
             })
             .collect();
         for count in [1, 3] {
@@ -53,15 +55,22 @@ pub(super) fn containers_start_while_the_agent_dies(scene: &Scene) -> Result<()>
             agent.kill9()?;
             agent.start()?;
         }
-        let mut starts = starts.into_iter();
-        starts.try_for_each(|start| match start.join() {
-            Ok(started) => started.map(drop),
-            Err(_) => bail!("a thread panicked"),
-        })
+        let mut failed = Vec::new();
+        for (port, start) in starts {
+            match start.join() {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) if format!("{error:#}").contains("try again") => failed.push(port),
+                Ok(Err(error)) => return Err(error),
+                Err(_) => bail!("a thread panicked"),
+            }
+        }
+        Ok(failed)
     })?;
+    for port in failed {
+        scene.docker(&format!("start c{port}"))?;
+    }
     for port in PORTS {
-        let page = format!("http://10.0.0.2:{port}/");
-        fetch(scene.lab.outside(), &page)?;
+        fetch(scene.lab.outside(), &format!("http://10.0.0.2:{port}/"))?;
     }
     let network = scene.network("web")?;
     expect_same("endpoints", &network["endpoints"].as_array().map(Vec::len), &Some(PORTS.len()))
