@@ -31,6 +31,9 @@ use crate::{
 /// Enough for every TCP and UDP port of two addresses.
 const OPEN_FILES: u64 = 262_144 + 4096;
 
+/// Files that published ports leave for requests, the store, the kernel's tables and other programs.
+const SPARE_FILES: u64 = 128;
+
 /// Most ports in use that an error names with their holders.
 const NAMED: usize = 16;
 
@@ -135,7 +138,7 @@ impl fmt::Display for Holder {
 
 impl Reservations {
     /// Holds nothing yet. Raises the process's limit of open files as far as it may be: every port
-    /// takes one where the backend keeps none.
+    /// takes one or two where the backend keeps none.
     pub fn new() -> Self {
         // Where it can't be raised enough, `prepare` says so once it is reached.
         if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
@@ -155,7 +158,14 @@ impl Reservations {
         wanted: &BTreeSet<PublishedKey>,
         keeper: Keeper,
     ) -> Result<Prepared, PortError> {
-        let (taken, mut failures) = take(self.missing(wanted, keeper), keeper);
+        let missing: Vec<_> = self.missing(wanted, keeper).collect();
+        let mut sockets = missing.iter().filter(|&&key| keeper.wants_socket(key));
+        if let Some(&key) = sockets.next()
+            && !has_room(1 + sockets.count())
+        {
+            return Err(PortError::Refused { key, error: Errno::EMFILE.into() });
+        }
+        let (taken, mut failures) = take(missing.into_iter(), keeper);
         let mut in_use = Vec::new();
         while let Some(failure) = failures.pop() {
             match failure {
@@ -235,6 +245,20 @@ impl Reservations {
             Some(Some(_)) => false,
         })
     }
+}
+
+/// Whether this process may open as many files as so many ports take.
+fn has_room(ports: usize) -> bool {
+    let open = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    let may_open = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
+    most_ports(open as u64, may_open) >= ports as u64
+}
+
+/// Most ports that leave some files for all else: without one the agent could not even take a request
+/// to give ports back. Each may take two, one where it is kept and one where it is served at loopback
+/// addresses.
+fn most_ports(open: u64, may_open: u64) -> u64 {
+    may_open.saturating_sub(open + SPARE_FILES) / 2
 }
 
 /// Takes what can be had, and says what can't.
@@ -491,6 +515,13 @@ mod tests {
             thread::yield_now();
         }
         true
+    }
+
+    #[test]
+    fn ports_leave_files_for_requests() {
+        assert_eq!(most_ports(20, 1024), (1024 - 20 - SPARE_FILES) / 2);
+        assert_eq!(most_ports(1000, 1024), 0);
+        assert!(most_ports(20, OPEN_FILES) >= 2 * 65_535);
     }
 
     #[test]

@@ -64,6 +64,8 @@ impl Options {
 /// # Errors
 /// The kernel's.
 pub fn obstacle(backend: Backend, ports: u32) -> Result<Option<String>> {
+    // One keeps the port, one serves it at loopback addresses.
+    const FOR_EACH: u64 = 2;
     // For what else it has open.
     const SPARE: u64 = 200;
 
@@ -71,8 +73,9 @@ pub fn obstacle(backend: Backend, ports: u32) -> Result<Option<String>> {
         return Ok(None);
     }
     let (_, files) = getrlimit(Resource::RLIMIT_NOFILE).context("ask for the limit of files")?;
-    let is_enough = files >= u64::from(ports) + SPARE;
-    let said = || format!("each of {ports} ports takes an open file, of which {files} are allowed");
+    let is_enough = files >= FOR_EACH * u64::from(ports) + SPARE;
+    let said =
+        || format!("each of {ports} ports takes {FOR_EACH} open files, and {files} are allowed");
     Ok((!is_enough).then(said))
 }
 

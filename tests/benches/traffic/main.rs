@@ -4,6 +4,7 @@
 //! is put on one after the other, so that what disturbs the machine disturbs all of them. With an
 //! argument only loads whose names hold it.
 
+use std::iter;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -80,6 +81,9 @@ fn run() -> Result<()> {
 }
 
 /// Puts every load on every system, round by round.
+///
+/// What costs more with more ports stands once for each number of them: to publish thousands takes some
+/// systems longer than all rounds.
 fn measure(
     offload: Offload,
     loads: &[Load],
@@ -90,11 +94,15 @@ fn measure(
     if loads.is_empty() {
         return Ok(());
     }
-    let mut stands = build(offload)?;
+    let many = loads.iter().filter_map(|load| match load {
+        Load::Connections(ports) if *ports > 1 => Some(*ports),
+        _ => None,
+    });
+    let stands = build(offload, &iter::once(1).chain(many).collect::<Vec<_>>())?;
     for round in 1..=plan.rounds {
         eprintln!("round {round} of {}, offloads {offload:?}", plan.rounds);
         for load in loads {
-            for stand in stands.iter_mut().filter(|stand| load.is_for(stand.system())) {
+            for stand in stands.iter().filter(|stand| load.is_for(stand)) {
                 load.measure(stand, conditions, numbers)
                     .with_context(|| format!("{}, {}", stand.system().name(), load.name()))?;
             }
@@ -103,13 +111,16 @@ fn measure(
     Ok(())
 }
 
-/// Every system that can be had here.
-fn build(offload: Offload) -> Result<Vec<Stand>> {
+/// Every system that can be had here, with each of these numbers of published ports.
+fn build(offload: Offload, ports: &[u16]) -> Result<Vec<Stand>> {
     let mut stands = Vec::new();
     for system in System::ALL {
-        match system.missing() {
-            Some(reason) => eprintln!("without {}: {reason}", system.name()),
-            None => stands.push(Stand::build(system, offload)?),
+        if let Some(reason) = system.missing() {
+            eprintln!("without {}: {reason}", system.name());
+            continue;
+        }
+        for &ports in ports.iter().filter(|ports| system.has_ports(**ports)) {
+            stands.push(Stand::build(system, ports, offload)?);
         }
     }
     Ok(stands)

@@ -59,19 +59,19 @@ impl Load {
         }
     }
 
-    /// Whether it can be put on a system.
-    pub(crate) fn is_for(self, system: System) -> bool {
+    /// Whether it is one to put on a system like this.
+    pub(crate) fn is_for(self, stand: &Stand) -> bool {
         match self {
-            Self::SmallSameBridge => system.has_bridge(),
-            Self::Connections(ports) => system.has_ports(ports),
-            _ => true,
+            Self::Connections(ports) => stand.ports() == ports,
+            Self::SmallSameBridge => stand.ports() == 1 && stand.system().has_bridge(),
+            _ => stand.ports() == 1,
         }
     }
 
     /// Puts it on a system and adds the numbers.
     pub(crate) fn measure(
         self,
-        stand: &mut Stand,
+        stand: &Stand,
         Conditions { seats, window }: Conditions,
         numbers: &mut Numbers,
     ) -> Result<()> {
@@ -102,9 +102,7 @@ impl Load {
                 add("rr_p99_out".to_owned(), "µs", latency.p99, latency.count);
             }
             Self::Connections(ports) => {
-                let port = stand.publish(ports)?;
-                let way = stand.published().to_port(port);
-                let connections = load::connections(&way, seats, window)?;
+                let connections = load::connections(&stand.last_published(), seats, window)?;
                 let first = connections.first_packet;
                 add(name, "connections/s", connections.rate, first.count);
                 add(format!("first_packet_p50_{ports}"), "µs", first.p50, first.count);

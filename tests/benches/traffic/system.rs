@@ -16,7 +16,7 @@ use crate::load::Way;
 use crate::rules::Published;
 
 /// Port for bulk and exchanges, and for small packets.
-pub(crate) const PORT: u16 = 9000;
+pub(crate) const PORT: u16 = 32_000;
 /// Ports that are published in numbers begin here.
 const FIRST: u16 = 1001;
 /// The network, and its bridge where we make it.
@@ -124,16 +124,17 @@ pub(crate) struct Stand {
     container: Namespace,
     neighbour: Option<Namespace>,
     /// How many ports are published in numbers.
-    many: u16,
+    ports: u16,
     offload: Offload,
 }
 
 impl Stand {
-    /// Builds a system; without offloads every frame is complete and has 1,500 bytes at most.
-    pub(crate) fn build(system: System, offload: Offload) -> Result<Self> {
+    /// Builds a system with so many published ports; without offloads every frame is complete and has
+    /// 1,500 bytes at most.
+    pub(crate) fn build(system: System, ports: u16, offload: Offload) -> Result<Self> {
         let lab = system.lab().offload(offload).build()?;
         let container = lab.container(CONTAINER)?;
-        let mut stand = Self { system, lab, container, neighbour: None, many: 0, offload };
+        let mut stand = Self { system, lab, container, neighbour: None, ports, offload };
         let build = || -> Result<Option<Namespace>> {
             match system {
                 System::VethDirect => stand.join_directly().map(|()| None),
@@ -181,9 +182,10 @@ impl Stand {
     fn create_network(&self) -> Result<Option<Namespace>> {
         self.lab.create_network(NETWORK, IPV4.subnet_a, &[])?;
         let ports = [PORT.to_string() + ":" + &PORT.to_string()];
-        let one = format!("{0}:{0}", FIRST);
+        let (first, last) = (FIRST, FIRST + self.ports - 1);
+        let many = format!("{first}-{last}:{first}-{last}");
         let udp = format!("{}/udp", ports[0]);
-        let published = [ports[0].as_str(), &udp, &one];
+        let published = [ports[0].as_str(), &udp, &many];
         self.lab.connect(NETWORK, &self.container, CONTAINER, IPV4.a1, &published)?;
         self.lab.attach(NETWORK, "a2", IPV4.a2, &[]).map(Some)
     }
@@ -208,7 +210,7 @@ impl Stand {
                 IPV4.gateway_a
             ))?;
         }
-        self.write_rules(1)?;
+        self.write_rules()?;
         Ok(Some(neighbour))
     }
 
@@ -241,37 +243,22 @@ impl Stand {
         self.neighbour.as_ref().map(|peer| way(peer, &self.container, IPV4.a1, IPV4.a1))
     }
 
-    /// Has so many TCP ports published; returns the last of them.
-    pub(crate) fn publish(&mut self, ports: u16) -> Result<u16> {
-        let last = FIRST + ports - 1;
-        if self.system.has_many_ports() && ports != self.many {
-            match self.system {
-                System::NetdpEbpf | System::NetdpIptables => self.change_ports(ports)?,
-                _ => self.write_rules(ports)?,
-            }
-            self.many = ports;
-        }
-        Ok(last)
+    /// How many ports are published in numbers.
+    pub(crate) fn ports(&self) -> u16 {
+        self.ports
     }
 
-    /// By netdp's own commands; one port is there from the start.
-    fn change_ports(&self, ports: u16) -> Result<()> {
-        let range = |ports: u16| format!("{0}-{1}:{0}-{1}", FIRST + 1, FIRST + ports - 1);
-        if self.many > 1 {
-            self.lab.netdp(&["unpublish", CONTAINER, "-p", &range(self.many)])?;
-        }
-        if ports > 1 {
-            self.lab.netdp(&["publish", CONTAINER, "-p", &range(ports)])?;
-        }
-        Ok(())
+    /// From outside to the port of the container that was published last.
+    pub(crate) fn last_published(&self) -> Way {
+        self.published().to_port(FIRST + self.ports - 1)
     }
 
-    fn write_rules(&self, ports: u16) -> Result<()> {
+    fn write_rules(&self) -> Result<()> {
         let published = Published {
             bridge: NETWORK,
             subnet: IPV4.subnet_a,
             container: IPV4.a1,
-            tcp: vec![PORT..=PORT, FIRST..=FIRST + ports - 1],
+            tcp: vec![PORT..=PORT, FIRST..=FIRST + self.ports - 1],
             udp: vec![PORT],
         };
         let (program, arguments, text): (_, &[&str], _) = match self.system {

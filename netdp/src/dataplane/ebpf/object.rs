@@ -22,6 +22,7 @@ use super::{
     image::Hook,
     pins::Pins,
     probe::{Feature, Features},
+    sys,
 };
 use crate::{
     dataplane::Drift,
@@ -43,7 +44,7 @@ pub(super) fn load_each(features: &Features) -> Result<Vec<(&'static str, Result
     let judge =
         |name, loaded: Result<(), ProgramError>| loaded.map_err(|error| explained(name, error));
     let coarse_clock = coarse_clock(features);
-    let mut loader = EbpfLoader::new();
+    let mut loader = loader();
     loader.override_global(COARSE_CLOCK, &coarse_clock, true);
     for family in [&V4::MAPS, &V6::MAPS] {
         loader.map_max_entries(family.flow, 2);
@@ -72,6 +73,13 @@ fn explained(name: &str, error: ProgramError) -> anyhow::Error {
     let lines: Vec<_> = log.lines().collect();
     let end = lines[lines.len().saturating_sub(LINES)..].join("\n");
     refusal(name, error).context(format!("the verifier's log ends with:\n{end}\n"))
+}
+
+/// A loader that does not keep the kernel's own types: the programs ask for none of them.
+fn loader<'a>() -> EbpfLoader<'a> {
+    let mut loader = EbpfLoader::new();
+    loader.btf(None);
+    loader
 }
 
 /// The constant of the programs that says whether they may ask for the coarse clock.
@@ -112,7 +120,7 @@ impl Object {
         let elf = Elf::parse(OBJECT).context("parse the eBPF object")?;
         let names: Vec<&str> = elf.maps.keys().map(String::as_str).collect();
         let coarse_clock = coarse_clock(features);
-        let mut loader = EbpfLoader::new();
+        let mut loader = loader();
         loader.override_global(COARSE_CLOCK, &coarse_clock, true);
         for name in names {
             // The compiler's own sections are no maps of ours, and a per-CPU array is scratch of
@@ -150,6 +158,7 @@ impl Object {
         }
         let mut hooks = TcHooks::new(pins, features);
         let attached = hooks.adopt(&mut ebpf)?;
+        sys::return_free_memory();
         Ok(Self { ebpf, hooks, attached, sockets })
     }
 

@@ -171,6 +171,16 @@ impl CgroupLink {
     }
 }
 
+/// Gives memory that is free back to the kernel: parsing types and programs takes tens of megabytes,
+/// once. Where the allocator is not glibc's, that is its own business.
+pub(super) fn return_free_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: touches nothing that is in use.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 fn no_attributes() -> bpf_attr {
     // SAFETY: integers, and unions and arrays of them, for which zero is valid.
     unsafe { zeroed() }
