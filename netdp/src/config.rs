@@ -2,7 +2,7 @@
 //!
 //! Owns where things are on the host. Knows nothing of networks.
 
-use std::{path::PathBuf, str::FromStr};
+use std::{convert::Infallible, path::PathBuf, str::FromStr};
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
@@ -34,6 +34,9 @@ pub struct Config {
     /// icmp or other
     #[arg(long = "timeout", value_name = "KIND=SECONDS")]
     pub timeouts: Vec<Timeout>,
+    /// Where Docker finds its network driver netdp: a path, auto (where Docker is on this host) or off
+    #[arg(long, value_name = "PATH|auto|off", default_value = "auto")]
+    pub docker_socket: DockerSocket,
     /// See [`Paths`].
     #[command(flatten)]
     pub paths: Paths,
@@ -44,6 +47,30 @@ pub struct Config {
 pub struct Timeout {
     kind: &'static str,
     seconds: u32,
+}
+
+/// Whether and where Docker is served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DockerSocket {
+    /// Where Docker looks, if there is Docker here. An agent with a run directory of its own is not
+    /// the one that this host's Docker would want.
+    Auto,
+    /// Nowhere.
+    Off,
+    /// At this path.
+    At(PathBuf),
+}
+
+impl FromStr for DockerSocket {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(match text {
+            "auto" => Self::Auto,
+            "off" => Self::Off,
+            path => Self::At(path.into()),
+        })
+    }
 }
 
 /// A field of [`Timeouts`].
@@ -158,6 +185,11 @@ impl Default for Paths {
 }
 
 impl Paths {
+    /// Whether this is the host's own agent, and none beside it with a run directory of its own.
+    pub fn is_default_agent(&self) -> bool {
+        self.run_dir.as_os_str() == RUN_DIR
+    }
+
     /// Where the agent listens.
     pub fn socket(&self) -> PathBuf {
         self.run_dir.join("netdp.sock")
@@ -187,6 +219,20 @@ mod tests {
         assert_eq!(timeouts(&[]), Ok(Timeouts::RFC));
         let asked = timeouts(&["--timeout", "icmp=10", "--timeout", "tcp-established=86400"]);
         assert_eq!(asked, Ok(Timeouts { icmp: 10, tcp_established: 86_400, ..Timeouts::RFC }));
+    }
+
+    #[test]
+    fn docker_is_served_where_it_is_or_where_one_is_told() {
+        let asked = |arguments: &[&str]| {
+            let line = [&["agent"], arguments].concat();
+            Line::try_parse_from(line).unwrap().config
+        };
+        assert_eq!(asked(&[]).docker_socket, DockerSocket::Auto);
+        assert!(asked(&[]).paths.is_default_agent());
+        assert!(!asked(&["--run-dir", "/tmp/r"]).paths.is_default_agent());
+        assert_eq!(asked(&["--docker-socket", "off"]).docker_socket, DockerSocket::Off);
+        let at = DockerSocket::At("/tmp/s".into());
+        assert_eq!(asked(&["--docker-socket", "/tmp/s"]).docker_socket, at);
     }
 
     #[test]

@@ -30,7 +30,7 @@ use crate::{
     dataplane::{Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program},
     facts::HostFacts,
     loopback::{self, Loopback},
-    model::{EndpointId, Model, Refusal},
+    model::{Endpoint, EndpointId, Model, Netns, Place, Refusal},
     netlink::{Netlink, events::Events, namespace},
     plan::{Setting, link_drift, plan, reservations},
     ports::{Keeper, PortError, Prepared, Reservations},
@@ -171,7 +171,7 @@ impl Controller {
             dataplane: Arc::clone(&dataplane),
             snapshot,
         };
-        let failures = state.repair().await?;
+        let failures = state.repair(&state.facts.clone()).await?;
         let is_backend = |failure: &Failure| failure.subject == Subject::Backend;
         if let Some(failure) = failures.into_iter().find(is_backend) {
             return Err(failure.into_error());
@@ -410,29 +410,34 @@ impl State {
             && plan.program == *self.program
             && link_drift(&plan, &facts).is_empty()
             && self.troubles.is_empty()
-            && self.vanished().is_empty();
+            && self.vanished(&facts).is_empty();
         if is_fine {
             self.facts = facts;
         } else {
-            self.repair().await?;
+            self.repair(&facts).await?;
         }
         self.publish();
         Ok(())
     }
 
-    /// Releases endpoints whose namespace is gone and makes the kernel agree with the rest, as far
-    /// as possible. Returns what was not.
-    async fn repair(&mut self) -> Result<Vec<Failure>> {
+    /// Releases endpoints whose container is gone and makes the kernel agree with the rest, as far as
+    /// possible. Returns what was not.
+    async fn repair(&mut self, facts: &HostFacts) -> Result<Vec<Failure>> {
         let before = Arc::clone(&self.model);
-        let vanished = self.vanished();
+        let vanished = self.vanished(facts);
         if !vanished.is_empty() {
             let mut model = Model::clone(&before);
             for id in vanished {
-                if let Some(endpoint) = model.endpoints.get(&id) {
-                    let netns = endpoint.netns.display();
-                    info!(endpoint = endpoint.name, %netns, "releasing: its namespace vanished");
+                let Some(Endpoint { name, place, .. }) = model.release(id) else { continue };
+                match place {
+                    Place::Netns(Netns { path, .. }) => {
+                        let netns = path.display();
+                        info!(endpoint = name, %netns, "releasing: its namespace vanished");
+                    }
+                    Place::Engine(_) => {
+                        info!(endpoint = name, "releasing: its interface went with its container");
+                    }
                 }
-                model.release(id);
             }
             self.model = Arc::new(model);
         }
@@ -460,19 +465,21 @@ impl State {
         for Drift { what } in &drift {
             warn!("repairing: {what}");
         }
-        self.repair().await?;
+        let facts = self.netlink.read_facts().await?;
+        self.repair(&facts).await?;
         self.publish();
         Ok(())
     }
 
-    /// Endpoints whose namespace is gone, or whose path means another one by now.
-    fn vanished(&self) -> BTreeSet<EndpointId> {
-        self.model
-            .endpoints
-            .iter()
-            .filter(|(_, endpoint)| !namespace::is_still(&endpoint.netns, endpoint.netns_identity))
-            .map(|(&id, _)| id)
-            .collect()
+    /// Endpoints whose namespace is gone, or whose path means another one by now; and those of engines
+    /// whose interfaces are gone, which only happens along with the namespace that one was taken to.
+    fn vanished(&self, facts: &HostFacts) -> BTreeSet<EndpointId> {
+        let is_gone = |endpoint: &Endpoint| match &endpoint.place {
+            Place::Netns(netns) => !namespace::is_still(&netns.path, netns.identity),
+            Place::Engine(_) => facts.link(&endpoint.host_interface).is_none(),
+        };
+        let endpoints = self.model.endpoints.iter();
+        endpoints.filter(|(_, endpoint)| is_gone(endpoint)).map(|(&id, _)| id).collect()
     }
 
     async fn purge(&mut self) -> Result<()> {

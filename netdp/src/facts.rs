@@ -124,6 +124,12 @@ impl Link {
     /// What the alias of every link of ours begins with.
     pub const ALIAS_PREFIX: &str = "netdp ";
 
+    /// The alias of a container's end that waits on the host under this name. Whoever takes it gives
+    /// it another: the name is in it so that it is not ours any more then, wherever it is.
+    pub fn offer_alias(name: &str) -> String {
+        format!("{}offer {name}", Self::ALIAS_PREFIX)
+    }
+
     /// Whether it has this address with this prefix length.
     pub fn has_address(&self, net: IpNet) -> bool {
         self.addresses.iter().any(|address| address.net == net)
@@ -137,7 +143,9 @@ impl Link {
         let noun = noun.split(' ').next().unwrap_or_default();
         match self.kind.as_deref() {
             Some("bridge") => matches!(noun, "network" | "unfinished"),
-            Some("veth") => matches!(noun, "endpoint" | "unfinished"),
+            Some("veth") => {
+                matches!(noun, "endpoint" | "unfinished") || *alias == Self::offer_alias(&self.name)
+            }
             _ => false,
         }
     }

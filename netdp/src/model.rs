@@ -5,7 +5,7 @@
 //! wire formats.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::PathBuf,
@@ -16,6 +16,7 @@ use ipnet::Ipv6Net;
 use crate::family::{Family, V4, V6};
 
 mod endpoint;
+pub mod engine;
 mod network;
 mod options;
 pub mod policy;
@@ -26,6 +27,7 @@ pub(crate) mod tests;
 
 pub use self::{
     endpoint::ConnectSpec,
+    engine::OfferSpec,
     network::NetworkSpec,
     publish::PublishSpec,
     refusal::{Refusal, RefusalKind},
@@ -76,6 +78,8 @@ pub struct Network {
     pub id: NetworkId,
     /// The user's name for it.
     pub name: String,
+    /// How the container engine that made it calls it; `None` where the user did.
+    pub engine_id: Option<String>,
     /// Name of the Linux bridge.
     pub bridge: String,
     /// The IPv4 side. A network has at least one of the two.
@@ -96,6 +100,8 @@ pub struct Network {
     pub mtu: u32,
     /// Most flows that one endpoint may have opened, in both families together; 0 = no limit.
     pub endpoint_flows: u32,
+    /// Addresses that are chosen for no endpoint: somebody else's, on the same bridge.
+    pub reserved: BTreeSet<IpAddr>,
     /// The user's rules, evaluated in order before our own.
     pub policy: Vec<PolicyRule>,
     /// Incremented with every change of `policy`; flows classified under an older one are
@@ -164,13 +170,12 @@ pub struct Endpoint {
     pub network: NetworkId,
     /// The user's name for it, unique within the network.
     pub name: String,
-    /// Path of the container's network namespace.
-    pub netns: PathBuf,
-    /// Which namespace the path meant when the endpoint was made.
-    pub netns_identity: NetnsIdentity,
+    /// Where the container's end of the veth pair is.
+    pub place: Place,
     /// Name of the host's end of the veth pair.
     pub host_interface: String,
-    /// Name of the interface inside the container.
+    /// Name of the container's end: inside the container, or while it waits on the host for an
+    /// engine, which then gives it another.
     pub interface: String,
     /// Its address in the network's IPv4 subnet; there iff the network has one.
     pub ipv4: Option<Ipv4Addr>,
@@ -180,6 +185,36 @@ pub struct Endpoint {
     pub mac: MacAddress,
     /// Its published ports.
     pub published: Vec<PublishedPort>,
+}
+
+/// Where the container's end of an endpoint's veth pair is, and who sees to it there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In a namespace that netdp was shown. It is put there by netdp, which keeps its name,
+    /// addresses and routes right.
+    Netns(Netns),
+    /// With a container engine, which takes it from the host into a namespace of its own and gives
+    /// it name, addresses and routes there. It can be offered only once: where the pair has gone with
+    /// that namespace, the endpoint is over.
+    Engine(Engaged),
+}
+
+/// A container's network namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Netns {
+    /// Its path.
+    pub path: PathBuf,
+    /// Which namespace the path meant when the endpoint was made.
+    pub identity: NetnsIdentity,
+}
+
+/// What is known of an endpoint that a container engine has asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Engaged {
+    /// How the engine calls the endpoint.
+    pub id: String,
+    /// Where the engine said that it takes it; `None` while no container has it.
+    pub sandbox: Option<PathBuf>,
 }
 
 /// Device and inode of a namespace file: tells a namespace from a successor under the same path.

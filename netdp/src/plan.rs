@@ -6,7 +6,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    path::PathBuf,
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -19,7 +18,7 @@ use crate::{
     facts::{HostFacts, Link, is_ipv6_link_local},
     family::{Family, V4, V6},
     model::{
-        Endpoint, EndpointId, GatewayMode, MacAddress, Model, NetnsIdentity, Network, NetworkId,
+        Endpoint, EndpointId, GatewayMode, MacAddress, Model, Netns, Network, NetworkId, Place,
         PolicyRule, PublishedPort, Subnet,
     },
 };
@@ -100,10 +99,9 @@ pub struct VethPlan {
     pub bridge: String,
     /// In bytes, both ends.
     pub mtu: u32,
-    /// The container's namespace.
-    pub netns: PathBuf,
-    /// Which namespace that path has to mean.
-    pub netns_identity: NetnsIdentity,
+    /// The container's namespace; `None` where the container's end is offered on the host, for an
+    /// engine to take it elsewhere.
+    pub netns: Option<Netns>,
     /// Name of the container's end.
     pub interface: String,
     /// MAC of the container's end.
@@ -114,6 +112,13 @@ pub struct VethPlan {
     pub ipv6: Option<InterfacePlan<V6>>,
     /// See [`Setting::filters_bridges`].
     pub is_filtered: bool,
+}
+
+impl VethPlan {
+    /// What marks a container's end that is offered as ours, while it waits.
+    pub fn offer_alias(&self) -> Option<String> {
+        self.netns.is_none().then(|| Link::offer_alias(&self.interface))
+    }
 }
 
 /// One family of a container's interface.
@@ -185,8 +190,8 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
         .filter_map(|(&id, endpoint)| {
             let network = model.networks.get(&endpoint.network)?;
             let is_gateway = |is_ipv4| {
-                let gateway = gateways.get(&(endpoint.netns_identity, is_ipv4));
-                gateway == Some(&id)
+                let container = endpoint.netns_identity();
+                container.and_then(|it| gateways.get(&(it, is_ipv4))) == Some(&id)
             };
             let gateways = (is_gateway(true), is_gateway(false));
             let veth = veth(endpoint, network, model.alias(endpoint), gateways);
@@ -290,7 +295,8 @@ fn published(model: &Model) -> impl Iterator<Item = (&PublishedPort, &Endpoint)>
     let publishing = model.endpoints.values().filter(|endpoint| !endpoint.published.is_empty());
     publishing.flat_map(move |endpoint| {
         let gateway = |is_ipv4| {
-            let id = gateways.get(&(endpoint.netns_identity, is_ipv4));
+            let container = endpoint.netns_identity();
+            let id = container.and_then(|container| gateways.get(&(container, is_ipv4)));
             id.and_then(|id| model.endpoints.get(id)).unwrap_or(endpoint)
         };
         let (gateway4, gateway6) = (gateway(true), gateway(false));
@@ -328,6 +334,8 @@ pub fn link_drift(plan: &Plan, facts: &HostFacts) -> Vec<Drift> {
     }
     for veth in plan.veths.values() {
         match own(facts, &veth.name, &veth.alias) {
+            // Gone with the container of an engine, which is about to say so.
+            None if veth.netns.is_none() && facts.link(&veth.name).is_none() => {}
             None => drift.push(format!("interface {} ({}) is missing", veth.name, veth.alias)),
             Some((_, link)) if !is_port_of(facts, link, &veth.bridge) => {
                 drift.push(format!("interface {} is no port of {}", veth.name, veth.bridge));
@@ -390,8 +398,10 @@ fn veth(endpoint: &Endpoint, network: &Network, alias: String, gateways: (bool, 
         alias,
         bridge: network.bridge.clone(),
         mtu: network.mtu,
-        netns: endpoint.netns.clone(),
-        netns_identity: endpoint.netns_identity,
+        netns: match &endpoint.place {
+            Place::Netns(netns) => Some(netns.clone()),
+            Place::Engine(_) => None,
+        },
         interface: endpoint.interface.clone(),
         mac: endpoint.mac,
         ipv4: interface(endpoint.ipv4, network.ipv4, gateways.0),
@@ -529,10 +539,15 @@ fn orphans(
     bridges: &BTreeMap<NetworkId, BridgePlan>,
     veths: &BTreeMap<EndpointId, VethPlan>,
 ) -> BTreeSet<u32> {
+    let offers: Vec<(&str, String)> = veths
+        .values()
+        .filter_map(|veth| Some((veth.interface.as_str(), veth.offer_alias()?)))
+        .collect();
     let wanted: BTreeSet<(&str, &str)> = bridges
         .values()
         .map(|bridge| (bridge.name.as_str(), bridge.alias.as_str()))
         .chain(veths.values().map(|veth| (veth.name.as_str(), veth.alias.as_str())))
+        .chain(offers.iter().map(|(name, alias)| (*name, alias.as_str())))
         .collect();
     facts
         .links

@@ -58,6 +58,7 @@ pub struct Agent {
     uplinks: Vec<String>,
     flows: Option<u32>,
     timeouts: Vec<(&'static str, u32)>,
+    docker_socket: Option<PathBuf>,
     fate: Fate,
     child: Mutex<Option<Child>>,
 }
@@ -86,6 +87,7 @@ impl Agent {
             uplinks,
             flows: None,
             timeouts: Vec::new(),
+            docker_socket: None,
             fate,
             child: Mutex::new(None),
         })
@@ -120,6 +122,13 @@ impl Agent {
     #[must_use]
     pub fn with_timeouts(mut self, timeouts: Vec<(&'static str, u32)>) -> Self {
         self.timeouts = timeouts;
+        self
+    }
+
+    /// Serves Docker at this path.
+    #[must_use]
+    pub fn with_docker_socket(mut self, path: Option<PathBuf>) -> Self {
+        self.docker_socket = path;
         self
     }
 
@@ -179,6 +188,9 @@ impl Agent {
         }
         for (kind, seconds) in &self.timeouts {
             command.args(["--timeout", &format!("{kind}={seconds}")]);
+        }
+        if let Some(socket) = &self.docker_socket {
+            command.arg("--docker-socket").arg(socket);
         }
         for uplink in &self.uplinks {
             command.args(["--uplink", uplink]);

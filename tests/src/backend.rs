@@ -22,6 +22,8 @@ pub enum Firewall {
     Iptables,
     /// nftables, since Docker 29.
     Nftables,
+    /// Nothing: its networks are netdp's.
+    Off,
 }
 
 impl Firewall {
@@ -31,6 +33,7 @@ impl Firewall {
         match self {
             Self::Iptables => "iptables",
             Self::Nftables => "nftables",
+            Self::Off => "off",
         }
     }
 }

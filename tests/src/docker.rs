@@ -25,7 +25,7 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 /// Where the lab's files are, as Docker sees them.
 const FILES: &str = "/run/netdp";
 /// The image that containers are made from.
-const IMAGE: &str = "busybox";
+pub const IMAGE: &str = "busybox";
 /// A daemon is up in a second where nothing else runs.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 /// How long killed processes may take to let go of their control groups.
@@ -49,9 +49,17 @@ mkdir "$root/run/netdp"
 mount --bind "$files" "$root/run/netdp"
 # As whoever is outside knows this process.
 echo "$pid" > "$files/pid"
+mkdir -p "$root/run/docker/plugins"
+mount --bind "$files/plugins" "$root/run/docker/plugins"
 shift 3
 exec chroot "$root" "$@"
 "#;
+
+/// Starts a daemon, and another whenever one has ended; whatever it leaves behind goes on beside.
+const KEEP_DAEMON: &str = r#"while :; do "$@" || sleep 1; done"#;
+
+/// Has a daemon kept, which has no process namespace of its own then, and can start anew in it.
+const KEPT: [&str; 5] = ["/bin/busybox", "sh", "-c", KEEP_DAEMON, "sh"];
 
 /// Docker as it is on this machine: a root directory and what its daemon says of itself.
 #[derive(Clone, Debug)]
@@ -97,6 +105,12 @@ impl Installation {
         Ok(Self { root, version, knows_firewalls })
     }
 
+    /// The path of a program, for processes that have another root; it has to do without libraries.
+    #[must_use]
+    pub fn program(&self, path: &str) -> PathBuf {
+        self.root.join(path)
+    }
+
     /// The first number of the version.
     #[must_use]
     pub fn major(&self) -> Option<u32> {
@@ -132,7 +146,7 @@ impl Docker {
     pub fn start(namespace: &Namespace, directory: &Path, firewall: Firewall) -> Result<Self> {
         let installed = Installation::find()?;
         let (root, files) = (directory.join("docker/root"), directory.join("docker/files"));
-        for directory in [&root, &files] {
+        for directory in [&root, &files, &files.join("plugins")] {
             fs::create_dir_all(directory).context("create a directory")?;
         }
         if firewall == Firewall::Nftables {
@@ -150,6 +164,7 @@ impl Docker {
             .args(["--mount", "--pid", "--fork", "--kill-child=KILL", "sh", "-c", BECOME_DAEMON])
             .arg("sh")
             .args([&installed.root, &root, &files])
+            .args(if firewall == Firewall::Off { &KEPT[..] } else { &[] })
             .args(["dockerd", "--config-file", &format!("{FILES}/daemon.json")])
             .env("PATH", PATH)
             .stdin(Stdio::null())
@@ -164,6 +179,13 @@ impl Docker {
         docker.wait_until_up().with_context(|| failed(&docker))?;
         docker.make_image().with_context(|| failed(&docker))?;
         Ok(docker)
+    }
+
+    /// Where a plugin of the name netdp has to listen for a daemon that keeps everything below
+    /// `directory`.
+    #[must_use]
+    pub fn plugin_socket(directory: &Path) -> PathBuf {
+        directory.join("docker/files/plugins/netdp.sock")
     }
 
     fn wait_until_up(&mut self) -> Result<()> {
@@ -190,7 +212,16 @@ impl Docker {
             .output()
             .context("run tar")?;
         ensure!(said.status.success(), "tar: {}", String::from_utf8_lossy(&said.stderr).trim());
-        self.run(&["import", &format!("{FILES}/image.tar"), IMAGE]).map(drop)
+        self.import(IMAGE, "LABEL netdp=tests")
+    }
+
+    /// Makes an image of busybox alone, with one line of a Dockerfile laid over it.
+    ///
+    /// # Errors
+    /// When Docker refuses.
+    pub fn import(&self, name: &str, line: &str) -> Result<()> {
+        let tar = format!("{FILES}/image.tar");
+        self.run(&["import", "--change", line, &tar, name]).map(drop)
     }
 
     /// Docker's root directory, with all that is mounted there.
@@ -208,6 +239,42 @@ impl Docker {
             .env("DOCKER_HOST", format!("unix://{FILES}/docker.sock"))
             .env("DOCKER_CONFIG", FILES);
         Ok(command)
+    }
+
+    /// Ends the daemon and waits for the next one, which reads its settings with `settings` laid over
+    /// them.
+    ///
+    /// # Errors
+    /// When it does not end, or none follows.
+    pub fn restart(&self, settings: &Value) -> Result<()> {
+        let path = self.files.join("daemon.json");
+        let text = fs::read_to_string(&path).context("read settings")?;
+        let mut all: Value = serde_json::from_str(&text).context("read settings")?;
+        for (name, value) in settings.as_object().into_iter().flatten() {
+            all[name] = value.clone();
+        }
+        fs::write(&path, all.to_string()).context("write settings")?;
+        let old = self.daemon().context("find Docker's daemon")?;
+        let guard = self.pid.to_string();
+        let ended = Command::new("nsenter")
+            .args(["--target", &guard, "--pid", "--mount", "--root"])
+            .args(["/bin/busybox", "kill", "-TERM", &old])
+            .output()
+            .context("run nsenter")?;
+        let error = String::from_utf8_lossy(&ended.stderr);
+        ensure!(ended.status.success(), "end Docker's daemon: {}", error.trim());
+        let socket = self.files.join("docker.sock");
+        poll_until(START_DEADLINE, "Docker's next daemon", || {
+            let is_another = self.daemon().is_ok_and(|pid| pid != old);
+            Ok((is_another && UnixStream::connect(&socket).is_ok()).then_some(()))
+        })
+        .with_context(|| format!("Docker's log ends with:\n{}", self.log_tail()))
+    }
+
+    /// The daemon's process, as it is called in its own namespace.
+    fn daemon(&self) -> Result<String> {
+        let path = self.files.join("docker.pid");
+        Ok(fs::read_to_string(path).context("read Docker's pid")?.trim().to_owned())
     }
 
     /// Runs one `docker` command.
@@ -276,15 +343,27 @@ impl Docker {
             self.output(&["rm", "--force", name])?;
             return Err(error);
         }
-        let inspected = self.inspect(name)?;
-        let settings = &inspected["NetworkSettings"];
-        let sandbox = settings["SandboxKey"].as_str().context("read the container's sandbox")?;
-        namespace.become_another(&self.root()?.join(sandbox.trim_start_matches('/')))?;
+        let settings = self.enter_sandbox(namespace, name)?;
         Ok(json!({ "published": published_ports(&settings["Ports"])? }))
     }
 
+    /// Makes `namespace` the network of a container that runs, and returns its network settings.
+    ///
+    /// # Errors
+    /// When there is no such container, or it has no network.
+    pub fn enter_sandbox(&self, namespace: &Namespace, name: &str) -> Result<Value> {
+        let mut inspected = self.inspect(name)?;
+        let settings = inspected["NetworkSettings"].take();
+        let sandbox = settings["SandboxKey"].as_str().context("read the container's sandbox")?;
+        namespace.become_another(&self.root()?.join(sandbox.trim_start_matches('/')))?;
+        Ok(settings)
+    }
+
     /// What `docker inspect` says, without a program that takes longer to start than to ask.
-    fn inspect(&self, name: &str) -> Result<Value> {
+    ///
+    /// # Errors
+    /// When there is no such container.
+    pub fn inspect(&self, name: &str) -> Result<Value> {
         let title = || format!("ask Docker for {name}");
         let mut stream = UnixStream::connect(self.files.join("docker.sock")).with_context(title)?;
         // The answer of HTTP/1.0 is in one piece and ends with the connection.
@@ -365,7 +444,10 @@ fn settings(cgroup: &str, firewall: Firewall, installed: &Installation) -> Value
         // Works on any file system, and an image is one program.
         "storage-driver": "vfs",
     });
-    if installed.knows_firewalls {
+    if firewall == Firewall::Off {
+        settings["iptables"] = false.into();
+        settings["ip6tables"] = false.into();
+    } else if installed.knows_firewalls {
         settings["firewall-backend"] = firewall.name().into();
     }
     settings

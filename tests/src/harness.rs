@@ -112,6 +112,7 @@ impl Row {
             Backend::Iptables(Variant::Legacy) => "/legacy",
             Backend::EbpfByStack => "/by-stack",
             Backend::Docker(Firewall::Nftables) => "/nftables",
+            Backend::Docker(Firewall::Off) => "/off",
             Backend::Ebpf
             | Backend::Iptables(Variant::Nft)
             | Backend::Docker(Firewall::Iptables) => "",
@@ -194,6 +195,12 @@ pub fn run_rows(rows: Vec<Row>) -> ExitCode {
 #[must_use]
 pub fn run_docker_trials(trials: Vec<Trial>) -> ExitCode {
     run_on_threads(trials, DOCKER_THREADS)
+}
+
+/// Runs trials one after the other, in their order: they share what is expensive to start.
+#[must_use]
+pub fn run_in_order(trials: Vec<Trial>) -> ExitCode {
+    run_on_threads(trials, 1)
 }
 
 /// What counts of a row on a kernel that is known not to keep its promise.

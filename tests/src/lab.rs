@@ -81,6 +81,7 @@ pub struct LabBuilder {
     agent: AgentState,
     flows: Option<u32>,
     timeouts: Vec<(&'static str, u32)>,
+    serves_docker: bool,
     name: Option<String>,
     kept_in: Option<PathBuf>,
 }
@@ -125,6 +126,13 @@ impl LabBuilder {
     #[must_use]
     pub fn timeout(mut self, kind: &'static str, seconds: u32) -> Self {
         self.timeouts.push((kind, seconds));
+        self
+    }
+
+    /// Has the agent serve Docker, where [`Docker`] looks for its plugins.
+    #[must_use]
+    pub fn serving_docker(mut self) -> Self {
+        self.serves_docker = true;
         self
     }
 
@@ -210,8 +218,10 @@ impl LabBuilder {
             return Ok(lab);
         }
         if self.agent != AgentState::Missing {
-            let agent =
-                Agent::new(&lab.host, &lab.directory, uplinks, fate)?.with_timeouts(self.timeouts);
+            let socket = self.serves_docker.then(|| Docker::plugin_socket(&lab.directory));
+            let agent = Agent::new(&lab.host, &lab.directory, uplinks, fate)?
+                .with_timeouts(self.timeouts)
+                .with_docker_socket(socket);
             agent.use_backend(self.backend);
             lab.agent = Some(match self.flows {
                 Some(flows) => agent.with_flows(flows),
@@ -254,6 +264,7 @@ impl Lab {
             agent: AgentState::Running,
             flows: None,
             timeouts: Vec::new(),
+            serves_docker: false,
             name: None,
             kept_in: None,
         }

@@ -45,7 +45,7 @@ pub(crate) enum Suite {
     Differential,
     /// The same promises, asked of Docker itself
     Docker,
-    /// Whoever has netdp do the networks of containers
+    /// Container engines as they are, and the plugins, with networks of netdp's
     Engines,
     /// Restarts, crashes and clean-up of the agent
     Lifecycle,
@@ -128,7 +128,7 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
         Suite::Engines => {
             let netdp = agent(netdp)?.clone().into_os_string();
             let mut environment = vec![Some(("NETDP_BIN", netdp))];
-            environment.extend(CLIENTS.iter().map(root));
+            environment.extend([DOCKER].iter().chain(&CLIENTS).map(root));
             run_as_root(suite, &borrowed(&environment))
         }
         Suite::Demo => {

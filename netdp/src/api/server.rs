@@ -1,6 +1,7 @@
 //! The agent's side: routes, the socket, and handlers that hand over to the controller.
 //!
-//! Owns who may connect and what becomes of a request that is no good. Decides nothing else.
+//! Owns who may connect, here and at other sockets of the agent's, and what becomes of a request that
+//! is no good. Decides nothing else.
 
 use std::{
     fs::{self, File},
@@ -139,11 +140,11 @@ impl Socket {
     /// Fails when the socket does.
     pub async fn serve(
         self,
-        api: Api,
+        router: Router,
         stop: impl Future<Output = ()> + Send + 'static,
     ) -> Result<()> {
         let Self { listener, file } = self;
-        axum::serve(listener, api.router())
+        axum::serve(listener, router)
             .with_graceful_shutdown(stop)
             .await
             .with_context(|| format!("serve {}", file.0.display()))
@@ -247,7 +248,7 @@ async fn create_network(
 
 /// What RFC 4193, section 3.2, wants of a global ID: that nobody can guess it and no two hosts are
 /// likely to have the same one.
-fn global_id() -> Result<[u8; 5]> {
+pub(crate) fn global_id() -> Result<[u8; 5]> {
     const SOURCE: &str = "/dev/urandom";
 
     let mut id = [0; 5];

@@ -4,9 +4,9 @@
 //! refusal can say what is wrong with them.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt::Display,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::IpAddr,
     path::{Path, PathBuf},
     str::FromStr,
 };
@@ -15,8 +15,6 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{
-    dataplane::{self, Count, FlowRecord, Program, protocol_name},
-    facts::HostFacts,
     family::{Family, V4, V6},
     model::{
         self, ConnectSpec, EndpointId, Model, NetnsIdentity, NetworkSpec, PublishSpec, Refusal,
@@ -24,6 +22,11 @@ use crate::{
     },
     netlink::namespace::Survey,
 };
+
+mod observed;
+
+use self::observed::network_name;
+pub use self::observed::{Counter, Feature, Flow, FlowTable, Lanes, Status, Uplink};
 
 /// Where names of network namespaces live (ip-netns(8)).
 const NAMED_NAMESPACES: &str = "/run/netns";
@@ -136,6 +139,7 @@ impl CreateNetwork {
     pub fn into_spec(self, global_id: [u8; 5]) -> Result<NetworkSpec, Refusal> {
         let mut spec = NetworkSpec {
             name: self.name,
+            engine_id: None,
             enable_ipv4: self.enable_ipv4,
             enable_ipv6: self.enable_ipv6,
             subnets: cidrs("subnet", &self.subnets)?,
@@ -150,6 +154,8 @@ impl CreateNetwork {
             // These come as options.
             endpoint_flows: None,
             nat: None,
+            // Engines have them.
+            reserved: BTreeSet::new(),
             host_bindings: addresses("host binding", &self.host_bindings)?,
             snat_ips: addresses("SNAT address", &self.snat_ips)?,
             global_id,
@@ -264,6 +270,8 @@ pub struct Settings {
     pub name: String,
     /// Its id.
     pub id: u32,
+    /// How the container engine that made it calls it; `null` where the user did.
+    pub engine_id: Option<String>,
     /// Name of the Linux bridge.
     pub bridge: String,
     /// CIDRs.
@@ -288,6 +296,8 @@ pub struct Settings {
     pub mtu: u32,
     /// Most flows that one endpoint may have opened, in both families together; 0 = no limit.
     pub endpoint_flows: u32,
+    /// Addresses that are chosen for no endpoint.
+    pub reserved: Vec<String>,
     /// Host addresses of published ports that name none.
     pub host_bindings: Vec<String>,
     /// The first of them.
@@ -327,9 +337,11 @@ pub struct Endpoint {
     pub name: String,
     /// Its network's name.
     pub network: String,
-    /// Path of the container's namespace.
+    /// How the container engine that made it calls it; `null` where the user did.
+    pub engine_id: Option<String>,
+    /// Path of the container's namespace; empty while an engine has given it to none.
     pub netns: String,
-    /// Interface inside the container.
+    /// Interface inside the container; empty where an engine names it.
     pub interface: String,
     /// Interface of the host.
     pub host_interface: String,
@@ -365,122 +377,6 @@ pub struct NumberedRule {
     pub rule: String,
 }
 
-/// A tracked connection.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Flow {
-    /// "tcp", "udp", "icmp", "icmpv6", "sctp", "gre", "esp", or the number.
-    pub protocol: String,
-    /// The network's name.
-    pub network: String,
-    /// `address:port`, `[address]:port` for IPv6, as the first packet had it. ICMP has the echo
-    /// identifier for a port, a protocol without ports 0.
-    pub source: String,
-    /// The same for the destination.
-    pub destination: String,
-    /// Source after translation.
-    pub translated_source: String,
-    /// Destination after translation.
-    pub translated_destination: String,
-    /// "established", "half-open", "half-closed", "closing", "reset", "unreplied", "replied".
-    pub state: String,
-    /// Since the last packet.
-    pub idle_seconds: u64,
-    /// Until it is collected if nothing more comes.
-    pub expires_seconds: u64,
-}
-
-/// `GET /v1/status`: how the agent is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Status {
-    /// netdp's version.
-    pub version: String,
-    /// "ebpf", "iptables".
-    pub dataplane: String,
-    /// Why it is that one.
-    pub dataplane_reason: String,
-    /// The agent's process id.
-    pub pid: u32,
-    /// How many networks there are.
-    pub networks: usize,
-    /// How many endpoints.
-    pub endpoints: usize,
-    /// How many published ports.
-    pub published: usize,
-    /// How many tracked connections.
-    pub flows: usize,
-    /// How full the flow tables were when flows were last collected, seconds ago.
-    pub flow_tables: Vec<FlowTable>,
-    /// How packets of flows went since the agent started; `null` where all go by the host's stack.
-    pub lanes: Option<Lanes>,
-    /// Interfaces to the outside.
-    pub uplinks: Vec<Uplink>,
-    /// What was counted since the maps were made, zero rows left out.
-    pub counters: Vec<Counter>,
-    /// What could not be repaired so far, one line each.
-    pub troubles: Vec<String>,
-    /// What to know of and can't be repaired by the agent, one line each.
-    pub alarms: Vec<String>,
-    /// What the dataplane uses where the kernel has it.
-    pub features: Vec<Feature>,
-}
-
-/// Something that a kernel may have.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Feature {
-    /// "tcx", "coarse-clock".
-    pub name: String,
-    /// The version of Linux that brought it.
-    pub since: String,
-    /// Whether this kernel has it.
-    pub is_there: bool,
-    /// What is lost without it.
-    pub without: String,
-}
-
-/// Packets of flows by the way they took.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Lanes {
-    /// Past the host's stack.
-    pub fast: u64,
-    /// By it.
-    pub stack: u64,
-}
-
-/// How full a family's flow table is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FlowTable {
-    /// "IPv4", "IPv6".
-    pub family: String,
-    /// Flows in it.
-    pub flows: u32,
-    /// Flows that it has room for.
-    pub capacity: u32,
-}
-
-/// An interface to the outside.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Uplink {
-    /// Interface name.
-    pub name: String,
-    /// IPv4 source address for masquerade; `null` while it has none.
-    pub address: Option<Ipv4Addr>,
-    /// The same for IPv6.
-    pub ipv6_address: Option<Ipv6Addr>,
-}
-
-/// Packets counted for one reason in one network.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Counter {
-    /// `null` where no network could be told.
-    pub network: Option<String>,
-    /// The reason's name.
-    pub reason: String,
-    /// Packets.
-    pub packets: u64,
-    /// Bytes.
-    pub bytes: u64,
-}
-
 /// `POST /v1/purge`: what was removed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Purged {
@@ -503,6 +399,7 @@ impl From<&model::Network> for Settings {
         Self {
             name: network.name.clone(),
             id: network.id.0,
+            engine_id: network.engine_id.clone(),
             bridge: network.bridge.clone(),
             subnets: network.subnets().map(|net| net.to_string()).collect(),
             gateways: texts(ipv4.map(|side| side.gateway), ipv6.map(|side| side.gateway)),
@@ -515,6 +412,7 @@ impl From<&model::Network> for Settings {
             gateway_mode: network.gateway_mode.to_string(),
             mtu: network.mtu,
             endpoint_flows: network.endpoint_flows,
+            reserved: network.reserved.iter().map(ToString::to_string).collect(),
             host_binding: host_bindings.first().cloned().unwrap_or_default(),
             host_bindings,
             snat_ip: snat_ips.first().cloned(),
@@ -565,13 +463,22 @@ impl Endpoint {
     ) -> Self {
         let ipv4 = endpoint.ipv4.zip(network.ipv4);
         let ipv6 = endpoint.ipv6.zip(network.ipv6);
-        let leads_out =
-            |is_ipv4| gateways.get(&(endpoint.netns_identity, is_ipv4)) == Some(&endpoint.id);
+        let leads_out = |is_ipv4| {
+            let netns = endpoint.netns_identity();
+            netns.is_some_and(|netns| gateways.get(&(netns, is_ipv4)) == Some(&endpoint.id))
+        };
+        let (engine_id, netns, interface) = match &endpoint.place {
+            model::Place::Netns(netns) => (None, Some(&netns.path), endpoint.interface.clone()),
+            model::Place::Engine(engaged) => {
+                (Some(engaged.id.clone()), engaged.sandbox.as_ref(), String::new())
+            }
+        };
         Self {
             name: endpoint.name.clone(),
             network: network.name.clone(),
-            netns: endpoint.netns.display().to_string(),
-            interface: endpoint.interface.clone(),
+            engine_id,
+            netns: netns.map(|path| path.display().to_string()).unwrap_or_default(),
+            interface,
             host_interface: endpoint.host_interface.clone(),
             addresses: texts(
                 ipv4.map(|(address, side)| V4::with_prefix_of(address, side.subnet)),
@@ -605,74 +512,6 @@ impl NumberedRule {
     }
 }
 
-impl Flow {
-    /// A flow, its network named by the model.
-    pub fn of(model: &Model, flow: &FlowRecord) -> Self {
-        let end = |end: (IpAddr, u16)| SocketAddr::from(end).to_string();
-        Self {
-            protocol: protocol_name(flow.protocol).into_owned(),
-            network: network_name(model, flow.network),
-            source: end(flow.source),
-            destination: end(flow.destination),
-            translated_source: end(flow.translated_source),
-            translated_destination: end(flow.translated_destination),
-            state: flow.state.to_owned(),
-            idle_seconds: flow.idle.as_secs(),
-            expires_seconds: flow.expires.as_secs(),
-        }
-    }
-}
-
-impl From<&dataplane::KernelFeature> for Feature {
-    fn from(feature: &dataplane::KernelFeature) -> Self {
-        let (major, minor) = feature.since;
-        Self {
-            name: feature.name.to_owned(),
-            since: format!("{major}.{minor}"),
-            is_there: feature.is_there,
-            without: feature.without.to_owned(),
-        }
-    }
-}
-
-impl From<&dataplane::FlowTable> for FlowTable {
-    fn from(table: &dataplane::FlowTable) -> Self {
-        Self { family: table.family.to_owned(), flows: table.flows, capacity: table.capacity }
-    }
-}
-
-impl Uplink {
-    /// The uplinks of a program, by interface name.
-    pub fn of(program: &Program, facts: &HostFacts) -> Vec<Self> {
-        let mut uplinks: Vec<Self> = program
-            .uplinks
-            .iter()
-            .map(|(ifindex, uplink)| Self {
-                name: facts
-                    .links
-                    .get(ifindex)
-                    .map_or_else(|| format!("#{ifindex}"), |link| link.name.clone()),
-                address: uplink.masquerade4,
-                ipv6_address: uplink.masquerade6,
-            })
-            .collect();
-        uplinks.sort_by(|a, b| a.name.cmp(&b.name));
-        uplinks
-    }
-}
-
-impl Counter {
-    /// A counter, its network named by the model.
-    pub fn of(model: &Model, count: &Count) -> Self {
-        Self {
-            network: count.network.map(|id| network_name(model, id)),
-            reason: count.reason.name().to_owned(),
-            packets: count.packets,
-            bytes: count.bytes,
-        }
-    }
-}
-
 impl Purged {
     /// All that is in the model.
     pub fn of(model: &Model) -> Self {
@@ -685,11 +524,6 @@ impl Purged {
             published: model.endpoints.values().map(|endpoint| endpoint.published.len()).sum(),
         }
     }
-}
-
-/// A network that is gone may still have counters and the last of its flows: by number then.
-fn network_name(model: &Model, id: model::NetworkId) -> String {
-    model.networks.get(&id).map_or_else(|| format!("#{}", id.0), |network| network.name.clone())
 }
 
 /// Reads `-p` arguments.
@@ -856,6 +690,7 @@ mod tests {
         let mut expected = json!({
             "name": "a",
             "id": 1,
+            "engine_id": null,
             "bridge": "nd-1",
             "subnets": ["172.20.0.0/24"],
             "gateways": ["172.20.0.1"],
@@ -868,6 +703,7 @@ mod tests {
             "gateway_mode": "nat",
             "mtu": 1500,
             "endpoint_flows": 0,
+            "reserved": [],
             "host_binding": "0.0.0.0",
             "host_bindings": ["0.0.0.0"],
             "snat_ip": null,
@@ -879,6 +715,7 @@ mod tests {
         expected["endpoints"] = json!([{
             "name": "A1",
             "network": "a",
+            "engine_id": null,
             "netns": "/run/netns/A1",
             "interface": "eth0",
             "host_interface": "ndv1",

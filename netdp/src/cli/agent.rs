@@ -39,12 +39,13 @@ use crate::{
         server::{Api, Socket},
         wire,
     },
-    config::{Config, DataplaneChoice, Paths, Switch},
+    config::{Config, DataplaneChoice, DockerSocket, Paths, Switch},
     controller::{Controller, Snapshot},
     dataplane::{
         ebpf::{EbpfOptions, cgroup2_mount},
         select::{self, Selected, select},
     },
+    integrations::docker,
     store::Store,
 };
 
@@ -163,21 +164,61 @@ async fn serve(config: &Config, path: &Path) -> Result<()> {
     purge_others(&controller, &config.paths, backend.name).await?;
     print(&format!("{}\n", ready(&controller.snapshot())))?;
 
+    let docker = docker_socket(config).await?;
+    let driver = docker::Driver::new(controller.clone());
     let api = Api::new(controller, backend);
     let purged = api.purged();
+    let stop_docker = stop(purged.clone());
+    let serve_docker = async {
+        match docker {
+            Some(docker) => docker.serve(driver.router(), stop_docker).await,
+            None => Ok(()),
+        }
+    };
+    let serve_clients = socket.serve(api.router(), stop(purged.clone()));
     let overdue = async {
         stop(purged.clone()).await;
         info!("stopping");
         sleep(GRACE).await;
     };
     tokio::select! {
-        served = socket.serve(api, stop(purged.clone())) => served?,
+        served = async { tokio::try_join!(serve_clients, serve_docker) } => drop(served?),
         () = overdue => warn!("a request takes too long: stopping without its answer"),
     }
     if *purged.borrow() {
         remove_traces(&config.paths, path)?;
     }
     Ok(())
+}
+
+/// Listens for Docker, if this agent is to serve it. What nobody has asked for by name stands in no
+/// agent's way.
+async fn docker_socket(config: &Config) -> Result<Option<Socket>> {
+    let (path, is_asked_for) = match &config.docker_socket {
+        DockerSocket::At(path) => (path.as_path(), true),
+        DockerSocket::Auto if config.paths.is_default_agent() && docker::is_present() => {
+            (Path::new(docker::PLUGIN_SOCKET), false)
+        }
+        DockerSocket::Auto | DockerSocket::Off => return Ok(None),
+    };
+    let listen = async {
+        if let Some(parent) = path.parent() {
+            // As Docker's daemon makes it, which may come later.
+            make_directory(parent, 0o700)?;
+        }
+        Socket::bind(path).await
+    };
+    match listen.await.with_context(|| format!("serve Docker at {}", path.display())) {
+        Ok(socket) => {
+            info!("serving Docker at {}", path.display());
+            Ok(Some(socket))
+        }
+        Err(error) if is_asked_for => Err(error),
+        Err(error) => {
+            warn!("{error:#}");
+            Ok(None)
+        }
+    }
 }
 
 /// Removes what only a running or returning agent needs.

@@ -164,7 +164,7 @@ mod tests {
     fn the_command_contract_is_understood() {
         for line in [
             "agent --dataplane auto --uplink eth0 --uplink tun0 --state-dir D --run-dir D \
-             --bpffs D --cgroup D --flows 1024",
+             --bpffs D --cgroup D --flows 1024 --docker-socket off",
             "network create a --subnet 172.20.0.0/24 --gateway 172.20.0.1 --ip-range 172.20.0.0/25 \
              --internal --icc false --mtu 1400 --masquerade=false --gateway-mode routed \
              --host-binding 127.0.0.1 --snat-ip 10.0.0.4 --opt com.docker.network.driver.mtu=1400 \

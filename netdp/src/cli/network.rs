@@ -234,6 +234,7 @@ fn render(network: &wire::NetworkDetail) -> String {
     facts
         .push(("bridge", format!("{}, mtu {}, id {}", settings.bridge, settings.mtu, settings.id)));
     facts.push(("mode", mode(settings)));
+    facts.extend(settings.engine_id.clone().map(|id| ("engine id", id)));
     if settings.endpoint_flows > 0 {
         let flows = settings.endpoint_flows;
         facts.push(("flows", format!("at most {flows} opened by each endpoint")));

@@ -12,7 +12,7 @@ use tracing::{debug, info, warn};
 use super::State;
 use crate::{
     facts::HostFacts,
-    model::{EndpointId, Model, NetworkId},
+    model::{EndpointId, Model, Netns, NetworkId},
     netlink::namespace::Namespace,
     plan::{self, BridgePlan, Plan, SysctlPlan, VethPlan, own},
 };
@@ -211,7 +211,10 @@ impl State {
         self.dressed.retain(|id, _| plan.veths.contains_key(id));
         for (&id, veth) in &plan.veths {
             let before = self.dressed.get(&id).copied();
-            let result = self.make_veth(id, veth, facts).await;
+            let result = match &veth.netns {
+                Some(netns) => self.make_veth(id, veth, netns, facts).await,
+                None => self.offer_veth(pass, id, veth, facts).await,
+            };
             pass.note(Subject::Endpoint(id), result)?;
             pass.dressed.extend((self.dressed.get(&id).copied() != before).then_some(id));
         }
@@ -222,6 +225,7 @@ impl State {
         &mut self,
         id: EndpointId,
         veth: &VethPlan,
+        netns: &Netns,
         facts: &HostFacts,
     ) -> Result<()> {
         // Entering a namespace costs a thread. What happens inside, once it was right, is the
@@ -231,10 +235,26 @@ impl State {
         if present.is_some() && self.dressed.get(&id).copied() == present {
             return Ok(());
         }
-        let namespace = Namespace::open_same(&veth.netns, veth.netns_identity)?;
-        let ifindex = self.netlink.ensure_veth(veth, &namespace, facts).await?;
+        let namespace = Namespace::open_same(netns)?;
+        let ifindex = self.netlink.ensure_veth(veth, Some(&namespace), facts).await?;
         namespace.ensure_interface(veth).await?;
         self.dressed.insert(id, Dressed::new(ifindex, veth));
+        Ok(())
+    }
+
+    /// Makes a pair whose container's end an engine takes. Only the change that adds the endpoint
+    /// does: an engine that has taken the end does not come for another one.
+    async fn offer_veth(
+        &self,
+        pass: &Pass<'_>,
+        id: EndpointId,
+        veth: &VethPlan,
+        facts: &HostFacts,
+    ) -> Result<()> {
+        let is_new = pass.before.is_some_and(|before| !before.endpoints.contains_key(&id));
+        if is_new || facts.link(&veth.name).is_some() {
+            self.netlink.ensure_veth(veth, None, facts).await?;
+        }
         Ok(())
     }
 
@@ -248,8 +268,9 @@ impl State {
     ) -> Result<()> {
         for id in std::mem::take(&mut pass.dressed) {
             let Some(veth) = plan.veths.get(&id) else { continue };
+            let Some(netns) = &veth.netns else { continue };
             self.dressed.remove(&id);
-            let result = self.make_veth(id, veth, facts).await;
+            let result = self.make_veth(id, veth, netns, facts).await;
             pass.note(Subject::Endpoint(id), result)?;
         }
         Ok(())

@@ -28,6 +28,8 @@ use crate::{
     plan::RESERVED_PORTS_SYSCTL,
 };
 
+mod engine;
+
 /// A network namespace and the thread that lives in it and runs what it is told to.
 struct Namespace {
     path: PathBuf,

@@ -1,11 +1,12 @@
-//! Other programs' protocols for the networks of containers, in front of the agent's own API.
+//! Container engines as clients: their protocols, and how what they ask for becomes netdp's terms.
 //!
-//! A plugin is this binary under another name. It owns the translation and nothing else: what it is
-//! asked becomes requests to the agent, which decides.
+//! Owns no decision. What Docker asks of the agent itself becomes changes of the model; a plugin is this
+//! binary under another name, and what it is asked becomes requests to the agent.
 
 use std::{ffi::OsStr, path::Path, process::ExitCode};
 
 mod cni;
+pub mod docker;
 mod netavark;
 mod network;
 

@@ -11,8 +11,8 @@ use std::{
 };
 
 use super::{
-    Endpoint, EndpointId, GatewayMode, MacAddress, Model, NetnsIdentity, Network, PublishSpec,
-    PublishedPort, Refusal, Subnet,
+    Endpoint, EndpointId, GatewayMode, MacAddress, Model, Netns, NetnsIdentity, Network, NetworkId,
+    Place, PublishSpec, PublishedPort, Refusal, Subnet,
     network::{check_interface_name, check_name},
 };
 use crate::{
@@ -44,6 +44,29 @@ pub struct ConnectSpec {
     pub publish: Vec<PublishSpec>,
 }
 
+/// What is decided of an endpoint before it has addresses.
+pub(super) struct NewEndpoint<'a> {
+    pub(super) id: EndpointId,
+    pub(super) network: NetworkId,
+    pub(super) name: String,
+    pub(super) place: Place,
+    pub(super) host_interface: String,
+    pub(super) interface: String,
+    pub(super) addresses: &'a [IpAddr],
+    pub(super) mac: Option<MacAddress>,
+    pub(super) published: Vec<PublishedPort>,
+}
+
+impl Endpoint {
+    /// Which namespace it was attached to; an engine's is the engine's to know.
+    pub fn netns_identity(&self) -> Option<NetnsIdentity> {
+        match &self.place {
+            Place::Netns(netns) => Some(netns.identity),
+            Place::Engine(_) => None,
+        }
+    }
+}
+
 impl Model {
     /// The link alias by which an endpoint's host interface is recognised.
     pub fn alias(&self, endpoint: &Endpoint) -> String {
@@ -59,8 +82,8 @@ impl Model {
     /// that is attached already, and whatever [`Model::publish`] refuses.
     pub fn connect(&mut self, spec: ConnectSpec, facts: &HostFacts) -> Result<EndpointId, Refusal> {
         let network = self.network(&spec.network)?;
-        let members: Vec<&Endpoint> = self.endpoints_of(network.id).collect();
-        if let Some(twin) = members.iter().find(|e| e.netns_identity == spec.netns_identity) {
+        let is_twin = |e: &&Endpoint| e.netns_identity() == Some(spec.netns_identity);
+        if let Some(twin) = self.endpoints_of(network.id).find(is_twin) {
             return Err(Refusal::conflict(format!(
                 "{} is attached to network {:?} already, as {:?}: disconnect that first",
                 spec.netns.display(),
@@ -71,6 +94,33 @@ impl Model {
 
         let (id, host_interface) = self.choose_id(facts)?;
         let name = spec.name.clone().unwrap_or_else(|| default_name(&spec.netns, id));
+        let interface = self.choose_interface(&spec)?;
+        let place = Place::Netns(Netns { path: spec.netns, identity: spec.netns_identity });
+        let published = self.resolve_ports(network, &spec.publish, facts)?;
+        let new = NewEndpoint {
+            id,
+            network: network.id,
+            name,
+            place,
+            host_interface,
+            interface,
+            addresses: &spec.addresses,
+            mac: spec.mac,
+            published,
+        };
+        self.add_endpoint(new)
+    }
+
+    /// Adds an endpoint to its network, with an address of each family of it.
+    ///
+    /// # Errors
+    /// See [`Model::connect`].
+    pub(super) fn add_endpoint(&mut self, new: NewEndpoint<'_>) -> Result<EndpointId, Refusal> {
+        let NewEndpoint { id, network, name, place, host_interface, interface, .. } = new;
+        let network = self.networks.get(&network).ok_or_else(|| {
+            Refusal::not_found(format!("the network of endpoint {name:?} is gone"))
+        })?;
+        let members: Vec<&Endpoint> = self.endpoints_of(network.id).collect();
         check_name("endpoint", &name)?;
         if members.iter().any(|endpoint| endpoint.name == name) {
             return Err(Refusal::conflict(format!(
@@ -78,39 +128,35 @@ impl Model {
                 network.name
             )));
         }
-
-        let interface = self.choose_interface(&spec)?;
         let used4 = members.iter().filter_map(|e| Some((e.ipv4?, e.name.as_str()))).collect();
         let used6 = members.iter().filter_map(|e| Some((e.ipv6?, e.name.as_str()))).collect();
-        let ipv4 = choose_address(&network.name, network.ipv4, &used4, &spec.addresses)?;
-        let ipv6 = choose_address(&network.name, network.ipv6, &used6, &spec.addresses)?;
+        let ipv4 = choose_address(network, network.ipv4, &used4, new.addresses)?;
+        let ipv6 = choose_address(network, network.ipv6, &used6, new.addresses)?;
         let address4 = ipv4.as_ref().map(|choice| choice.address);
         let address6 = ipv6.as_ref().map(|choice| choice.address);
-        let mac = match spec.mac {
+        let mac = match new.mac {
             Some(mac) => check_mac(network, &members, mac)?,
             None => choose_mac(network, &members, address4, address6)?,
         };
-        let published = self.resolve_ports(network, &spec.publish, facts)?;
-
         let endpoint = Endpoint {
             id,
             network: network.id,
             name,
-            netns: spec.netns,
-            netns_identity: spec.netns_identity,
+            place,
             host_interface,
             interface,
             ipv4: address4,
             ipv6: address6,
             mac,
-            published,
+            published: new.published,
         };
-        let network = self.network_mut(&spec.network)?;
-        if let (Some(side), Some(choice)) = (&mut network.ipv4, ipv4) {
-            side.next_address = choice.next_address;
-        }
-        if let (Some(side), Some(choice)) = (&mut network.ipv6, ipv6) {
-            side.next_address = choice.next_address;
+        if let Some(network) = self.networks.get_mut(&endpoint.network) {
+            if let (Some(side), Some(choice)) = (&mut network.ipv4, ipv4) {
+                side.next_address = choice.next_address;
+            }
+            if let (Some(side), Some(choice)) = (&mut network.ipv6, ipv6) {
+                side.next_address = choice.next_address;
+            }
         }
         self.next.endpoint = id.0 + 1;
         self.endpoints.insert(id, endpoint);
@@ -125,9 +171,12 @@ impl Model {
     pub fn disconnect(&mut self, network: &str, name: &str) -> Result<Endpoint, Refusal> {
         let id = self.endpoint(network, name)?.id;
         let endpoint = self.release(id).ok_or_else(|| unknown(network, name))?;
-        let gateways = self.gateway_endpoints();
-        for &port in &endpoint.published {
-            self.hand_over(port, endpoint.netns_identity, &gateways);
+        // An engine says itself by which endpoint a container's ports go on.
+        if let Some(container) = endpoint.netns_identity() {
+            let gateways = self.gateway_endpoints();
+            for &port in &endpoint.published {
+                self.hand_over(port, container, &gateways);
+            }
         }
         Ok(endpoint)
     }
@@ -155,9 +204,11 @@ impl Model {
 
     /// The endpoints by which containers reach the world, by container and whether it is by IPv4: as
     /// their default routes do, by the first that they were given of a network that has a way out.
+    /// Engines choose for themselves.
     pub fn gateway_endpoints(&self) -> HashMap<(NetnsIdentity, bool), EndpointId> {
         let mut gateways = HashMap::new();
         for (&id, endpoint) in &self.endpoints {
+            let Some(container) = endpoint.netns_identity() else { continue };
             if self.networks.get(&endpoint.network).is_none_or(Network::is_closed) {
                 continue;
             }
@@ -165,14 +216,14 @@ impl Model {
                 [(true, endpoint.ipv4.is_some()), (false, endpoint.ipv6.is_some())]
             {
                 if has {
-                    gateways.entry((endpoint.netns_identity, is_ipv4)).or_insert(id);
+                    gateways.entry((container, is_ipv4)).or_insert(id);
                 }
             }
         }
         gateways
     }
 
-    /// Lets go of an endpoint whose namespace has vanished.
+    /// Lets go of an endpoint whose namespace has vanished, or what an engine has taken.
     pub fn release(&mut self, id: EndpointId) -> Option<Endpoint> {
         self.endpoints.remove(&id)
     }
@@ -189,7 +240,7 @@ impl Model {
     }
 
     /// The next id whose host interface name nobody else has taken.
-    fn choose_id(&self, facts: &HostFacts) -> Result<(EndpointId, String), Refusal> {
+    pub(super) fn choose_id(&self, facts: &HostFacts) -> Result<(EndpointId, String), Refusal> {
         // The last id is never given, so that the next one can always be written down.
         (self.next.endpoint..u32::MAX)
             .map(|id| (EndpointId(id), format!("ndv{id}")))
@@ -204,7 +255,7 @@ impl Model {
         let ours: Vec<&Endpoint> = self
             .endpoints
             .values()
-            .filter(|endpoint| endpoint.netns_identity == spec.netns_identity)
+            .filter(|endpoint| endpoint.netns_identity() == Some(spec.netns_identity))
             .collect();
         let is_taken = |name: &str| {
             spec.netns_interfaces.contains(name) || ours.iter().any(|e| e.interface == name)
@@ -250,11 +301,12 @@ struct Choice<F: Family> {
 
 /// The endpoint's address in one family; `None` where the network does not have the family.
 fn choose_address<F: Family>(
-    network: &str,
+    network: &Network,
     side: Option<Subnet<F>>,
     used: &BTreeMap<F::Address, &str>,
     wanted: &[IpAddr],
 ) -> Result<Option<Choice<F>>, Refusal> {
+    let (reserved, network) = (&network.reserved, &network.name);
     let mut wanted = wanted.iter().copied().filter_map(F::of);
     let (first, second) = (wanted.next(), wanted.next());
     if second.is_some() {
@@ -273,7 +325,8 @@ fn choose_address<F: Family>(
         };
     };
     let Some(address) = first else {
-        let used: BTreeSet<F::Address> = used.keys().copied().collect();
+        let reserved = reserved.iter().copied().filter_map(F::of);
+        let used: BTreeSet<F::Address> = used.keys().copied().chain(reserved).collect();
         let address = ipam::choose_address(&side, &used).ok_or_else(|| {
             Refusal::conflict(format!(
                 "no address is free in {} of network {network:?}: disconnect an endpoint",

@@ -2,7 +2,7 @@
 //!
 //! Every operation validates everything before it changes anything.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::{IpNet, Ipv6Net};
 
@@ -34,6 +34,8 @@ const MIN_IPV6_MTU: u32 = 1280;
 pub struct NetworkSpec {
     /// Its name.
     pub name: String,
+    /// See [`Network::engine_id`].
+    pub engine_id: Option<String>,
     /// Whether it has an IPv4 side; it has unless the user said no.
     pub enable_ipv4: Option<bool>,
     /// Whether it has an IPv6 side; it has if there is an IPv6 subnet.
@@ -60,6 +62,8 @@ pub struct NetworkSpec {
     pub mtu: Option<u32>,
     /// See [`Network::endpoint_flows`].
     pub endpoint_flows: Option<u32>,
+    /// See [`Network::reserved`].
+    pub reserved: BTreeSet<IpAddr>,
     /// See [`Subnet::host_binding`]; one per family at most.
     pub host_bindings: Vec<IpAddr>,
     /// See [`Subnet::snat_ip`]; one per family at most.
@@ -279,6 +283,7 @@ impl Model {
         let network = Network {
             id,
             name: spec.name,
+            engine_id: spec.engine_id,
             bridge,
             ipv4,
             ipv6,
@@ -289,6 +294,7 @@ impl Model {
             nat,
             mtu,
             endpoint_flows: spec.endpoint_flows.unwrap_or_default(),
+            reserved: spec.reserved,
             policy: Vec::new(),
             policy_generation: 1,
         };
@@ -329,15 +335,7 @@ impl Model {
                     family = F::NAME
                 )));
             }
-            None => {
-                let is_free = |pool: &F::Net| self.overlapping((*pool).into(), facts).is_none();
-                pools.into_iter().find(is_free).ok_or_else(|| {
-                    Refusal::conflict(format!(
-                        "all default {} subnets are in use: give a subnet",
-                        F::NAME
-                    ))
-                })?
-            }
+            None => self.choose_subnet::<F>(pools, &BTreeSet::new(), facts)?,
         };
         let first_host = F::next(F::first(subnet));
         let gateway = spec.gateway.unwrap_or(first_host);
@@ -371,6 +369,46 @@ impl Model {
             )));
         }
         Ok(side)
+    }
+
+    /// The first of `pools` that is in nobody's way, nor in that of what is `held` for somebody.
+    fn choose_subnet<F: Family>(
+        &self,
+        mut pools: impl Iterator<Item = F::Net>,
+        held: &BTreeSet<IpNet>,
+        facts: &HostFacts,
+    ) -> Result<F::Net, Refusal> {
+        let is_free = |pool: &F::Net| {
+            let pool: IpNet = (*pool).into();
+            !held.iter().any(|&held| ipam::overlap(held, pool))
+                && self.overlapping(pool, facts).is_none()
+        };
+        pools.find(is_free).ok_or_else(|| {
+            Refusal::conflict(format!("all default {} subnets are in use: give a subnet", F::NAME))
+        })
+    }
+
+    /// A subnet for a network to come, beside all those that are `held` for others; `global_id` as in
+    /// [`NetworkSpec`].
+    ///
+    /// # Errors
+    /// Refuses when there is none left.
+    pub fn propose_subnet(
+        &mut self,
+        is_ipv6: bool,
+        held: &BTreeSet<IpNet>,
+        global_id: [u8; 5],
+        facts: &HostFacts,
+    ) -> Result<IpNet, Refusal> {
+        if !is_ipv6 {
+            let pools = ipam::default_pools();
+            return self.choose_subnet::<V4>(pools, held, facts).map(IpNet::V4);
+        }
+        let prefix = self.unique_local.unwrap_or_else(|| unique_local(global_id));
+        let pools = ipam::unique_local_subnets(prefix);
+        let subnet = self.choose_subnet::<V6>(pools, held, facts)?;
+        self.unique_local = Some(prefix);
+        Ok(IpNet::V6(subnet))
     }
 
     /// A subnet that the user asked for, if a network can have it.

@@ -119,6 +119,19 @@ impl fmt::Display for Protocol {
     }
 }
 
+impl Protocol {
+    /// The one with this IP protocol number.
+    ///
+    /// # Errors
+    /// Refuses what ports can't be published for.
+    pub fn from_number(number: u8) -> Result<Self, Refusal> {
+        let mut known = [Self::Tcp, Self::Udp, Self::Sctp].into_iter();
+        known.find(|protocol| protocol.number() == number).ok_or_else(|| {
+            Refusal::invalid(format!("IP protocol {number} has no ports: give tcp, udp or sctp"))
+        })
+    }
+}
+
 impl FromStr for Protocol {
     type Err = Refusal;
 
@@ -140,6 +153,36 @@ impl fmt::Display for PublishedPort {
 }
 
 impl PublishSpec {
+    /// One container port, published on any of a range of host ports, or where netdp chooses.
+    ///
+    /// # Errors
+    /// Refuses port 0 and a range that is empty.
+    pub fn of_port(
+        protocol: Protocol,
+        host_address: Option<IpAddr>,
+        host_ports: Option<RangeInclusive<u16>>,
+        container_port: u16,
+    ) -> Result<Self, Refusal> {
+        let host_ports = match host_ports {
+            None => HostPorts::Any,
+            Some(range) if range.start() == range.end() => HostPorts::From(*range.start()),
+            Some(range) => HostPorts::OneOf(range),
+        };
+        let is_unusable = match &host_ports {
+            HostPorts::Any => false,
+            HostPorts::From(port) => *port == 0,
+            HostPorts::OneOf(range) => range.is_empty() || *range.start() == 0,
+        };
+        if is_unusable || container_port == 0 {
+            return Err(Refusal::invalid(format!(
+                "container port {container_port}/{protocol} is published on no usable host port: \
+                 give ports from 1 to 65535"
+            )));
+        }
+        let container_ports = container_port..=container_port;
+        Ok(Self { protocol, host_address, host_ports, container_ports })
+    }
+
     /// Whether `port` came of an argument like this one.
     fn matches(&self, port: &PublishedPort) -> bool {
         let host_matches = match &self.host_ports {
@@ -244,13 +287,13 @@ impl Model {
         }
     }
 
-    fn network_of(&self, endpoint: &Endpoint) -> Result<&Network, Refusal> {
+    pub(super) fn network_of(&self, endpoint: &Endpoint) -> Result<&Network, Refusal> {
         self.networks.get(&endpoint.network).ok_or_else(|| {
             Refusal::not_found(format!("the network of {:?} is gone", endpoint.name))
         })
     }
 
-    fn endpoint_mut(&mut self, id: EndpointId) -> Result<&mut Endpoint, Refusal> {
+    pub(super) fn endpoint_mut(&mut self, id: EndpointId) -> Result<&mut Endpoint, Refusal> {
         self.endpoints
             .get_mut(&id)
             .ok_or_else(|| Refusal::not_found(format!("endpoint {} is gone", id.0)))

@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use super::*;
 use crate::facts::{HostFacts, Link, LinkAddress, Route};
 
+mod engine;
 mod families;
 
 pub(crate) fn link(name: &str, addresses: &[&str]) -> Link {

@@ -93,15 +93,15 @@ impl Netlink {
         Ok(())
     }
 
-    /// Makes a veth pair exist, its container's end in the container's namespace; the host's end
-    /// of a new one is left down. Returns the ifindex of the host's end.
+    /// Makes a veth pair exist, its container's end in the container's namespace, or on the host where
+    /// there is none; the host's end of a new one is left down. Returns the ifindex of the host's end.
     ///
     /// # Errors
     /// Fails where a name is taken, and names what the kernel refused.
     pub async fn ensure_veth(
         &self,
         plan: &VethPlan,
-        namespace: &Namespace,
+        namespace: Option<&Namespace>,
         facts: &HostFacts,
     ) -> Result<u32> {
         let ifindex = match existing(&plan.name, &plan.alias, facts)? {
@@ -266,27 +266,32 @@ impl Netlink {
         self.finish(&plan.name, &plan.alias).await
     }
 
-    async fn make_veth(&self, plan: &VethPlan, namespace: &Namespace) -> Result<u32> {
-        // Made where it belongs, under its final name: it never shows up on the host.
+    async fn make_veth(&self, plan: &VethPlan, namespace: Option<&Namespace>) -> Result<u32> {
         let container_end = LinkMessageBuilder::<LinkUnspec>::new()
             .name(&plan.interface)
             .mtu(plan.mtu)
-            .address(plan.mac.0.to_vec())
-            .setns_by_fd(namespace.file().as_raw_fd());
+            .address(plan.mac.0.to_vec());
+        let (container_end, place) = match namespace {
+            // Made where it belongs, under its final name: it never shows up on the host.
+            Some(namespace) => {
+                let there = container_end.setns_by_fd(namespace.file().as_raw_fd());
+                (there, namespace.path().display().to_string())
+            }
+            None => {
+                let here = LinkAttribute::Group(UNFINISHED_GROUP);
+                (container_end.append_extra_attribute(here), "the host".to_owned())
+            }
+        };
         let link = LinkMessageBuilder::<LinkVeth>::new(&plan.name, &plan.interface)
             .set_info_data(InfoData::Veth(InfoVeth::Peer(container_end.build())))
             .mtu(plan.mtu)
             .append_extra_attribute(LinkAttribute::Group(UNFINISHED_GROUP));
         self.handle.link().add(link.build()).execute().await.map_err(kernel_error).with_context(
-            || {
-                format!(
-                    "make veth {} with {} in {}",
-                    plan.name,
-                    plan.interface,
-                    plan.netns.display()
-                )
-            },
+            || format!("make veth {} with {} in {place}", plan.name, plan.interface),
         )?;
+        if let Some(alias) = plan.offer_alias() {
+            self.finish(&plan.interface, &alias).await?;
+        }
         self.finish(&plan.name, &plan.alias).await
     }
 

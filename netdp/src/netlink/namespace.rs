@@ -27,7 +27,11 @@ use super::{
     Netlink, kernel_error,
     link::{ensure_ipv6, refuse_ipv6},
 };
-use crate::{facts::Link, model::NetnsIdentity, plan::VethPlan};
+use crate::{
+    facts::Link,
+    model::{Netns, NetnsIdentity},
+    plan::VethPlan,
+};
 
 /// An open network namespace.
 #[derive(Debug)]
@@ -109,16 +113,16 @@ impl Namespace {
         Ok(Self { file, path: path.into(), identity: identity_of(&metadata) })
     }
 
-    /// Opens the namespace at a path, if it is this one.
+    /// Opens a namespace, if its path still means it.
     ///
     /// # Errors
     /// As [`Namespace::open`], and where another namespace took the path.
-    pub fn open_same(path: &Path, identity: NetnsIdentity) -> Result<Self> {
-        let namespace = Self::open(path)?;
+    pub fn open_same(netns: &Netns) -> Result<Self> {
+        let namespace = Self::open(&netns.path)?;
         ensure!(
-            namespace.identity == identity,
+            namespace.identity == netns.identity,
             "{} is another network namespace by now",
-            path.display()
+            netns.path.display()
         );
         Ok(namespace)
     }
@@ -131,6 +135,11 @@ impl Namespace {
     pub async fn ensure_interface(&self, plan: &VethPlan) -> Result<()> {
         let plan = plan.clone();
         self.within(async move |netlink| netlink.ensure_container_end(&plan).await).await
+    }
+
+    /// The path that it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     pub(super) fn file(&self) -> &File {

@@ -1,6 +1,6 @@
 //! Whole plans from whole models, and what holds for every plan.
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
@@ -8,7 +8,10 @@ use super::*;
 use crate::{
     dataplane::PublishedTarget,
     facts::LinkAddress,
-    model::{GatewayMode, NatBehaviour, Protocol, PublishedPort, policy, tests::steady},
+    model::{
+        Engaged, GatewayMode, NatBehaviour, NetnsIdentity, Protocol, PublishedPort, policy,
+        tests::steady,
+    },
 };
 
 const A: NetworkId = NetworkId(1);
@@ -29,6 +32,7 @@ fn network(id: u32) -> Network {
     Network {
         id: NetworkId(id),
         name: format!("n{id}"),
+        engine_id: None,
         bridge: format!("nd-{id}"),
         ipv4: side(format!("172.{}.0.0/24", 19 + id).parse().unwrap()),
         ipv6: None,
@@ -39,6 +43,7 @@ fn network(id: u32) -> Network {
         nat: NatBehaviour::EndpointIndependent,
         mtu: 1500,
         endpoint_flows: 1000,
+        reserved: BTreeSet::new(),
         policy: Vec::new(),
         policy_generation: 0,
     }
@@ -50,6 +55,13 @@ fn dual_network(id: u32) -> Network {
     Network { ipv6, ..network(id) }
 }
 
+fn netns(id: u32) -> Netns {
+    Netns {
+        path: format!("/run/netns/e{id}").into(),
+        identity: NetnsIdentity { device: 4, inode: u64::from(id) },
+    }
+}
+
 fn endpoint(id: u32, network: &Network, published: Vec<PublishedPort>) -> Endpoint {
     let host = |first: u128| first + 1 + u128::from(id);
     let ipv4 = network.ipv4.map(|side| V4::address(host(V4::bits(V4::first(side.subnet)))));
@@ -58,8 +70,7 @@ fn endpoint(id: u32, network: &Network, published: Vec<PublishedPort>) -> Endpoi
         id: EndpointId(id),
         network: network.id,
         name: format!("e{id}"),
-        netns: PathBuf::from(format!("/run/netns/e{id}")),
-        netns_identity: NetnsIdentity { device: 4, inode: u64::from(id) },
+        place: Place::Netns(netns(id)),
         host_interface: format!("ndv{id}"),
         interface: "eth0".into(),
         ipv4,
@@ -191,8 +202,7 @@ fn the_first_plan_makes_links_and_keeps_them_from_the_backend_until_they_exist()
         alias: "netdp endpoint n1/e1".into(),
         bridge: "nd-1".into(),
         mtu: 1500,
-        netns: "/run/netns/e1".into(),
-        netns_identity: NetnsIdentity { device: 4, inode: 1 },
+        netns: Some(netns(1)),
         interface: "eth0".into(),
         mac: MacAddress([0x02, 0x42, 172, 20, 0, 2]),
         ipv4: Some(InterfacePlan {
@@ -213,8 +223,8 @@ fn the_first_plan_makes_links_and_keeps_them_from_the_backend_until_they_exist()
 #[test]
 fn a_container_has_one_way_out_and_its_ports_follow_it() {
     let (mut model, b, b1) = (model(), NetworkId(2), EndpointId(2));
-    let identity = model.endpoints[&A1].netns_identity;
-    let second = Endpoint { netns_identity: identity, ..endpoint(2, &network(2), vec![WEB]) };
+    let place = Place::Netns(netns(1));
+    let second = Endpoint { place, ..endpoint(2, &network(2), vec![WEB]) };
     model.networks.insert(b, network(2));
     model.endpoints.insert(b1, second);
     let gateways = |model: &Model| {
@@ -362,6 +372,34 @@ fn links_of_ours_that_nothing_names_are_orphans() {
     let plan = plan(&Model::default(), &host_with_links(), &Setting::default());
     assert_eq!(plan.orphans, [10, 11].into());
     assert_eq!(plan.program.networks, [].into());
+}
+
+#[test]
+fn an_offered_end_is_ours_under_its_own_name_only() {
+    let mut model = model();
+    let engaged = Engaged { id: "e".into(), sandbox: None };
+    let endpoint = model.endpoints.get_mut(&A1).unwrap();
+    (endpoint.place, endpoint.interface) = (Place::Engine(engaged), "ndc1".into());
+    let offered = |name: &str| {
+        let alias = Some("netdp offer ndc1".into());
+        (20, Link { alias, kind: Some("veth".into()), ..link(name) })
+    };
+    let plan_of = |model: &Model, facts: &HostFacts| plan(model, facts, &Setting::default());
+
+    let mut facts = host_with_links();
+    facts.links.extend([offered("ndc1")]);
+    let waiting = plan_of(&model, &facts);
+    assert_eq!(waiting.veths[&A1].netns, None);
+    assert_eq!(waiting.orphans, [].into());
+    assert!(!waiting.program.uplinks.contains_key(&20));
+    assert_eq!(plan_of(&Model::default(), &facts).orphans, [10, 11, 20].into());
+    // In a container that runs an agent of its own, it is that container's.
+    facts.links.extend([offered("eth7")]);
+    assert_eq!(plan_of(&Model::default(), &facts).orphans, [10, 11].into());
+    // Gone with its container: nothing to repair.
+    let facts = host();
+    let drift = link_drift(&plan_of(&model, &facts), &facts);
+    assert!(!drift.iter().any(|drift| drift.what.contains("ndv1")), "{drift:?}");
 }
 
 #[test]

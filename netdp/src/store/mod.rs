@@ -398,7 +398,9 @@ mod tests {
     };
 
     use super::*;
-    use crate::model::{GatewayMode, NatBehaviour, NetworkSpec, policy, tests as fixture};
+    use crate::model::{
+        GatewayMode, NatBehaviour, NetworkSpec, OfferSpec, policy, tests as fixture,
+    };
 
     /// A model that uses every field.
     fn full_model() -> Model {
@@ -411,6 +413,8 @@ mod tests {
             icc: Some(false),
             endpoint_flows: Some(1000),
             nat: Some(NatBehaviour::EndpointIndependent),
+            engine_id: Some("4a10".to_owned()),
+            reserved: ["172.21.0.9".parse().unwrap()].into(),
             ..fixture::network_spec("b", "172.21.0.0/24")
         };
         model.create_network(spec, &fixture::host()).unwrap();
@@ -423,6 +427,15 @@ mod tests {
         let mut spec = fixture::connect_spec("b", "B1");
         spec.publish = vec!["8081:80".parse().unwrap(), "7000/sctp".parse().unwrap()];
         model.connect(spec, &fixture::host()).unwrap();
+        let spec = OfferSpec {
+            network: "4a10".to_owned(),
+            id: "e5".to_owned(),
+            name: None,
+            addresses: Vec::new(),
+            mac: None,
+        };
+        model.offer(spec, &fixture::host()).unwrap();
+        model.take("e5", "/run/docker/netns/e5".into()).unwrap();
         model
     }
 
@@ -456,6 +469,7 @@ mod tests {
         let mut smaller = model.clone();
         smaller.disconnect("a", "A1").unwrap();
         smaller.disconnect("b", "B1").unwrap();
+        smaller.withdraw("e5").unwrap();
         smaller.remove_network("b").unwrap();
         store.save(&model, &smaller).unwrap();
         assert_eq!(store.load().unwrap(), smaller);

@@ -3,6 +3,7 @@
 //! Owns the shapes on disk. A change that an older record does not read as needs a new schema.
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::PathBuf,
 };
@@ -14,14 +15,18 @@ use serde::{Deserialize, Serialize};
 use crate::{
     family::Family,
     model::{
-        Action, Endpoint, EndpointId, GatewayMode, MacAddress, NatBehaviour, NetnsIdentity,
-        Network, NetworkId, PolicyRule, Protocol, PublishedPort, Source, Subnet,
+        Action, Endpoint, EndpointId, Engaged, GatewayMode, MacAddress, NatBehaviour, Netns,
+        NetnsIdentity, Network, NetworkId, Place, PolicyRule, Protocol, PublishedPort, Source,
+        Subnet,
     },
 };
 
 #[derive(Serialize, Deserialize)]
 pub(super) struct NetworkRecord {
     name: String,
+    /// Older records have none.
+    #[serde(default)]
+    engine_id: Option<String>,
     bridge: String,
     ipv4: Option<SubnetRecord<Ipv4Net, Ipv4Addr>>,
     ipv6: Option<SubnetRecord<Ipv6Net, Ipv6Addr>>,
@@ -36,6 +41,9 @@ pub(super) struct NetworkRecord {
     /// Older records have none.
     #[serde(default)]
     endpoint_flows: u32,
+    /// Older records have none.
+    #[serde(default)]
+    reserved: BTreeSet<IpAddr>,
     policy: Vec<RuleRecord>,
     policy_generation: u32,
 }
@@ -99,15 +107,51 @@ struct RuleRecord {
 pub(super) struct EndpointRecord {
     network: u32,
     name: String,
-    netns: PathBuf,
-    netns_device: u64,
-    netns_inode: u64,
+    #[serde(flatten)]
+    place: PlaceRecord,
     host_interface: String,
     interface: String,
     ipv4: Option<Ipv4Addr>,
     ipv6: Option<Ipv6Addr>,
     mac: [u8; 6],
     published: Vec<PublishedRecord>,
+}
+
+/// Told apart by their fields: older records have namespaces only.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum PlaceRecord {
+    Netns { netns: PathBuf, netns_device: u64, netns_inode: u64 },
+    Engine { engine_id: String, sandbox: Option<PathBuf> },
+}
+
+impl From<&Place> for PlaceRecord {
+    fn from(place: &Place) -> Self {
+        match place {
+            Place::Netns(Netns { path, identity }) => Self::Netns {
+                netns: path.clone(),
+                netns_device: identity.device,
+                netns_inode: identity.inode,
+            },
+            Place::Engine(Engaged { id, sandbox }) => {
+                Self::Engine { engine_id: id.clone(), sandbox: sandbox.clone() }
+            }
+        }
+    }
+}
+
+impl From<PlaceRecord> for Place {
+    fn from(record: PlaceRecord) -> Self {
+        match record {
+            PlaceRecord::Netns { netns, netns_device, netns_inode } => Self::Netns(Netns {
+                path: netns,
+                identity: NetnsIdentity { device: netns_device, inode: netns_inode },
+            }),
+            PlaceRecord::Engine { engine_id, sandbox } => {
+                Self::Engine(Engaged { id: engine_id, sandbox })
+            }
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -130,6 +174,7 @@ impl From<&Network> for NetworkRecord {
     fn from(network: &Network) -> Self {
         Self {
             name: network.name.clone(),
+            engine_id: network.engine_id.clone(),
             bridge: network.bridge.clone(),
             ipv4: network.ipv4.map(SubnetRecord::from),
             ipv6: network.ipv6.map(SubnetRecord::from),
@@ -145,6 +190,7 @@ impl From<&Network> for NetworkRecord {
             nat: network.nat.into(),
             mtu: network.mtu,
             endpoint_flows: network.endpoint_flows,
+            reserved: network.reserved.clone(),
             policy: network.policy.iter().map(RuleRecord::from).collect(),
             policy_generation: network.policy_generation,
         }
@@ -156,6 +202,7 @@ impl NetworkRecord {
         Ok(Network {
             id,
             name: self.name,
+            engine_id: self.engine_id,
             bridge: self.bridge,
             ipv4: self.ipv4.map(Subnet::from),
             ipv6: self.ipv6.map(Subnet::from),
@@ -171,6 +218,7 @@ impl NetworkRecord {
             nat: self.nat.into(),
             mtu: self.mtu,
             endpoint_flows: self.endpoint_flows,
+            reserved: self.reserved,
             policy: self.policy.into_iter().map(RuleRecord::into_rule).collect::<Result<_>>()?,
             policy_generation: self.policy_generation,
         })
@@ -219,9 +267,7 @@ impl From<&Endpoint> for EndpointRecord {
         Self {
             network: endpoint.network.0,
             name: endpoint.name.clone(),
-            netns: endpoint.netns.clone(),
-            netns_device: endpoint.netns_identity.device,
-            netns_inode: endpoint.netns_identity.inode,
+            place: (&endpoint.place).into(),
             host_interface: endpoint.host_interface.clone(),
             interface: endpoint.interface.clone(),
             ipv4: endpoint.ipv4,
@@ -238,8 +284,7 @@ impl EndpointRecord {
             id,
             network: NetworkId(self.network),
             name: self.name,
-            netns: self.netns,
-            netns_identity: NetnsIdentity { device: self.netns_device, inode: self.netns_inode },
+            place: self.place.into(),
             host_interface: self.host_interface,
             interface: self.interface,
             ipv4: self.ipv4,
