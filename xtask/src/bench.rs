@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use serde_json::Value;
 
 use crate::process::{as_root, ensure_root};
-use crate::unpacked::{self, DOCKER};
+use crate::unpacked::{self, CLIENTS, DOCKER};
 use crate::{cargo, setup};
 
 /// A benchmark.
@@ -54,12 +54,15 @@ pub(crate) fn run(named: &[Bench], options: Options<'_>) -> Result<()> {
     let agent = ["build", "--release", "--package", "netdp"];
     let agent = if options.is_quick { &["build", "--package", "netdp"][..] } else { &agent };
     let netdp = cargo::build_one("build netdp", "netdp", agent)?;
-    let docker = unpacked::get(&DOCKER);
-    if let Err(error) = &docker {
-        eprintln!("without Docker: {error:#}");
+    let mut roots = Vec::new();
+    for engine in [DOCKER].iter().chain(&CLIENTS) {
+        match unpacked::get(engine) {
+            Ok(root) => roots.push((engine.variable, root)),
+            Err(error) => eprintln!("without {}: {error:#}", engine.title),
+        }
     }
     let mut environment = vec![("NETDP_BIN", netdp.as_os_str())];
-    environment.extend(docker.iter().map(|root| (DOCKER.variable, root.as_os_str())));
+    environment.extend(roots.iter().map(|(variable, root)| (*variable, root.as_os_str())));
     let scratch = tempfile::tempdir().context("create a directory")?;
     let mut figures = Vec::new();
     for bench in benches {

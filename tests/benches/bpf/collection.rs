@@ -26,22 +26,24 @@ use crate::{
     report::SYSTEM,
 };
 
-/// Flows in the table.
+/// Flows in the table, and in that of a quick run.
 const FLOWS: u32 = 1_000_000;
+const QUICK_FLOWS: u32 = 100_000;
 /// Flows opened by one rotation.
 const BATCH: u32 = 50_000;
 
 /// The longest pauses of traffic: beside nothing, beside a collection that finds nothing, and beside
 /// one that removes everything.
-pub(crate) fn measure() -> Result<Vec<Figure>> {
+pub(crate) fn measure(is_quick: bool) -> Result<Vec<Figure>> {
+    let flows = if is_quick { QUICK_FLOWS } else { FLOWS };
     // The thread that measures wants a CPU that the collection does not use.
     let cpus = Cpu::all()?;
     let traffic = *cpus.last().context("find a CPU")?;
     cpus[0].stay()?;
-    let fixture = &mut Fixture::new(FLOWS + 1)?;
+    let fixture = &mut Fixture::new(flows + 1)?;
     fixture.set_collection(Timeouts::RFC, true)?;
     let begun = Instant::now();
-    for batch in 0..FLOWS / BATCH {
+    for batch in 0..flows / BATCH {
         open(fixture, batch)?;
     }
     let filled = begun.elapsed();
@@ -64,12 +66,12 @@ pub(crate) fn measure() -> Result<Vec<Figure>> {
     fixture.set_collection(short, true)?;
     let emptied = beside(fixture, traffic, |fixture| {
         let removed = fixture.backend().collect()?;
-        ensure!(removed + 1 >= FLOWS as usize, "{removed} flows of {FLOWS} were collected");
+        ensure!(removed + 1 >= flows as usize, "{removed} flows of {flows} were collected");
         Ok(())
     })?;
     figures.push(pause("beside_a_clearance", emptied.0));
     println!(
-        "\n{FLOWS} flows opened in {filled:.1?}; longest pause of traffic: {:.2?} beside nothing, \
+        "\n{flows} flows opened in {filled:.1?}; longest pause of traffic: {:.2?} beside nothing, \
          {:.2?} beside a look at all (which took {:.2?}), {:.2?} while all were collected ({:.2?})",
         idle.0, looked.0, looked.1, emptied.0, emptied.1
     );

@@ -43,8 +43,8 @@ mod standard;
 
 /// Rounds of a whole run.
 const ROUNDS: usize = 100;
-/// Rounds of a quick one.
-const QUICK_ROUNDS: usize = 15;
+/// Rounds of a quick one: to see that it runs.
+const QUICK_ROUNDS: usize = 3;
 
 fn main() -> ExitCode {
     match run() {
@@ -61,7 +61,11 @@ fn run() -> Result<()> {
     let rounds = if options.is_quick { QUICK_ROUNDS } else { ROUNDS };
     isolate()?;
     // Most of the time goes into opening the flows.
-    let pauses = if options.wants("collection") { collection::measure()? } else { Vec::new() };
+    let pauses = if options.wants("collection") {
+        collection::measure(options.is_quick)?
+    } else {
+        Vec::new()
+    };
     Cpu::here()?.stay()?;
     let fixture = &mut Fixture::new(FLOWS_DEFAULT)?;
     let wanted = |place: &cases::Place| options.wants(&place.to_string());

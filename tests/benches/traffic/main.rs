@@ -19,6 +19,7 @@ use system::{Stand, System};
 
 mod load;
 mod metric;
+mod peers;
 mod plot;
 mod report;
 mod rules;

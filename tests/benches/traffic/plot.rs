@@ -9,7 +9,7 @@ use plotters::prelude::*;
 use crate::metric::{Metric, Numbers, PORTS};
 use crate::system::System;
 
-const SIZE: (u32, u32) = (760, 360);
+const SIZE: (u32, u32) = (760, 420);
 const FONT: (&str, u32) = ("sans-serif", 14);
 
 /// Draws into a file.
@@ -35,6 +35,8 @@ const fn colour(system: System) -> RGBColor {
         System::IptablesNft => RGBColor(0xaa, 0x33, 0x77),
         System::NftMap => RGBColor(0xcc, 0xbb, 0x44),
         System::Docker => RGBColor(0x44, 0x77, 0xaa),
+        System::Netavark => RGBColor(0x99, 0x77, 0xcc),
+        System::CniBridge => RGBColor(0xdd, 0x99, 0x66),
         System::NetdpEbpf => RGBColor(0x22, 0x88, 0x33),
         System::NetdpIptables => RGBColor(0x66, 0xcc, 0xee),
     }
@@ -69,6 +71,8 @@ fn connections(path: &Path, numbers: &Numbers) -> Result<()> {
     chart
         .configure_mesh()
         .x_desc("published ports; the last one is dialled")
+        .x_label_formatter(&whole)
+        .y_label_formatter(&whole)
         .disable_x_mesh()
         .light_line_style(WHITE)
         .draw()
@@ -121,7 +125,8 @@ fn packets(path: &Path, numbers: &Numbers) -> Result<()> {
             format!("{} {way}", system.name())
         })
         .collect();
-    chart.configure_mesh().disable_mesh().disable_y_axis().draw().map_err(drawing)?;
+    let mut mesh = chart.configure_mesh();
+    mesh.disable_mesh().disable_y_axis().x_label_formatter(&whole).draw().map_err(drawing)?;
     for (row, ((system, figure), name)) in bars.iter().zip(names).enumerate() {
         let (low, high) = (rows - row as f64 - 0.85, rows - row as f64 - 0.15);
         chart
@@ -135,6 +140,11 @@ fn packets(path: &Path, numbers: &Numbers) -> Result<()> {
         area.draw(&Text::new(name, (at.0 - 150, at.1 - 7), style)).map_err(drawing)?;
     }
     area.present().map_err(drawing)
+}
+
+/// A label of an axis.
+fn whole(value: &f64) -> String {
+    format!("{value:.0}")
 }
 
 /// Errors of the drawing crate borrow what is drawn.

@@ -13,6 +13,7 @@ use netdp_tests::namespace::{Fate, Namespace};
 use netdp_tests::net::IPV4;
 
 use crate::load::Way;
+use crate::peers::{self, Port};
 use crate::rules::Published;
 
 /// Port for bulk and exchanges, and for small packets.
@@ -20,7 +21,7 @@ pub(crate) const PORT: u16 = 32_000;
 /// Ports that are published in numbers begin here.
 const FIRST: u16 = 1001;
 /// The network, and its bridge where we make it.
-const NETWORK: &str = "bench";
+pub(crate) const NETWORK: &str = "bench";
 /// The container that has published ports.
 const CONTAINER: &str = "a1";
 
@@ -39,6 +40,10 @@ pub(crate) enum System {
     NftMap,
     /// Docker itself.
     Docker,
+    /// Podman's netavark.
+    Netavark,
+    /// The CNI project's plugins.
+    CniBridge,
     /// netdp with eBPF.
     NetdpEbpf,
     /// netdp with iptables.
@@ -47,13 +52,15 @@ pub(crate) enum System {
 
 impl System {
     /// All of them.
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::VethDirect,
         Self::Routed,
         Self::IptablesLegacy,
         Self::IptablesNft,
         Self::NftMap,
         Self::Docker,
+        Self::Netavark,
+        Self::CniBridge,
         Self::NetdpEbpf,
         Self::NetdpIptables,
     ];
@@ -67,15 +74,18 @@ impl System {
             Self::IptablesNft => "iptables-nft",
             Self::NftMap => "nft-map",
             Self::Docker => "docker",
+            Self::Netavark => "netavark",
+            Self::CniBridge => "cni-bridge",
             Self::NetdpEbpf => "netdp-ebpf",
             Self::NetdpIptables => "netdp-iptables",
         }
     }
 
-    /// Whether what it costs can depend on how many ports are published. Docker takes longer to publish
+    /// Whether what it costs can depend on how many ports are published. Engines take longer to publish
     /// many than all else together.
     const fn has_many_ports(self) -> bool {
-        !matches!(self, Self::VethDirect | Self::Routed | Self::Docker)
+        use System::{CniBridge, Docker, Netavark, Routed, VethDirect};
+        !matches!(self, VethDirect | Routed | Docker | Netavark | CniBridge)
     }
 
     /// Whether it can be asked for so many published ports here.
@@ -102,6 +112,8 @@ impl System {
             }
             Self::NftMap => (!netdp_tests::runtime::is_installed("nft")).then_some("nft"),
             Self::Docker => return Installation::find().err().map(|error| format!("{error:#}")),
+            Self::Netavark => return peers::netavark().err().map(|error| format!("{error:#}")),
+            Self::CniBridge => return peers::cni_bridge().err().map(|error| format!("{error:#}")),
         };
         program.map(|program| format!("{program} is not installed"))
     }
@@ -141,6 +153,7 @@ impl Stand {
                 System::NetdpEbpf | System::NetdpIptables | System::Docker => {
                     stand.create_network()
                 }
+                System::Netavark | System::CniBridge => stand.have_network_made(),
                 _ => stand.bridge(),
             }
         };
@@ -188,6 +201,16 @@ impl Stand {
         let published = [ports[0].as_str(), &udp, &many];
         self.lab.connect(NETWORK, &self.container, CONTAINER, IPV4.a1, &published)?;
         self.lab.attach(NETWORK, "a2", IPV4.a2, &[]).map(Some)
+    }
+
+    /// A network as an engine's helpers make it.
+    fn have_network_made(&self) -> Result<Option<Namespace>> {
+        let make = if self.system == System::Netavark { peers::set_up } else { peers::add };
+        let neighbour = self.lab.container("a2")?;
+        let ports: [Port; 3] = [(PORT, "tcp"), (PORT, "udp"), (FIRST, "tcp")];
+        make(&self.lab, &self.container, IPV4.a1, &ports)?;
+        make(&self.lab, &neighbour, IPV4.a2, &[])?;
+        Ok(Some(neighbour))
     }
 
     /// A network as netdp or Docker make it, by hand and without rules.

@@ -58,6 +58,7 @@ const TESTS: &[(&str, Test)] = &[
     ("host_moves_network_by_network", guide::host_moves_network_by_network),
     ("iptables_serves_docker_as_well", ports::iptables_serves_docker_as_well),
     ("many_containers_leave_nothing", crowd::many_containers_leave_nothing),
+    ("start_is_timed_beside_dockers_own_bridge", crowd::start_is_timed_beside_dockers_own_bridge),
     ("agent_may_restart", lifecycle::agent_may_restart),
     ("containers_start_while_the_agent_dies", lifecycle::containers_start_while_the_agent_dies),
     (

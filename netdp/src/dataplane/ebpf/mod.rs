@@ -31,7 +31,7 @@ use self::{
     origins::Origins,
     pins::Pins,
     sys::Wire,
-    tables::{Hash, Indexed, Lpm, Slots, Table, absent_is_fine},
+    tables::{Batched, Hash, Indexed, Lpm, Slots, Table, absent_is_fine},
 };
 use super::{
     Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program,
@@ -112,13 +112,13 @@ struct Tables {
     networks: Table<Indexed<Network>>,
     interfaces: Table<Hash<u32, Interface>>,
     slots: Table<Slots>,
-    published_ports: Table<Hash<PublishedPort, u32>>,
+    published_ports: Table<Batched<PublishedPort, u32>>,
     ipv4: SideTables<V4>,
     ipv6: SideTables<V6>,
 }
 
 /// PUBLISHED4 or PUBLISHED6.
-type PublishedTable<A> = Table<Hash<PublishedKey<A>, Published<A>>>;
+type PublishedTable<A> = Table<Batched<PublishedKey<A>, Published<A>>>;
 
 /// Those of one family.
 struct SideTables<F: Wired> {

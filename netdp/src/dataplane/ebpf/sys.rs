@@ -64,6 +64,49 @@ pub(super) fn lookup_batch<K: Pod, V: Pod>(
     }
 }
 
+/// Writes entries to a hash map, whose keys and values are equally many, in their order (Linux 5.6).
+/// Returns how many were written, and why not all.
+pub(super) fn update_batch<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    values: &[V],
+) -> (usize, io::Result<()>) {
+    let mut attributes = batch(map, keys);
+    attributes.batch.values = values.as_ptr() as u64;
+    attributes.batch.count = keys.len().min(values.len()) as u32;
+    in_batches(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attributes)
+}
+
+/// Deletes entries from a hash map, in their order (Linux 5.6). Returns how many were deleted, and why
+/// not all: ENOENT where the next one is not there.
+pub(super) fn delete_batch<K: Pod>(map: BorrowedFd<'_>, keys: &[K]) -> (usize, io::Result<()>) {
+    in_batches(bpf_cmd::BPF_MAP_DELETE_BATCH, &mut batch(map, keys))
+}
+
+fn batch<K: Pod>(map: BorrowedFd<'_>, keys: &[K]) -> bpf_attr {
+    let mut attributes = no_attributes();
+    attributes.batch.keys = keys.as_ptr() as u64;
+    attributes.batch.count = keys.len() as u32;
+    attributes.batch.map_fd = map.as_raw_fd() as u32;
+    attributes
+}
+
+fn in_batches(command: bpf_cmd, attributes: &mut bpf_attr) -> (usize, io::Result<()>) {
+    // SAFETY: an integer.
+    let asked = unsafe { attributes.batch.count };
+    if asked == 0 {
+        return (0, Ok(()));
+    }
+    let outcome = bpf(command, attributes).map(drop);
+    // SAFETY: as above; the kernel says how many it came to.
+    let done = unsafe { attributes.batch.count };
+    match outcome {
+        Ok(()) => (done as usize, Ok(())),
+        // Refused before the first, it leaves what it was asked.
+        Err(error) => (if done < asked { done as usize } else { 0 }, Err(error)),
+    }
+}
+
 /// A hash map from u32 to u32 with one row, to try things on.
 ///
 /// # Errors

@@ -1,6 +1,11 @@
 //! The maps that the agent writes, typed, and bringing them to what an image says.
 
-use std::{collections::BTreeMap, fmt::Debug, io};
+use std::{
+    collections::BTreeMap,
+    fmt::Debug,
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
 
 use anyhow::{Context, Result};
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
@@ -8,7 +13,10 @@ use bytemuck::{Pod, Zeroable};
 
 use netdp_common::interface::Slot;
 
-use super::{image::Prefix, sys::Wire};
+use super::{
+    image::Prefix,
+    sys::{Wire, delete_batch, update_batch},
+};
 use crate::difference::{Step, steps};
 
 /// A map whose whole contents the agent decides.
@@ -28,10 +36,31 @@ pub(super) fn absent_is_fine(deleted: Result<(), MapError>) -> Result<(), MapErr
 }
 
 /// The kinds of maps a [`Table`] can be.
-pub(super) trait Backing<K, V> {
+pub(super) trait Backing<K: Copy, V: Copy> {
     fn entries(&self) -> Result<BTreeMap<K, V>, MapError>;
     fn write(&mut self, key: K, value: V) -> Result<(), MapError>;
     fn delete(&mut self, key: K) -> Result<(), MapError>;
+
+    /// Writes entries in their order; how many, and why not all.
+    fn write_all(&mut self, entries: &[(K, V)]) -> (usize, Result<(), MapError>) {
+        for (done, &(key, value)) in entries.iter().enumerate() {
+            if let Err(error) = self.write(key, value) {
+                return (done, Err(error));
+            }
+        }
+        (entries.len(), Ok(()))
+    }
+
+    /// Deletes entries in their order, those that are there; how many are not any more, and why not
+    /// all.
+    fn delete_all(&mut self, keys: &[K]) -> (usize, Result<(), MapError>) {
+        for (done, &key) in keys.iter().enumerate() {
+            if let Err(error) = absent_is_fine(self.delete(key)) {
+                return (done, Err(error));
+            }
+        }
+        (keys.len(), Ok(()))
+    }
 }
 
 pub(super) type Hash<K, V> = HashMap<MapData, Wire<K>, Wire<V>>;
@@ -49,6 +78,62 @@ impl<K: Pod + Ord, V: Pod> Backing<K, V> for Hash<K, V> {
 
     fn delete(&mut self, key: K) -> Result<(), MapError> {
         self.remove(&Wire(key))
+    }
+}
+
+/// A hash map that changes by tens of thousands of entries at once.
+pub(super) struct Batched<K: Pod, V: Pod> {
+    map: Hash<K, V>,
+    /// Of the same map.
+    fd: OwnedFd,
+}
+
+impl<K: Pod, V: Pod> TryFrom<Map> for Batched<K, V> {
+    type Error = MapError;
+
+    fn try_from(map: Map) -> Result<Self, MapError> {
+        let fd = match &map {
+            Map::HashMap(data) => data.fd().as_fd().try_clone_to_owned(),
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        };
+        // The wrong kind of map is refused here, by name.
+        let map = map.try_into()?;
+        Ok(Self { map, fd: fd? })
+    }
+}
+
+impl<K: Pod + Ord, V: Pod> Backing<K, V> for Batched<K, V> {
+    fn entries(&self) -> Result<BTreeMap<K, V>, MapError> {
+        self.map.entries()
+    }
+
+    fn write(&mut self, key: K, value: V) -> Result<(), MapError> {
+        Backing::write(&mut self.map, key, value)
+    }
+
+    fn delete(&mut self, key: K) -> Result<(), MapError> {
+        self.map.delete(key)
+    }
+
+    fn write_all(&mut self, entries: &[(K, V)]) -> (usize, Result<(), MapError>) {
+        let (keys, values): (Vec<K>, Vec<V>) = entries.iter().copied().unzip();
+        let (done, outcome) = update_batch(self.fd.as_fd(), &keys, &values);
+        (done, outcome.map_err(MapError::IoError))
+    }
+
+    fn delete_all(&mut self, keys: &[K]) -> (usize, Result<(), MapError>) {
+        let mut gone = 0;
+        while gone < keys.len() {
+            let (done, outcome) = delete_batch(self.fd.as_fd(), &keys[gone..]);
+            gone += done;
+            match outcome {
+                Ok(()) => {}
+                // Somebody was faster.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => gone += 1,
+                Err(error) => return (gone, Err(MapError::IoError(error))),
+            }
+        }
+        (gone, Ok(()))
     }
 }
 
@@ -132,7 +217,7 @@ impl<M> Table<M> {
     }
 
     /// Reads everything.
-    pub(super) fn entries<K, V>(&self) -> Result<BTreeMap<K, V>>
+    pub(super) fn entries<K: Copy, V: Copy>(&self) -> Result<BTreeMap<K, V>>
     where
         M: Backing<K, V>,
     {
@@ -157,12 +242,10 @@ impl<M> Table<M> {
                 Step::Remove(_) => None,
             })
             .collect();
-        for &(key, value) in &new {
-            self.map
-                .write(key, value)
-                .with_context(|| format!("write {key:?} to map {}", self.name))?;
-            current.insert(key, value);
-        }
+        let (written, outcome) = self.map.write_all(&new);
+        current.extend(new.iter().take(written).copied());
+        let next = || new.get(written).map(|(key, _)| key);
+        outcome.with_context(|| format!("write {:?} to map {}", next(), self.name))?;
         Ok(new.len())
     }
 
@@ -175,7 +258,7 @@ impl<M> Table<M> {
     where
         M: Backing<K, V>,
         K: Copy + Ord + Debug,
-        V: PartialEq,
+        V: Copy + PartialEq,
     {
         let gone: Vec<K> = steps(current, wanted)
             .filter_map(|step| match step {
@@ -183,11 +266,12 @@ impl<M> Table<M> {
                 Step::Put(..) => None,
             })
             .collect();
-        for &key in &gone {
-            absent_is_fine(self.map.delete(key))
-                .with_context(|| format!("delete {key:?} from map {}", self.name))?;
-            current.remove(&key);
+        let (deleted, outcome) = self.map.delete_all(&gone);
+        for key in gone.iter().take(deleted) {
+            current.remove(key);
         }
+        let next = || gone.get(deleted);
+        outcome.with_context(|| format!("delete {:?} from map {}", next(), self.name))?;
         Ok(gone.len())
     }
 }

@@ -3,46 +3,67 @@
 use std::env;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use netdp_tests::backend::{Backend, Firewall};
 use netdp_tests::docker::IMAGE;
 
 use super::Scene;
 
 /// Names the number of containers.
 const COUNT_VARIABLE: &str = "NETDP_CONTAINERS";
-/// Enough for a median.
-const DEFAULT_COUNT: usize = 10;
+/// Enough for a median, and for what each leaves to add up.
+const DEFAULT_COUNT: usize = 20;
+/// Docker's own and ours, which take turns.
+const DRIVERS: [&str; 2] = ["bridge", "netdp"];
+
+fn count() -> Result<usize> {
+    match env::var(COUNT_VARIABLE) {
+        Ok(text) => text.parse().with_context(|| format!("read {COUNT_VARIABLE}={text}")),
+        Err(_) => Ok(DEFAULT_COUNT),
+    }
+}
 
 pub(super) fn many_containers_leave_nothing(scene: &Scene) -> Result<()> {
-    let count = match env::var(COUNT_VARIABLE) {
-        Ok(text) => text.parse().with_context(|| format!("read {COUNT_VARIABLE}={text}"))?,
-        Err(_) => DEFAULT_COUNT,
-    };
-    // Docker's own first, then netdp's, then both once more: whatever is slow at first is nobody's.
-    let mut medians = Vec::new();
-    for driver in ["bridge", "netdp", "bridge", "netdp"] {
-        let create = format!("network create --driver {driver} crowd");
-        scene.docker(&create)?;
-        medians.push((driver, median_start(scene, count / 2)?));
-        scene.docker("network rm crowd")?;
-        scene.expect_nothing_left()?;
+    scene.docker("network create --driver netdp crowd")?;
+    for number in 0..count()? {
+        start(scene, number, "crowd")?;
     }
-    for (driver, median) in medians {
-        println!("docker run, driver {driver}: median {} ms", median.as_millis());
+    scene.docker("network rm crowd")?;
+    scene.expect_nothing_left()
+}
+
+/// On a host of its own, where Docker makes its rules, as most do: what its own bridge costs there.
+pub(super) fn start_is_timed_beside_dockers_own_bridge(_: &Scene) -> Result<()> {
+    let scene = Scene::start(Backend::Ebpf, Firewall::Iptables)?;
+    let result = timed(&scene).with_context(|| scene.docker.log_tail());
+    scene.lab.explain(result)
+}
+
+fn timed(scene: &Scene) -> Result<()> {
+    for driver in DRIVERS {
+        scene.docker(&format!("network create --driver {driver} by-{driver}"))?;
+    }
+    let mut times = DRIVERS.map(|_| Vec::new());
+    for number in 0..count()? {
+        for (driver, times) in DRIVERS.iter().zip(&mut times) {
+            times.push(start(scene, number, &format!("by-{driver}"))?);
+        }
+    }
+    for (driver, mut times) in DRIVERS.iter().zip(times) {
+        ensure!(!times.is_empty(), "no container was started");
+        times.sort();
+        let median = times[times.len() / 2].as_millis();
+        println!("docker run, driver {driver}: median of {} is {median} ms", times.len());
     }
     Ok(())
 }
 
-/// Starts containers that publish a port, and removes them.
-fn median_start(scene: &Scene, count: usize) -> Result<Duration> {
-    let mut times = Vec::new();
-    for number in 0..count.max(1) {
-        let options = format!("--name c{number} --network crowd --publish 8080:80");
-        let begun = Instant::now();
-        scene.docker(&format!("run --detach {options} {IMAGE} /bin/busybox sleep 1d"))?;
-        times.push(begun.elapsed());
-        scene.docker(&format!("rm --force c{number}"))?;
-    }
-    times.sort();
-    times.get(times.len() / 2).copied().context("start a container")
+/// Starts a container that publishes a port, and removes it; how long the start took.
+fn start(scene: &Scene, number: usize, network: &str) -> Result<Duration> {
+    let options = format!("--name c{number} --network {network} --publish 8080:80");
+    let begun = Instant::now();
+    scene.docker(&format!("run --detach {options} {IMAGE} /bin/busybox sleep 1d"))?;
+    let took = begun.elapsed();
+    scene.docker(&format!("rm --force c{number}"))?;
+    Ok(took)
 }
