@@ -14,6 +14,7 @@ use std::{
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use self::observed::network_name;
 use crate::{
     family::{Family, V4, V6},
     model::{
@@ -25,7 +26,6 @@ use crate::{
 
 mod observed;
 
-use self::observed::network_name;
 pub use self::observed::{Counter, Feature, Flow, FlowTable, Lanes, Status, Uplink};
 
 /// Where names of network namespaces live (ip-netns(8)).

@@ -10,6 +10,20 @@ use crate::api::{
     wire,
 };
 
+/// How an endpoint is to be, whoever connects it.
+#[derive(Args, Debug)]
+pub(super) struct Wishes {
+    /// Its address, one per family; the next free one where none is given
+    #[arg(long = "ip", value_name = "IP")]
+    pub(super) addresses: Vec<String>,
+    /// Its MAC address; made from the address where none is given
+    #[arg(long)]
+    pub(super) mac: Option<String>,
+    /// Port to publish on the host; an IPv6 HOSTIP is written in brackets
+    #[arg(long, short = 'p', value_name = "[[HOSTIP:]HOST[-END]:]PORT[-END][/tcp|udp|sctp]")]
+    pub(super) publish: Vec<String>,
+}
+
 #[derive(Args, Debug)]
 pub(super) struct Connect {
     /// The network
@@ -21,18 +35,11 @@ pub(super) struct Connect {
     /// The endpoint's name; the namespace's where none is given
     #[arg(long)]
     name: Option<String>,
-    /// Its address, one per family; the next free one where none is given
-    #[arg(long = "ip", value_name = "IP")]
-    addresses: Vec<String>,
-    /// Its MAC address; made from the address where none is given
-    #[arg(long)]
-    mac: Option<String>,
+    #[command(flatten)]
+    wishes: Wishes,
     /// Name of the interface inside the container; eth0 or the next free one where none is given
     #[arg(long, value_name = "IFACE")]
     interface: Option<String>,
-    /// Port to publish on the host; an IPv6 HOSTIP is written in brackets
-    #[arg(long, short = 'p', value_name = "[[HOSTIP:]HOST[-END]:]PORT[-END][/tcp|udp|sctp]")]
-    publish: Vec<String>,
     /// Print the endpoint as JSON
     #[arg(long)]
     json: bool,
@@ -53,10 +60,10 @@ impl Connect {
         let request = wire::Connect {
             netns: absolute(&self.netns)?,
             name: self.name,
-            addresses: self.addresses,
-            mac: self.mac,
+            addresses: self.wishes.addresses,
+            mac: self.wishes.mac,
             interface: self.interface,
-            publish: self.publish,
+            publish: self.wishes.publish,
         };
         let path = client::path(&["networks", &self.network, "endpoints"]);
         let endpoint: wire::Endpoint = client.send(Method::POST, &path, &request).await?;

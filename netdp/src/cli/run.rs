@@ -30,6 +30,7 @@ use tokio::{
 
 use super::{
     complain,
+    endpoint::Wishes,
     publish::note_loopback,
     room::{Room, Running, exit_code},
 };
@@ -56,15 +57,8 @@ pub(super) struct Run {
     /// The endpoint's name; a number where none is given
     #[arg(long)]
     name: Option<String>,
-    /// Its address, one per family; the next free one where none is given
-    #[arg(long = "ip", value_name = "IP")]
-    addresses: Vec<String>,
-    /// Its MAC address; made from the address where none is given
-    #[arg(long)]
-    mac: Option<String>,
-    /// Port to publish on the host; an IPv6 HOSTIP is written in brackets
-    #[arg(long, short = 'p', value_name = "[[HOSTIP:]HOST[-END]:]PORT[-END][/tcp|udp|sctp]")]
-    publish: Vec<String>,
+    #[command(flatten)]
+    wishes: Wishes,
     /// Name server; the host's that are no loopback addresses where none is given
     #[arg(long = "dns", value_name = "IP")]
     nameservers: Vec<IpAddr>,
@@ -91,10 +85,10 @@ impl Run {
         let request = wire::Connect {
             netns: room.netns().to_owned(),
             name: self.name,
-            addresses: self.addresses,
-            mac: self.mac,
+            addresses: self.wishes.addresses,
+            mac: self.wishes.mac,
             interface: None,
-            publish: self.publish,
+            publish: self.wishes.publish,
         };
         let path = client::path(&["networks", &self.network, "endpoints"]);
         let endpoint: wire::Endpoint = client.send(Method::POST, &path, &request).await?;

@@ -14,7 +14,7 @@ use netdp_common::{
     flow::{FLOWS_DEFAULT, Flow, FlowKey},
 };
 use netdp_tests::{
-    bench::{Cpu, Options},
+    bench::{Cpu, Options, exit_code},
     bpf::BareFlows,
     figures::Figure,
     runtime::isolate,
@@ -47,13 +47,7 @@ const ROUNDS: usize = 100;
 const QUICK_ROUNDS: usize = 1;
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code(run())
 }
 
 fn run() -> Result<()> {

@@ -8,10 +8,10 @@ use std::iter;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use load::Seats;
 use metric::{BULK, Conditions, Load, Numbers, PORTS, STEADY};
-use netdp_tests::bench::{Cpu, Options};
+use netdp_tests::bench::{Cpu, Options, exit_code};
 use netdp_tests::figures;
 use netdp_tests::lab::Offload;
 use netdp_tests::runtime::isolate;
@@ -36,13 +36,7 @@ const WHOLE: Plan = Plan { rounds: 11, window: Duration::from_millis(400), ports
 const QUICK: Plan = Plan { rounds: 1, window: Duration::from_millis(100), ports: &[1, 1000] };
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code(run())
 }
 
 fn run() -> Result<()> {
@@ -57,7 +51,6 @@ fn run() -> Result<()> {
     let mut loads = STEADY.to_vec();
     loads.extend(plan.ports.iter().map(|ports| Load::Connections(*ports)));
     loads.retain(|load| options.wants(&load.name()));
-    ensure!(!loads.is_empty(), "no load has {:?} in its name", options.only.unwrap_or_default());
     println!(
         "clients on CPU {}, servers on CPU {}, {} rounds of {} ms",
         client.number(),

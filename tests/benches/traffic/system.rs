@@ -194,11 +194,11 @@ impl Stand {
     /// A network as netdp or Docker make it.
     fn create_network(&self) -> Result<Option<Namespace>> {
         self.lab.create_network(NETWORK, IPV4.subnet_a, &[])?;
-        let ports = [PORT.to_string() + ":" + &PORT.to_string()];
+        let single = format!("{PORT}:{PORT}");
         let (first, last) = (FIRST, FIRST + self.ports - 1);
         let many = format!("{first}-{last}:{first}-{last}");
-        let udp = format!("{}/udp", ports[0]);
-        let published = [ports[0].as_str(), &udp, &many];
+        let udp = format!("{single}/udp");
+        let published = [single.as_str(), &udp, &many];
         self.lab.connect(NETWORK, &self.container, CONTAINER, IPV4.a1, &published)?;
         self.lab.attach(NETWORK, "a2", IPV4.a2, &[]).map(Some)
     }
