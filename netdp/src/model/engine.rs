@@ -7,7 +7,7 @@
 use std::{net::IpAddr, path::PathBuf};
 
 use super::{
-    Endpoint, EndpointId, Engaged, MacAddress, Model, Network, Place, PublishSpec, PublishedPort,
+    Endpoint, EndpointId, Engaged, MacAddress, Model, Network, NetworkId, Place, PublishSpec, PublishedPort,
     Refusal, endpoint::NewEndpoint,
 };
 use crate::facts::HostFacts;
@@ -72,7 +72,7 @@ impl Model {
     }
 
     /// Makes an endpoint whose container's end waits on the host until the engine takes it. One that
-    /// the engine has already stays as it is.
+    /// the engine has already stays as it is; one that it has forgotten makes way.
     ///
     /// # Errors
     /// Refuses an unknown network, a used name, and addresses as [`Model::connect`] does.
@@ -81,6 +81,7 @@ impl Model {
             return Ok(endpoint.id);
         }
         let network = self.network_of_engine(&spec.network)?.id;
+        self.forget_rivals(network, &spec);
         let (id, host_interface) = self.choose_id(facts)?;
         self.add_endpoint(NewEndpoint {
             id,
@@ -93,6 +94,21 @@ impl Model {
             mac: spec.mac,
             published: Vec::new(),
         })
+    }
+
+    /// Removes what was offered in this network, was never taken, and has what is now asked for. The
+    /// engine did not hear that it was made, because one of the two went away meanwhile, and so gives
+    /// its address to the next: it does not give one to two.
+    fn forget_rivals(&mut self, network: NetworkId, spec: &OfferSpec) {
+        let is_rival = |endpoint: &Endpoint| {
+            let addresses = [endpoint.ipv4.map(IpAddr::V4), endpoint.ipv6.map(IpAddr::V6)];
+            endpoint.network == network
+                && endpoint.engaged().is_some_and(|engaged| engaged.sandbox.is_none())
+                && (spec.name.as_ref() == Some(&endpoint.name)
+                    || spec.mac == Some(endpoint.mac)
+                    || addresses.iter().flatten().any(|address| spec.addresses.contains(address)))
+        };
+        self.endpoints.retain(|_, endpoint| !is_rival(endpoint));
     }
 
     /// Notes where an engine takes an endpoint's end.

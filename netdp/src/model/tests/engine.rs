@@ -68,6 +68,38 @@ fn what_an_engine_repeats_changes_nothing() {
     assert_eq!((model.networks, model.endpoints), (lab.networks, lab.endpoints));
 }
 
+/// The agent was killed after it had made the first, and before it could say so.
+#[test]
+fn an_offer_that_its_engine_forgot_makes_way() {
+    let asked = |id: &str| OfferSpec {
+        name: Some("shop".to_owned()),
+        addresses: vec!["172.22.0.9".parse().unwrap()],
+        mac: Some(MacAddress([2, 0, 0, 0, 0, 9])),
+        ..offer(id)
+    };
+    let only_name = |id: &str| OfferSpec { addresses: Vec::new(), mac: None, ..asked(id) };
+    let only_mac = |id: &str| OfferSpec { name: None, addresses: Vec::new(), ..asked(id) };
+    let only_address = |id: &str| OfferSpec { name: None, mac: None, ..asked(id) };
+    for again in [only_name(SECOND), only_mac(SECOND), only_address(SECOND)] {
+        let mut model = engine_lab();
+        model.offer(asked(FIRST), &host()).unwrap();
+        model.offer(again.clone(), &host()).unwrap();
+        assert!(model.endpoint_of_engine(FIRST).is_err(), "{again:?}");
+
+        // What a container has stays its own.
+        let mut model = engine_lab();
+        model.offer(asked(FIRST), &host()).unwrap();
+        model.take(FIRST, "/run/docker/netns/1".into()).unwrap();
+        let before = model.clone();
+        let refusal = model.offer(again, &host()).unwrap_err();
+        assert_eq!((refusal.kind, &model), (RefusalKind::Conflict, &before));
+    }
+    let mut model = engine_lab();
+    model.offer(offer(FIRST), &host()).unwrap();
+    model.offer(asked(SECOND), &host()).unwrap();
+    assert!(model.endpoint_of_engine(FIRST).is_ok(), "it has nothing of the other's");
+}
+
 #[test]
 fn ports_are_those_of_the_last_word() {
     let mut model = engine_lab();
