@@ -23,7 +23,7 @@ use tracing::{debug, info, warn};
 use self::{
     alarms::{About, Alarm, alarms, unheard},
     blocking::Blocking,
-    converge::{Dressed, Failure, Links, Subject},
+    converge::{Dressed, Failure, Settled, Subject},
 };
 use crate::{
     config::Config,
@@ -95,7 +95,7 @@ struct State {
     /// Alarms that are in the log already.
     heard: BTreeSet<About>,
     /// What the last pass made right; `None` where something was left undone.
-    links: Option<Links>,
+    links: Option<Settled>,
     /// Endpoints whose container's end was made right by this agent.
     dressed: BTreeMap<EndpointId, Dressed>,
     netlink: Netlink,

@@ -3,8 +3,9 @@
 //! Owns the shapes. Filling them is netlink's work; drawing conclusions is the planner's.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
+    ops::Deref,
 };
 
 use ipnet::IpNet;
@@ -14,8 +15,8 @@ use crate::model::{MacAddress, Protocol};
 /// A reading of the host's namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostFacts {
-    /// Every link, by ifindex.
-    pub links: BTreeMap<u32, Link>,
+    /// Every link.
+    pub links: Links,
     /// Destinations of the main table's unicast routes, default routes left out.
     pub routes: Vec<Route>,
     /// `net.ipv4.ip_forward`: the host was told to be a router.
@@ -33,6 +34,13 @@ pub struct HostFacts {
     pub ephemeral_ports: (u16, u16),
     /// Ports that other programs of the host were found to have: none to choose.
     pub ports_in_use: BTreeSet<(Protocol, u16)>,
+}
+
+/// Links by ifindex, which are found by name, too: there may be a thousand of ours.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Links {
+    by_index: BTreeMap<u32, Link>,
+    by_name: HashMap<String, u32>,
 }
 
 /// A network interface.
@@ -63,6 +71,21 @@ pub struct Link {
     /// A bridge whose packets meet the rules of iptables, or a port by which packets may leave that
     /// came by it: what the iptables backend needs of ours.
     pub is_filtered: bool,
+    /// How IPv6 is set here.
+    pub ipv6: Ipv6Mode,
+}
+
+/// How IPv6 is set at an interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ipv6Mode {
+    /// Switched off.
+    Off,
+    /// On, as at ours: addresses from us, a link-local one that follows from the MAC address (RFC 4291,
+    /// appendix A) and counts at once, and nothing that somebody advertises.
+    Quiet,
+    /// On in some other way, or not there at all.
+    #[default]
+    Other,
 }
 
 /// An address of an interface.
@@ -87,10 +110,8 @@ pub struct Route {
 impl HostFacts {
     /// The link with this name.
     pub fn link(&self, name: &str) -> Option<(u32, &Link)> {
-        self.links
-            .iter()
-            .find(|(_, link)| link.name == name)
-            .map(|(&ifindex, link)| (ifindex, link))
+        let ifindex = *self.links.by_name.get(name)?;
+        Some((ifindex, self.links.get(&ifindex)?))
     }
 
     /// Whether one of the host's interfaces has this address.
@@ -101,6 +122,38 @@ impl HostFacts {
                 .links
                 .values()
                 .any(|link| link.addresses.iter().any(|candidate| candidate.net.addr() == address))
+    }
+}
+
+impl Links {
+    /// A link to be changed; its name stays.
+    pub fn get_mut(&mut self, ifindex: u32) -> Option<&mut Link> {
+        self.by_index.get_mut(&ifindex)
+    }
+}
+
+impl Deref for Links {
+    type Target = BTreeMap<u32, Link>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.by_index
+    }
+}
+
+impl Extend<(u32, Link)> for Links {
+    fn extend<T: IntoIterator<Item = (u32, Link)>>(&mut self, links: T) {
+        for (ifindex, link) in links {
+            self.by_name.insert(link.name.clone(), ifindex);
+            self.by_index.insert(ifindex, link);
+        }
+    }
+}
+
+impl FromIterator<(u32, Link)> for Links {
+    fn from_iter<T: IntoIterator<Item = (u32, Link)>>(links: T) -> Self {
+        let mut all = Self::default();
+        all.extend(links);
+        all
     }
 }
 

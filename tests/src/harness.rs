@@ -26,7 +26,7 @@ const JSON_VARIABLE: &str = "NETDP_TEST_JSON";
 /// Names a file with the names of tests that are not to be run, one a line.
 const SKIP_VARIABLE: &str = "NETDP_TEST_SKIP";
 /// Labs wait more than they compute.
-const DEFAULT_THREADS: usize = 3;
+const DEFAULT_THREADS: usize = 5;
 /// Labs with Docker wait even more, for its daemon and its containers.
 const DOCKER_THREADS: usize = 4;
 /// Limits are longer where everything takes longer, so that more labs can wait.

@@ -4,18 +4,22 @@
 //! Owns the order of things, which is what keeps a container shut off until its policy is in the
 //! backend. Knows nothing of who asked for the model.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, fmt, mem, net::IpAddr, sync::Arc};
 
 use anyhow::{Context, Error, Result};
+use futures::{StreamExt, stream};
 use tracing::{debug, info, warn};
 
 use super::State;
 use crate::{
     facts::HostFacts,
     model::{EndpointId, Model, Netns, NetworkId},
-    netlink::namespace::Namespace,
+    netlink::{Netlink, namespace::Namespace},
     plan::{self, BridgePlan, Plan, SysctlPlan, VethPlan, own},
 };
+
+/// How many containers are looked into at the same time.
+const AT_ONCE: usize = 8;
 
 /// Something that a pass could not do.
 #[derive(Debug)]
@@ -43,13 +47,30 @@ impl Dressed {
 
 /// Links and sysctls as a pass has left them that did all it had to.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Links {
+pub(super) struct Settled {
     bridges: BTreeMap<NetworkId, BridgePlan>,
     veths: BTreeMap<EndpointId, VethPlan>,
     sysctls: BTreeMap<String, SysctlPlan>,
 }
 
-impl Links {
+/// Makes a veth pair and its container's end right.
+async fn dress(
+    id: EndpointId,
+    netlink: &Netlink,
+    veth: &VethPlan,
+    netns: &Netns,
+    facts: &HostFacts,
+) -> (EndpointId, Result<Dressed>) {
+    let dress = async || {
+        let namespace = Namespace::open_same(netns)?;
+        let ifindex = netlink.ensure_veth(veth, Some(&namespace), facts).await?;
+        namespace.ensure_interface(veth).await?;
+        Ok(Dressed::new(ifindex, veth))
+    };
+    (id, dress().await)
+}
+
+impl Settled {
     fn of(plan: Plan) -> Self {
         let Plan { bridges, veths, sysctls, .. } = plan;
         Self { bridges, veths, sysctls }
@@ -146,7 +167,7 @@ impl State {
             self.apply(&mut pass, &outgoing).await?;
             // Unless the backend has given way to another one just now.
             if self.filters_bridges().await? == self.setting.filters_bridges {
-                self.links = Some(Links::of(outgoing));
+                self.links = Some(Settled::of(outgoing));
                 return Ok(pass.failures);
             }
         }
@@ -174,7 +195,7 @@ impl State {
         if is_applied && settled.program != *self.program {
             self.apply(&mut pass, &settled).await?;
         }
-        self.links = (pass.failures.is_empty() && is_applied).then(|| Links::of(settled));
+        self.links = (pass.failures.is_empty() && is_applied).then(|| Settled::of(settled));
         Ok(pass.failures)
     }
 
@@ -209,36 +230,38 @@ impl State {
             pass.note(Subject::Network(id), result)?;
         }
         self.dressed.retain(|id, _| plan.veths.contains_key(id));
-        for (&id, veth) in &plan.veths {
-            let before = self.dressed.get(&id).copied();
-            let result = match &veth.netns {
-                Some(netns) => self.make_veth(id, veth, netns, facts).await,
-                None => self.offer_veth(pass, id, veth, facts).await,
-            };
+        for (&id, veth) in plan.veths.iter().filter(|(_, veth)| veth.netns.is_none()) {
+            let result = self.offer_veth(pass, id, veth, facts).await;
             pass.note(Subject::Endpoint(id), result)?;
-            pass.dressed.extend((self.dressed.get(&id).copied() != before).then_some(id));
         }
-        Ok(())
+        self.make_veths(pass, plan.veths.iter(), facts).await
     }
 
-    async fn make_veth(
+    /// Makes veth pairs and dresses those container's ends that this agent has not dressed yet.
+    async fn make_veths(
         &mut self,
-        id: EndpointId,
-        veth: &VethPlan,
-        netns: &Netns,
+        pass: &mut Pass<'_>,
+        veths: impl Iterator<Item = (&EndpointId, &VethPlan)>,
         facts: &HostFacts,
     ) -> Result<()> {
-        // Entering a namespace costs a thread. What happens inside, once it was right, is the
-        // container's own business until the pair is made anew or the agent starts again.
-        let present =
-            own(facts, &veth.name, &veth.alias).map(|(ifindex, _)| Dressed::new(ifindex, veth));
-        if present.is_some() && self.dressed.get(&id).copied() == present {
-            return Ok(());
+        let undressed = veths.filter_map(|(&id, veth)| {
+            let netns = veth.netns.as_ref()?;
+            // Entering a namespace costs a thread. What happens inside, once it was right, is the
+            // container's own business until the pair is made anew or the agent starts again.
+            let present =
+                own(facts, &veth.name, &veth.alias).map(|(ifindex, _)| Dressed::new(ifindex, veth));
+            let is_dressed = present.is_some() && self.dressed.get(&id).copied() == present;
+            (!is_dressed).then(|| dress(id, &self.netlink, veth, netns, facts))
+        });
+        let undressed: Vec<_> = undressed.collect();
+        // All of them, whatever fails: what is dropped in the middle goes on in its thread.
+        let results: Vec<_> = stream::iter(undressed).buffered(AT_ONCE).collect().await;
+        for (id, result) in results {
+            if let Some(dressed) = pass.note(Subject::Endpoint(id), result)? {
+                self.dressed.insert(id, dressed);
+                pass.dressed.push(id);
+            }
         }
-        let namespace = Namespace::open_same(netns)?;
-        let ifindex = self.netlink.ensure_veth(veth, Some(&namespace), facts).await?;
-        namespace.ensure_interface(veth).await?;
-        self.dressed.insert(id, Dressed::new(ifindex, veth));
         Ok(())
     }
 
@@ -266,14 +289,10 @@ impl State {
         plan: &Plan,
         facts: &HostFacts,
     ) -> Result<()> {
-        for id in std::mem::take(&mut pass.dressed) {
-            let Some(veth) = plan.veths.get(&id) else { continue };
-            let Some(netns) = &veth.netns else { continue };
-            self.dressed.remove(&id);
-            let result = self.make_veth(id, veth, netns, facts).await;
-            pass.note(Subject::Endpoint(id), result)?;
-        }
-        Ok(())
+        let dressed = mem::take(&mut pass.dressed);
+        self.dressed.retain(|id, _| !dressed.contains(id));
+        let veths = dressed.iter().filter_map(|id| plan.veths.get_key_value(id));
+        self.make_veths(pass, veths, facts).await
     }
 
     /// A backend that has just given way to another one may leave bridges that don't go by that: puts

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, net::IpAddr};
 
 use super::*;
-use crate::facts::{HostFacts, Link, LinkAddress, Route};
+use crate::facts::{HostFacts, Ipv6Mode, Link, LinkAddress, Links, Route};
 
 mod engine;
 mod families;
@@ -26,6 +26,7 @@ pub(crate) fn link(name: &str, addresses: &[&str]) -> Link {
         forwarding: false,
         forces_forwarding: false,
         is_filtered: false,
+        ipv6: Ipv6Mode::Other,
     }
 }
 
@@ -43,7 +44,7 @@ pub(crate) fn host() -> HostFacts {
         is_ipv6_router: false,
         has_ipv6: true,
         can_force_forwarding: true,
-        links: BTreeMap::from([
+        links: Links::from_iter([
             (1, link("lo", &["127.0.0.1/8"])),
             (2, link("eth0", &["10.0.0.2/24", "10.0.0.4/24", "fd00::2/64", "fe80::1/64"])),
             (3, vpn),
@@ -166,7 +167,7 @@ fn a_network_gets_what_the_user_left_open() {
 #[test]
 fn the_default_pools_avoid_the_hosts_own_networks() {
     let mut facts = host();
-    facts.links.insert(4, link("docker0", &["172.17.0.1/16"]));
+    facts.links.extend([(4, link("docker0", &["172.17.0.1/16"]))]);
     facts.routes.push(Route { destination: "172.18.0.0/15".parse().unwrap(), ifindex: 3 });
     let mut model = Model::default();
     let spec = NetworkSpec { name: "web".into(), ..NetworkSpec::default() };
@@ -179,7 +180,7 @@ fn links_of_ours_are_no_obstacle() {
     let mut facts = host();
     let mut bridge = link("nd-1", &["172.17.0.1/16"]);
     bridge.alias = Some("netdp network web".into());
-    facts.links.insert(4, bridge);
+    facts.links.extend([(4, bridge)]);
     facts.routes.push(Route { destination: "172.17.0.0/16".parse().unwrap(), ifindex: 4 });
     let mut model = Model::default();
     let id = model.create_network(network_spec("web", "172.17.0.0/16"), &facts).unwrap();
@@ -189,8 +190,8 @@ fn links_of_ours_are_no_obstacle() {
 #[test]
 fn foreign_links_keep_their_names() {
     let mut facts = host();
-    facts.links.insert(4, link("nd-1", &[]));
-    facts.links.insert(5, link("ndv1", &[]));
+    facts.links.extend([(4, link("nd-1", &[]))]);
+    facts.links.extend([(5, link("ndv1", &[]))]);
     let mut model = Model::default();
     let id = model.create_network(network_spec("a", "172.20.0.0/24"), &facts).unwrap();
     assert_eq!(model.networks[&id].bridge, "nd-2");

@@ -29,7 +29,7 @@ use rtnetlink::{
 
 use super::{Netlink, kernel_error, namespace::Namespace, sysctl, unless};
 use crate::{
-    facts::{HostFacts, Link},
+    facts::{HostFacts, Ipv6Mode, Link},
     model::MacAddress,
     plan::{BridgePlan, VethPlan, force_forwarding_sysctl, forwarding_sysctl, is_port_of},
 };
@@ -75,13 +75,13 @@ impl Netlink {
             sysctl::ensure(&forwarding_sysctl(&plan.name), "1")?;
         }
         if plan.ipv6.is_some() {
-            ensure_ipv6(&plan.name)?;
+            ensure_ipv6(&plan.name, link)?;
             // A router to its containers, which is what it says of itself in neighbour discovery.
             sysctl::ensure(&format!("net/ipv6/conf/{}/forwarding", plan.name), "1")?;
             sysctl::ensure(&force_forwarding_sysctl(&plan.name), "1")?;
         } else {
             // Or the bridge would answer on a link-local address.
-            refuse_ipv6(&plan.name)?;
+            refuse_ipv6(&plan.name, link)?;
         }
         for net in plan.addresses() {
             if link.is_none_or(|link| !link.has_address(net)) {
@@ -109,7 +109,7 @@ impl Netlink {
             None => self.make_veth(plan, namespace).await?,
         };
         // The host's end is a port; nothing on the host talks through it directly.
-        refuse_ipv6(&plan.name)?;
+        refuse_ipv6(&plan.name, facts.links.get(&ifindex))?;
         Ok(ifindex)
     }
 
@@ -330,9 +330,14 @@ fn unless_gone(result: Result<(), rtnetlink::Error>) -> Result<()> {
 }
 
 /// Switches IPv6 on at an interface: with addresses from us, a link-local one that follows from the
-/// MAC address (RFC 4291, appendix A) and counts at once, and nothing that somebody advertises.
-pub(super) fn ensure_ipv6(interface: &str) -> Result<()> {
+/// MAC address (RFC 4291, appendix A) and counts at once, and nothing that somebody advertises. `link` is
+/// the interface as it was seen last, if it was.
+pub(super) fn ensure_ipv6(interface: &str, link: Option<&Link>) -> Result<()> {
     const EUI64: &str = "0";
+
+    if link.is_some_and(|link| link.ipv6 == Ipv6Mode::Quiet) {
+        return Ok(());
+    }
 
     for (name, value) in [
         ("accept_ra", "0"),
@@ -348,8 +353,11 @@ pub(super) fn ensure_ipv6(interface: &str) -> Result<()> {
     Ok(())
 }
 
-/// Switches IPv6 off at an interface.
-pub(super) fn refuse_ipv6(interface: &str) -> Result<()> {
+/// Switches IPv6 off at an interface; `link` as above.
+pub(super) fn refuse_ipv6(interface: &str, link: Option<&Link>) -> Result<()> {
+    if link.is_some_and(|link| link.ipv6 == Ipv6Mode::Off) {
+        return Ok(());
+    }
     sysctl::ensure(&format!("net/ipv6/conf/{interface}/disable_ipv6"), "1")
 }
 

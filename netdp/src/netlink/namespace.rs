@@ -73,7 +73,7 @@ pub fn is_still(path: &Path, identity: NetnsIdentity) -> bool {
 pub async fn survey(path: &Path) -> Result<Survey> {
     let namespace = Namespace::open(path)?;
     let links = namespace.within(async |netlink| netlink.links().await).await?;
-    let interfaces = links.into_values().map(|link| link.name).collect();
+    let interfaces = links.values().map(|link| link.name.clone()).collect();
     Ok(Survey { identity: namespace.identity, interfaces })
 }
 
@@ -84,7 +84,7 @@ pub async fn survey(path: &Path) -> Result<Survey> {
 pub async fn look_inside(path: &Path) -> Result<Interior> {
     let look = async |netlink: Netlink| {
         Ok(Interior {
-            links: netlink.read_facts().await?.links.into_values().collect(),
+            links: netlink.links_with_addresses().await?.values().cloned().collect(),
             has_ipv4_route: has_default_route(&netlink.routes::<Ipv4Addr>().await?),
             has_ipv6_route: has_default_route(&netlink.routes::<Ipv6Addr>().await?),
         })
@@ -175,10 +175,9 @@ impl Namespace {
 
 impl Netlink {
     async fn ensure_container_end(&self, plan: &VethPlan) -> Result<()> {
-        let facts = self.read_facts().await?;
+        let links = self.links_with_addresses().await?;
         // By MAC: the container may have renamed it.
-        let found = facts
-            .links
+        let found = links
             .iter()
             .find(|(_, link)| link.mac == Some(plan.mac) && link.kind.as_deref() == Some("veth"));
         let Some((&ifindex, link)) = found else {
@@ -190,8 +189,8 @@ impl Netlink {
                 .with_context(|| format!("set the MTU of {}", link.name))?;
         }
         match plan.ipv6 {
-            Some(_) => ensure_ipv6(&link.name)?,
-            None => refuse_ipv6(&link.name)?,
+            Some(_) => ensure_ipv6(&link.name, Some(link))?,
+            None => refuse_ipv6(&link.name, Some(link))?,
         }
         let ipv4 = plan.ipv4.map(|side| IpNet::V4(side.address));
         let ipv6 = plan.ipv6.map(|side| IpNet::V6(side.address));
@@ -199,8 +198,7 @@ impl Netlink {
             self.add_address(ifindex, net).await?;
         }
         // Without a loopback that is up a container can't even reach its own address.
-        let down = facts
-            .links
+        let down = links
             .iter()
             .filter(|&(&index, link)| !link.up && (link.loopback || index == ifindex));
         for (&index, link) in down {

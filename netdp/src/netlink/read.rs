@@ -1,7 +1,7 @@
 //! Reading the host's namespace into [`HostFacts`].
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::Path,
 };
@@ -15,7 +15,7 @@ use rtnetlink::{
         AddressFamily,
         address::{AddressAttribute, AddressFlags, AddressMessage},
         link::{
-            AfSpecInet, AfSpecUnspec, InfoBridge, InfoBridgePort, InfoData, InfoPortData,
+            AfSpecInet, AfSpecInet6, AfSpecUnspec, Inet6DevConf, InfoBridge, InfoBridgePort, InfoData, InfoPortData,
             LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
         },
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
@@ -24,7 +24,7 @@ use rtnetlink::{
 
 use super::{Netlink, kernel_error, link::UNFINISHED_GROUP, sysctl, xfrm};
 use crate::{
-    facts::{HostFacts, Link, LinkAddress, Route},
+    facts::{HostFacts, Ipv6Mode, Link, LinkAddress, Links, Route},
     model::MacAddress,
     plan::{IPV6_ROUTER_SYSCTL, force_forwarding_sysctl},
 };
@@ -36,26 +36,13 @@ impl Netlink {
     /// # Errors
     /// Fails where the kernel refuses a dump.
     pub async fn read_facts(&self) -> Result<HostFacts> {
-        let mut links = self.links().await?;
-        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            for message in self.addresses(family).await? {
-                let Some(link) = links.get_mut(&message.header.index) else { continue };
-                link.addresses.extend(address(&message));
-            }
-        }
+        let links = self.links_with_addresses().await?;
         // The loopback interface goes with its namespace.
         let loopback = links.values().find(|link| link.loopback);
         let can_force_forwarding = match loopback {
             Some(link) => sysctl::read(&force_forwarding_sysctl(&link.name))?.is_some(),
             None => false,
         };
-        if can_force_forwarding {
-            // Packets of a port come in by its master.
-            for link in links.values_mut().filter(|link| link.master.is_none()) {
-                let forces = sysctl::read(&force_forwarding_sysctl(&link.name))?;
-                link.forces_forwarding = forces.is_some_and(|value| value != "0");
-            }
-        }
         let mut routes = Vec::new();
         for found in [self.routes::<Ipv4Addr>().await?, self.routes::<Ipv6Addr>().await?] {
             routes.extend(found.iter().filter_map(route));
@@ -74,17 +61,25 @@ impl Netlink {
         })
     }
 
+    /// Every link. Opens no file: one below `/proc/sys/net` takes longer to find the more namespaces
+    /// there are.
+    pub(super) async fn links_with_addresses(&self) -> Result<Links> {
+        let mut links = self.links().await?;
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            for message in self.addresses(family).await? {
+                let Some(link) = links.get_mut(message.header.index) else { continue };
+                link.addresses.extend(address(&message));
+            }
+        }
+        Ok(links)
+    }
+
     /// Every link without its addresses.
-    pub(super) async fn links(&self) -> Result<BTreeMap<u32, Link>> {
-        self.handle
-            .link()
-            .get()
-            .execute()
-            .map_ok(link)
-            .try_collect()
-            .await
-            .map_err(kernel_error)
-            .context("read the links")
+    pub(super) async fn links(&self) -> Result<Links> {
+        let links = self.handle.link().get().execute().map_ok(link);
+        let links: Vec<_> =
+            links.try_collect().await.map_err(kernel_error).context("read the links")?;
+        Ok(links.into_iter().collect())
     }
 
     async fn addresses(&self, family: AddressFamily) -> Result<Vec<AddressMessage>> {
@@ -135,6 +130,7 @@ fn link(message: LinkMessage) -> (u32, Link) {
         forwarding: false,
         forces_forwarding: false,
         is_filtered: false,
+        ipv6: Ipv6Mode::default(),
     };
     let mut unfinished = false;
     for attribute in attributes {
@@ -154,7 +150,12 @@ fn link(message: LinkMessage) -> (u32, Link) {
                     _ => None,
                 });
             }
-            LinkAttribute::AfSpecUnspec(families) => link.forwarding = forwards(&families),
+            LinkAttribute::AfSpecUnspec(families) => {
+                link.forwarding = forwards(&families);
+                link.forces_forwarding =
+                    ipv6(&families).is_some_and(|settings| settings.force_forwarding != 0);
+                link.ipv6 = ipv6(&families).map(ipv6_mode).unwrap_or_default();
+            }
             _ => {}
         }
     }
@@ -186,6 +187,30 @@ fn forwards(families: &[AfSpecUnspec]) -> bool {
             |setting| matches!(setting, AfSpecInet::DevConf(settings) if settings.forwarding != 0),
         )
     })
+}
+
+/// The settings of IPv6; those that the kernel does not know yet are 0.
+fn ipv6(families: &[AfSpecUnspec]) -> Option<&Inet6DevConf> {
+    families.iter().find_map(|family| {
+        let AfSpecUnspec::Inet6(settings) = family else { return None };
+        settings.iter().find_map(|setting| match setting {
+            AfSpecInet6::DevConf(settings) => Some(settings),
+            _ => None,
+        })
+    })
+}
+
+/// What [`super::link::ensure_ipv6`] and [`super::link::refuse_ipv6`] make of an interface.
+fn ipv6_mode(settings: &Inet6DevConf) -> Ipv6Mode {
+    let Inet6DevConf { accept_ra, autoconf, addr_gen_mode, accept_dad, dad_transmits, .. } =
+        *settings;
+    if settings.disable_ipv6 != 0 {
+        Ipv6Mode::Off
+    } else if [accept_ra, autoconf, addr_gen_mode, accept_dad, dad_transmits] == [0; 5] {
+        Ipv6Mode::Quiet
+    } else {
+        Ipv6Mode::Other
+    }
 }
 
 fn address(message: &AddressMessage) -> Option<LinkAddress> {

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     dataplane::PublishedTarget,
-    facts::LinkAddress,
+    facts::{Ipv6Mode, LinkAddress, Links},
     model::{
         Engaged, GatewayMode, NatBehaviour, NetnsIdentity, Protocol, PublishedPort, policy,
         tests::steady,
@@ -130,6 +130,7 @@ fn link(name: &str) -> Link {
         forwarding: false,
         forces_forwarding: false,
         is_filtered: false,
+        ipv6: Ipv6Mode::Other,
     }
 }
 
@@ -143,7 +144,7 @@ fn host() -> HostFacts {
     let port = Link { master: Some(5), ..link("eth1") };
     let bond = Link { addresses: addresses(&["169.254.1.1/16", "10.1.0.2/24"]), ..link("bond0") };
     HostFacts {
-        links: [(1, lo), (2, eth0), (3, tun0), (4, port), (5, bond)].into(),
+        links: Links::from_iter([(1, lo), (2, eth0), (3, tun0), (4, port), (5, bond)]),
         routes: Vec::new(),
         is_router: false,
         is_ipv6_router: false,
@@ -331,7 +332,7 @@ fn named_uplinks_are_the_only_ones() {
 #[test]
 fn an_uplink_that_we_switched_on_did_not_forward_before() {
     let mut facts = host();
-    facts.links.get_mut(&2).unwrap().forwarding = true;
+    facts.links.get_mut(2).unwrap().forwarding = true;
     let originals = [(forwarding_sysctl("eth0"), "0".to_owned())].into();
     let ours = plan(&model(), &facts, &Setting { originals, ..Setting::default() });
     assert!(!ours.program.uplinks[&2].forwarded_before4);
@@ -357,7 +358,7 @@ fn closed_networks_give_no_default_route() {
 #[test]
 fn a_foreign_link_under_our_name_is_neither_used_nor_an_orphan() {
     let mut facts = host_with_links();
-    facts.links.get_mut(&10).unwrap().alias = None;
+    facts.links.get_mut(10).unwrap().alias = None;
     let plan = plan(&model(), &facts, &Setting::default());
     assert!(plan.program.networks.is_empty());
     assert!(plan.program.endpoints.is_empty(), "an endpoint needs its network");
@@ -413,11 +414,11 @@ fn drift_says_what_is_missing_down_or_left_over() {
     };
     let mut facts = host_with_links();
     assert!(drift(&facts).is_empty());
-    let bridge = facts.links.get_mut(&10).unwrap();
+    let bridge = facts.links.get_mut(10).unwrap();
     (bridge.up, bridge.forwarding) = (false, false);
     bridge.addresses.clear();
-    facts.links.get_mut(&11).unwrap().master = None;
-    facts.links.insert(12, Link { alias: Some("netdp endpoint n1/old".into()), ..link("ndv7") });
+    facts.links.get_mut(11).unwrap().master = None;
+    facts.links.extend([(12, Link { alias: Some("netdp endpoint n1/old".into()), ..link("ndv7") })]);
     assert_eq!(
         drift(&facts),
         [
@@ -439,7 +440,7 @@ fn both_families_of_a_network_are_planned() {
     let mut model = dual_model();
     model.networks.get_mut(&A).unwrap().policy = policy::parse("deny from any").unwrap();
     let mut facts = host_with_links();
-    facts.links.get_mut(&2).unwrap().addresses.extend(["fd00::2/64", "fe80::2/64"].map(steady));
+    facts.links.get_mut(2).unwrap().addresses.extend(["fd00::2/64", "fe80::2/64"].map(steady));
     let plan = plan(&model, &facts, &Setting::default());
 
     assert_eq!(plan.bridges[&A].ipv6, Some("fd00:20::1/64".parse().unwrap()));
@@ -481,7 +482,7 @@ fn the_world_sees_an_address_that_stays() {
         (vec![passing("2001:db8::1/64"), steady("2001:db8::2/64")], Some("2001:db8::2")),
     ] {
         let mut facts = host();
-        facts.links.get_mut(&2).unwrap().addresses.extend(addresses);
+        facts.links.get_mut(2).unwrap().addresses.extend(addresses);
         let uplink = plan(&dual_model(), &facts, &Setting::default()).program.uplinks[&2];
         assert_eq!(uplink.masquerade6, expected.map(|address| address.parse().unwrap()));
         assert_eq!(uplink.masquerade4, Some(Ipv4Addr::new(10, 0, 0, 2)));
@@ -572,10 +573,10 @@ fn drift_of_the_ipv6_side_is_told() {
             "uplink tun0 does not forward IPv6",
         ]
     );
-    let bridge = facts.links.get_mut(&10).unwrap();
+    let bridge = facts.links.get_mut(10).unwrap();
     bridge.addresses.push(steady("fd00:20::1/64"));
     bridge.forces_forwarding = true;
-    facts.links.get_mut(&3).unwrap().forces_forwarding = true;
+    facts.links.get_mut(3).unwrap().forces_forwarding = true;
     assert_eq!(link_drift(&plan(&dual_model(), &facts, &setting), &facts), []);
 }
 
@@ -625,7 +626,7 @@ prop_compose! {
                 );
                 Link { alias: Some(alias), ..link(&format!("ndv{id}")) }
             };
-            facts.links.insert(100 + id, made);
+            facts.links.extend([(100 + id, made)]);
         }
         (model, facts)
     }
@@ -654,7 +655,7 @@ proptest! {
             prop_assert_eq!(key.address.is_ipv4(), target.address.is_ipv4());
             prop_assert!(plan.reservations.contains(key));
         }
-        for (ifindex, link) in &facts.links {
+        for (ifindex, link) in facts.links.iter() {
             if link.is_ours() {
                 prop_assert!(!program.uplinks.contains_key(ifindex));
                 prop_assert_ne!(plan.names(&link.name), plan.orphans.contains(ifindex));
