@@ -171,7 +171,7 @@ impl Controller {
             dataplane: Arc::clone(&dataplane),
             snapshot,
         };
-        let failures = state.repair(&state.facts.clone()).await?;
+        let failures = state.repair(state.facts.clone()).await?;
         let is_backend = |failure: &Failure| failure.subject == Subject::Backend;
         if let Some(failure) = failures.into_iter().find(is_backend) {
             return Err(failure.into_error());
@@ -212,7 +212,8 @@ impl Controller {
         operation: impl Fn(&mut Model, &HostFacts) -> Result<T, Refusal> + Send,
     ) -> Result<T, ChangeError> {
         let mut state = self.lock().await;
-        let mut facts = state.netlink.read_facts().await?;
+        let found = state.netlink.read_facts().await?;
+        let mut facts = found.clone();
         let (value, model, prepared) = loop {
             let mut model = Model::clone(&state.model);
             let value = operation(&mut model, &facts)?;
@@ -232,7 +233,7 @@ impl Controller {
             }
         };
         // A task of its own: a caller who hangs up must not stop a change half-way.
-        let change = tokio::spawn(async move { state.change(model, prepared).await });
+        let change = tokio::spawn(async move { state.change(model, prepared, found).await });
         change.await.context("finish the change")??;
         Ok(value)
     }
@@ -334,14 +335,19 @@ impl State {
         self.reservations.call(move |ports| loopback.follow(&wanted, ports)).await
     }
 
-    async fn change(&mut self, model: Model, prepared: Prepared) -> Result<(), ChangeError> {
+    async fn change(
+        &mut self,
+        model: Model,
+        prepared: Prepared,
+        facts: HostFacts,
+    ) -> Result<(), ChangeError> {
         let before = Arc::clone(&self.model);
         if model == *before {
             return Ok(());
         }
         let wanted = reservations(&model);
         let model = Arc::new(model);
-        match self.enforce_and_store(&model, &before).await {
+        match self.enforce_and_store(&model, &before, facts).await {
             Ok(failures) => {
                 let keeper = self.port_keeper().await?;
                 let refused = self.reservations.call(move |reservations| {
@@ -372,8 +378,9 @@ impl State {
         &mut self,
         model: &Arc<Model>,
         before: &Arc<Model>,
+        facts: HostFacts,
     ) -> Result<Vec<Failure>> {
-        let failures = self.converge(model, Some(before)).await?;
+        let failures = self.converge(model, Some(before), facts).await?;
         let (wanted, keeper) = (reservations(model), self.port_keeper().await?);
         self.reservations.call(move |reservations| reservations.check(&wanted, keeper)).await??;
         // The kernel first: killed in between, the next start takes back what nobody was told of.
@@ -390,7 +397,11 @@ impl State {
     /// and retried later.
     async fn undo(&mut self) -> Option<String> {
         let model = Arc::clone(&self.model);
-        match self.converge(&model, None).await {
+        let facts = match self.netlink.read_facts().await {
+            Ok(facts) => facts,
+            Err(error) => return Some(format!("{error:#}")),
+        };
+        match self.converge(&model, None, facts).await {
             Ok(failures) => {
                 let left = lines(&failures);
                 self.report(left.clone());
@@ -414,7 +425,7 @@ impl State {
         if is_fine {
             self.facts = facts;
         } else {
-            self.repair(&facts).await?;
+            self.repair(facts).await?;
         }
         self.publish();
         Ok(())
@@ -422,9 +433,9 @@ impl State {
 
     /// Releases endpoints whose container is gone and makes the kernel agree with the rest, as far as
     /// possible. Returns what was not.
-    async fn repair(&mut self, facts: &HostFacts) -> Result<Vec<Failure>> {
+    async fn repair(&mut self, facts: HostFacts) -> Result<Vec<Failure>> {
         let before = Arc::clone(&self.model);
-        let vanished = self.vanished(facts);
+        let vanished = self.vanished(&facts);
         if !vanished.is_empty() {
             let mut model = Model::clone(&before);
             for id in vanished {
@@ -442,7 +453,7 @@ impl State {
             self.model = Arc::new(model);
         }
         let model = Arc::clone(&self.model);
-        let failures = self.converge(&model, None).await?;
+        let failures = self.converge(&model, None, facts).await?;
         let (wanted, keeper) = (reservations(&model), self.port_keeper().await?);
         let refused = self.reservations.call(move |ports| ports.hold(&wanted, keeper)).await?;
         let mut troubles = troubles(&failures, refused);
@@ -466,7 +477,7 @@ impl State {
             warn!("repairing: {what}");
         }
         let facts = self.netlink.read_facts().await?;
-        self.repair(&facts).await?;
+        self.repair(facts).await?;
         self.publish();
         Ok(())
     }
@@ -486,7 +497,8 @@ impl State {
         let before = Arc::clone(&self.model);
         self.model = Arc::default();
         let nothing = Model::default();
-        let mut errors: Vec<Error> = match self.converge(&nothing, None).await {
+        let facts = self.netlink.read_facts().await?;
+        let mut errors: Vec<Error> = match self.converge(&nothing, None, facts).await {
             Ok(failures) => failures.into_iter().map(Failure::into_error).collect(),
             Err(error) => vec![error],
         };

@@ -144,8 +144,8 @@ impl Pass<'_> {
 }
 
 impl State {
-    /// Makes the kernel agree with `model`, as a change from `before` or as a repair. Returns what
-    /// could not be done and is no reason to stop.
+    /// Makes the kernel agree with `model`, as a change from `before` or as a repair, on a host that was
+    /// just now as `facts` say. Returns what could not be done and is no reason to stop.
     ///
     /// # Errors
     /// The failure that ended the pass early.
@@ -153,10 +153,10 @@ impl State {
         &mut self,
         model: &Model,
         before: Option<&Model>,
+        facts: HostFacts,
     ) -> Result<Vec<Failure>> {
         let mut pass = Pass { model, before, failures: Vec::new(), dressed: Vec::new() };
         self.setting.filters_bridges = self.filters_bridges().await?;
-        let facts = self.netlink.read_facts().await?;
         self.follow_renames(&facts).await?;
         let links = self.links.take();
         let outgoing = plan::plan(model, &facts, &self.setting);
@@ -171,10 +171,14 @@ impl State {
                 return Ok(pass.failures);
             }
         }
-        self.shut(&mut pass, &outgoing, &facts).await?;
-
-        let facts = self.netlink.read_facts().await?;
-        let incoming = plan::plan(model, &facts, &self.setting);
+        // With a thousand links, to read them all is most of what a change of one costs.
+        let (incoming, facts) = match self.shut(&mut pass, &outgoing, &facts).await? {
+            false => (outgoing, facts),
+            true => {
+                let facts = self.netlink.read_facts().await?;
+                (plan::plan(model, &facts, &self.setting), facts)
+            }
+        };
         self.make_links(&mut pass, &incoming, &facts).await?;
 
         let facts = self.netlink.read_facts().await?;
@@ -200,9 +204,11 @@ impl State {
     }
 
     /// Stops traffic of what has to go while it is still being watched: once the backend has let
-    /// go of a link, nothing may pass it.
-    async fn shut(&mut self, pass: &mut Pass<'_>, plan: &Plan, facts: &HostFacts) -> Result<()> {
-        for result in self.give_back_sysctls(&plan.sysctls).await {
+    /// go of a link, nothing may pass it. Returns whether there was anything.
+    async fn shut(&mut self, pass: &mut Pass<'_>, plan: &Plan, facts: &HostFacts) -> Result<bool> {
+        let given_back = self.give_back_sysctls(&plan.sysctls).await;
+        let is_changed = !given_back.is_empty() || !plan.orphans.is_empty();
+        for result in given_back {
             pass.note(Subject::Host, result)?;
         }
         for (&ifindex, link) in facts.links.iter().filter(|(i, _)| plan.orphans.contains(i)) {
@@ -215,7 +221,7 @@ impl State {
             };
             pass.note(Subject::Host, result)?;
         }
-        Ok(())
+        Ok(is_changed)
     }
 
     /// Bridges and veth pairs, all of them shut if they are new.

@@ -23,9 +23,10 @@ use tokio::{runtime, time::sleep};
 use super::*;
 use crate::{
     dataplane::fake::Fake,
+    facts::Ipv6Mode,
     model::{ConnectSpec, NetworkSpec, RefusalKind},
-    netlink::namespace::survey,
-    plan::RESERVED_PORTS_SYSCTL,
+    netlink::{namespace::survey, sysctl},
+    plan::{RESERVED_PORTS_SYSCTL, force_forwarding_sysctl},
 };
 
 mod engine;
@@ -377,6 +378,13 @@ fn ipv6_networks_carry_traffic_and_purge_leaves_no_trace_either() {
         connect(&controller, "a", "A2", &a2.path).await.unwrap();
         connect(&controller, "s", "S1", &s1.path).await.unwrap();
         assert_eq!(controller.check().await.unwrap(), []);
+
+        // The kernel tells with each link what else is in a file of its own.
+        let facts = controller.facts().await;
+        let seen = |name| facts.link(name).map(|(_, link)| (link.ipv6, link.forces_forwarding));
+        let forces = sysctl::read(&force_forwarding_sysctl("nd-1")).unwrap();
+        assert_eq!(seen("nd-1"), Some((Ipv6Mode::Quiet, forces.as_deref() == Some("1"))));
+        assert_eq!(seen("ndv1"), Some((Ipv6Mode::Off, false)));
 
         let a1_address: Ipv6Addr = "fd00:20::2".parse().unwrap();
         a1.serve(7);

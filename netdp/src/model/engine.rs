@@ -7,8 +7,8 @@
 use std::{net::IpAddr, path::PathBuf};
 
 use super::{
-    Endpoint, EndpointId, Engaged, MacAddress, Model, Network, NetworkId, Place, PublishSpec, PublishedPort,
-    Refusal, endpoint::NewEndpoint,
+    Endpoint, EndpointId, Engaged, MacAddress, Model, Network, NetworkId, Place, PublishSpec,
+    PublishedPort, Refusal, endpoint::NewEndpoint,
 };
 use crate::facts::HostFacts;
 

@@ -198,9 +198,8 @@ impl Netlink {
             self.add_address(ifindex, net).await?;
         }
         // Without a loopback that is up a container can't even reach its own address.
-        let down = links
-            .iter()
-            .filter(|&(&index, link)| !link.up && (link.loopback || index == ifindex));
+        let down =
+            links.iter().filter(|&(&index, link)| !link.up && (link.loopback || index == ifindex));
         for (&index, link) in down {
             self.change(LinkUnspec::new_with_index(index).up())
                 .await

@@ -15,8 +15,9 @@ use rtnetlink::{
         AddressFamily,
         address::{AddressAttribute, AddressFlags, AddressMessage},
         link::{
-            AfSpecInet, AfSpecInet6, AfSpecUnspec, Inet6DevConf, InfoBridge, InfoBridgePort, InfoData, InfoPortData,
-            LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+            AfSpecInet, AfSpecInet6, AfSpecUnspec, Inet6DevConf, InfoBridge, InfoBridgePort,
+            InfoData, InfoPortData, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo,
+            LinkLayerType, LinkMessage,
         },
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
     },
@@ -76,7 +77,13 @@ impl Netlink {
 
     /// Every link without its addresses.
     pub(super) async fn links(&self) -> Result<Links> {
-        let links = self.handle.link().get().execute().map_ok(link);
+        // What they counted is much of what there is to say, and nobody asks for it.
+        let request = self
+            .handle
+            .link()
+            .get()
+            .set_filter_mask(AddressFamily::Unspec, vec![LinkExtentMask::SkipStats]);
+        let links = request.execute().map_ok(link);
         let links: Vec<_> =
             links.try_collect().await.map_err(kernel_error).context("read the links")?;
         Ok(links.into_iter().collect())

@@ -418,7 +418,9 @@ fn drift_says_what_is_missing_down_or_left_over() {
     (bridge.up, bridge.forwarding) = (false, false);
     bridge.addresses.clear();
     facts.links.get_mut(11).unwrap().master = None;
-    facts.links.extend([(12, Link { alias: Some("netdp endpoint n1/old".into()), ..link("ndv7") })]);
+    facts
+        .links
+        .extend([(12, Link { alias: Some("netdp endpoint n1/old".into()), ..link("ndv7") })]);
     assert_eq!(
         drift(&facts),
         [
