@@ -186,6 +186,10 @@ fn starting(plan: &Plan) -> Result<Vec<Figure>> {
     }
     let size = plan.endpoints;
     figures.push(single(&format!("rss_{size}"), "MB", memory()?));
+    let request = attachment(&lab, size)?;
+    let another = times(plan.rounds, || timed_attach(&lab, &name(size), &request))?;
+    let rounds = another.len() as u64;
+    figures.push(Figure::of(&format!("connect_one_at_{size}"), &system, "ms", &another, rounds));
     let restart = |prepare: &dyn Fn() -> Result<()>| -> Result<f64> {
         agent.stop()?;
         prepare()?;
@@ -204,18 +208,39 @@ fn starting(plan: &Plan) -> Result<Vec<Figure>> {
 
 /// One of many containers, with ports of its own.
 fn attach(lab: &Lab, number: usize) -> Result<()> {
-    let name = format!("c{number}");
+    ask(lab, &endpoints(), &attachment(lab, number)?)
+}
+
+fn endpoints() -> String {
+    format!("/v1/networks/{NETWORK}/endpoints")
+}
+
+fn name(number: usize) -> String {
+    format!("c{number}")
+}
+
+/// A container, and the request that connects it.
+fn attachment(lab: &Lab, number: usize) -> Result<Value> {
+    let name = name(number);
     let container = lab.container(&name)?;
     let address = IpAddr::from([172, 24, 1 + (number / 250) as u8, 1 + (number % 250) as u8]);
     let first = 1001 + number * EACH;
     let ports = format!("{first}-{}:{PORT}-{}", first + EACH - 1, usize::from(PORT) + EACH - 1);
-    let request = json!({
+    Ok(json!({
         "netns": container.name(),
         "name": name,
         "addresses": [address.to_string()],
         "publish": [ports],
-    });
-    ask(lab, &format!("/v1/networks/{NETWORK}/endpoints"), &request)
+    }))
+}
+
+/// Milliseconds that one more container takes to be connected; it goes again.
+fn timed_attach(lab: &Lab, name: &str, request: &Value) -> Result<f64> {
+    let begun = Instant::now();
+    ask(lab, &endpoints(), request)?;
+    let took = begun.elapsed().as_secs_f64() * 1e3;
+    lab.disconnect(NETWORK, name)?;
+    Ok(took)
 }
 
 /// As after a start of the host, but for the containers: no map, no program.
