@@ -27,7 +27,9 @@ use self::{
 };
 use crate::{
     config::Config,
-    dataplane::{Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program},
+    dataplane::{
+        Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program, PublishedKey,
+    },
     facts::HostFacts,
     loopback::{self, Loopback},
     model::{Endpoint, EndpointId, Model, Netns, Place, Refusal},
@@ -104,6 +106,13 @@ struct State {
     loopback: Loopback,
     dataplane: Arc<Blocking<Box<dyn Dataplane>>>,
     snapshot: watch::Sender<Snapshot>,
+}
+
+/// What a change leads to.
+struct Target {
+    model: Arc<Model>,
+    /// The host ports that it wants.
+    ports: Arc<BTreeSet<PublishedKey>>,
 }
 
 /// What enforces.
@@ -214,11 +223,12 @@ impl Controller {
         let mut state = self.lock().await;
         let found = state.netlink.read_facts().await?;
         let mut facts = found.clone();
-        let (value, model, prepared) = loop {
+        let (value, target, prepared) = loop {
             let mut model = Model::clone(&state.model);
             let value = operation(&mut model, &facts)?;
-            match state.prepare_ports(&model).await? {
-                Ok(prepared) => break (value, model, prepared),
+            let target = Target { ports: Arc::new(reservations(&model)), model: Arc::new(model) };
+            match state.prepare_ports(&target).await? {
+                Ok(prepared) => break (value, target, prepared),
                 Err(PortError::InUse(ports)) => {
                     let known = facts.ports_in_use.len();
                     let numbers = ports.iter().map(|port| (port.key.protocol, port.key.port));
@@ -233,7 +243,7 @@ impl Controller {
             }
         };
         // A task of its own: a caller who hangs up must not stop a change half-way.
-        let change = tokio::spawn(async move { state.change(model, prepared, found).await });
+        let change = tokio::spawn(async move { state.change(target, prepared, found).await });
         change.await.context("finish the change")??;
         Ok(value)
     }
@@ -312,9 +322,9 @@ impl Drop for Shared {
 }
 
 impl State {
-    /// Takes the host ports that a model wants and that are not held yet.
-    async fn prepare_ports(&mut self, model: &Model) -> Result<Result<Prepared, PortError>> {
-        let (wanted, keeper) = (reservations(model), self.port_keeper().await?);
+    /// Takes the host ports that a change wants and that are not held yet.
+    async fn prepare_ports(&mut self, target: &Target) -> Result<Result<Prepared, PortError>> {
+        let (wanted, keeper) = (Arc::clone(&target.ports), self.port_keeper().await?);
         self.reservations.call(move |reservations| reservations.prepare(&wanted, keeper)).await
     }
 
@@ -337,19 +347,17 @@ impl State {
 
     async fn change(
         &mut self,
-        model: Model,
+        target: Target,
         prepared: Prepared,
         facts: HostFacts,
     ) -> Result<(), ChangeError> {
         let before = Arc::clone(&self.model);
-        if model == *before {
+        if target.model == before {
             return Ok(());
         }
-        let wanted = reservations(&model);
-        let model = Arc::new(model);
-        match self.enforce_and_store(&model, &before, facts).await {
+        match self.enforce_and_store(&target, &before, facts).await {
             Ok(failures) => {
-                let keeper = self.port_keeper().await?;
+                let (keeper, wanted) = (self.port_keeper().await?, target.ports);
                 let refused = self.reservations.call(move |reservations| {
                     reservations.commit(prepared, &wanted);
                     // The backend may have found out that it can't.
@@ -358,7 +366,7 @@ impl State {
                 let mut troubles = troubles(&failures, refused.await?);
                 troubles.extend(self.serve_loopback().await?);
                 self.report(troubles);
-                self.model = model;
+                self.model = target.model;
                 self.publish();
                 Ok(())
             }
@@ -376,12 +384,12 @@ impl State {
 
     async fn enforce_and_store(
         &mut self,
-        model: &Arc<Model>,
+        Target { model, ports }: &Target,
         before: &Arc<Model>,
         facts: HostFacts,
     ) -> Result<Vec<Failure>> {
         let failures = self.converge(model, Some(before), facts).await?;
-        let (wanted, keeper) = (reservations(model), self.port_keeper().await?);
+        let (wanted, keeper) = (Arc::clone(ports), self.port_keeper().await?);
         self.reservations.call(move |reservations| reservations.check(&wanted, keeper)).await??;
         // The kernel first: killed in between, the next start takes back what nobody was told of.
         let (old, new) = (Arc::clone(before), Arc::clone(model));
@@ -418,7 +426,7 @@ impl State {
         // Not only against what was seen last: a change of the host in the middle of a pass may
         // have been seen and not acted on.
         let is_fine = facts.links == self.facts.links
-            && plan.program == *self.program
+            && plan.program == self.program
             && link_drift(&plan, &facts).is_empty()
             && self.troubles.is_empty()
             && self.vanished(&facts).is_empty();

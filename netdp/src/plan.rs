@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -49,9 +50,7 @@ pub struct Plan {
     /// here: it comes and goes with the link.
     pub sysctls: BTreeMap<String, SysctlPlan>,
     /// What the backend has to enforce, as far as its interfaces exist already.
-    pub program: Program,
-    /// Host ports that no other program may bind.
-    pub reservations: BTreeSet<PublishedKey>,
+    pub program: Arc<Program>,
 }
 
 impl Plan {
@@ -262,7 +261,7 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
         bridges,
         veths,
         sysctls,
-        program: Program {
+        program: Arc::new(Program {
             nat_ports,
             networks,
             endpoints,
@@ -271,8 +270,7 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
             needs_stack: facts.has_ipsec,
             local,
             names,
-        },
-        reservations: reservations(model),
+        }),
     }
 }
 

@@ -196,12 +196,12 @@ impl Reservations {
     /// Holds exactly `wanted` from now on, as far as it was prepared or held before.
     pub fn commit(&mut self, prepared: Prepared, wanted: &BTreeSet<PublishedKey>) {
         self.held.extend(prepared.0);
-        self.held.retain(|key, _| wanted.contains(key));
+        self.give_up_others(wanted);
     }
 
     /// Holds as much of `wanted` as can be had, gives up the rest, and says what could not be had.
     pub fn hold(&mut self, wanted: &BTreeSet<PublishedKey>, keeper: Keeper) -> Vec<PortError> {
-        self.held.retain(|key, _| wanted.contains(key));
+        self.give_up_others(wanted);
         let (taken, failures) = take(self.missing(wanted, keeper), keeper);
         self.held.extend(taken);
         failures
@@ -234,15 +234,28 @@ impl Reservations {
         taken
     }
 
+    /// Holds nothing but `wanted`. Both are sorted, and may be tens of thousands: one walk over them.
+    fn give_up_others(&mut self, wanted: &BTreeSet<PublishedKey>) {
+        let mut wanted = wanted.iter().peekable();
+        self.held.retain(|key, _| {
+            while wanted.next_if(|other| *other < key).is_some() {}
+            wanted.next_if_eq(&key).is_some()
+        });
+    }
+
     fn missing<'a>(
         &'a self,
         wanted: &'a BTreeSet<PublishedKey>,
         keeper: Keeper,
     ) -> impl Iterator<Item = PublishedKey> + 'a {
-        wanted.iter().copied().filter(move |key| match self.held.get(key) {
-            None => true,
-            Some(None) => keeper.wants_socket(*key) && key.protocol != Protocol::Sctp,
-            Some(Some(_)) => false,
+        let mut held = self.held.iter().peekable();
+        wanted.iter().copied().filter(move |key| {
+            while held.next_if(|(other, _)| *other < key).is_some() {}
+            match held.next_if(|(other, _)| *other == key) {
+                None => true,
+                Some((_, None)) => keeper.wants_socket(*key) && key.protocol != Protocol::Sctp,
+                Some((_, Some(_))) => false,
+            }
         })
     }
 }

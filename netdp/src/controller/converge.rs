@@ -196,7 +196,7 @@ impl State {
         self.facts = self.netlink.read_facts().await?;
         let settled = plan::plan(model, &self.facts, &self.setting);
         // Addresses, and the peers of veths, that went with the orphans.
-        if is_applied && settled.program != *self.program {
+        if is_applied && settled.program != self.program {
             self.apply(&mut pass, &settled).await?;
         }
         self.links = (pass.failures.is_empty() && is_applied).then(|| Settled::of(settled));
@@ -328,15 +328,14 @@ impl State {
 
     /// `true` if the backend enforces the plan's program now.
     async fn apply(&mut self, pass: &mut Pass<'_>, plan: &Plan) -> Result<bool> {
-        let program = Arc::new(plan.program.clone());
-        let wanted = Arc::clone(&program);
+        let wanted = Arc::clone(&plan.program);
         let applied = self.dataplane.call(move |dataplane| dataplane.apply(&wanted)).await;
         let applied = applied.flatten().context("apply the program to the dataplane");
         let Some(applied) = pass.note(Subject::Backend, applied)? else { return Ok(false) };
         if applied.writes > 0 {
             debug!(writes = applied.writes, "applied the program to the dataplane");
         }
-        self.program = program;
+        self.program = Arc::clone(&plan.program);
         Ok(true)
     }
 

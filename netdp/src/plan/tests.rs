@@ -175,12 +175,12 @@ fn host_with_links() -> HostFacts {
 fn a_host_without_networks_is_left_as_it_is() {
     let plan = plan(&Model::default(), &host(), &Setting::default());
     let expected = Plan {
-        program: Program {
+        program: Arc::new(Program {
             local: ["10.0.0.2", "10.0.0.9", "169.254.1.1", "10.1.0.2"]
                 .map(|address| address.parse().unwrap())
                 .into(),
             ..Program::default()
-        },
+        }),
         ..Plan::default()
     };
     assert_eq!(plan, expected);
@@ -216,7 +216,7 @@ fn the_first_plan_makes_links_and_keeps_them_from_the_backend_until_they_exist()
     assert_eq!(plan.bridges, [(A, bridge)].into());
     assert_eq!(plan.veths, [(A1, veth)].into());
     assert_eq!(plan.orphans, BTreeSet::new());
-    assert_eq!(plan.reservations, [PublishedKey::from(&WEB)].into());
+    assert_eq!(reservations(&model()), [PublishedKey::from(&WEB)].into());
     assert!(plan.program.networks.is_empty() && plan.program.endpoints.is_empty());
     assert!(plan.program.published.is_empty());
 }
@@ -309,7 +309,7 @@ fn the_program_names_what_exists() {
             .map(|address| address.parse().unwrap())
             .into(),
     };
-    assert_eq!(plan.program, expected);
+    assert_eq!(*plan.program, expected);
     let on = || SysctlPlan::Is("1".into());
     let sysctls = [
         ("net/ipv4/conf/bond0/forwarding", on()),
@@ -326,7 +326,7 @@ fn named_uplinks_are_the_only_ones() {
     let setting =
         Setting { uplinks: ["eth0".to_owned(), "wan0".to_owned()].into(), ..Setting::default() };
     let plan = plan(&model(), &host(), &setting);
-    assert_eq!(plan.program.uplinks.into_keys().collect::<Vec<_>>(), [2]);
+    assert_eq!(plan.program.uplinks.keys().copied().collect::<Vec<_>>(), [2]);
 }
 
 #[test]
@@ -470,7 +470,7 @@ fn both_families_of_a_network_are_planned() {
     assert_eq!(target.address, "fd00:20::2".parse::<IpAddr>().unwrap());
     assert!(program.local.contains(&"fd00::2".parse().unwrap()));
     assert!(!program.local.contains(&"fe80::2".parse().unwrap()), "link-local");
-    assert_eq!(plan.reservations.len(), 2);
+    assert_eq!(reservations(&model).len(), 2);
 }
 
 #[test]
@@ -646,7 +646,7 @@ proptest! {
         (model, facts) in world(),
     ) {
         let plan = plan(&model, &facts, &Setting::default());
-        let program = &plan.program;
+        let (program, reserved) = (&plan.program, reservations(&model));
         for endpoint in program.endpoints.values() {
             let network = &program.networks[&endpoint.network];
             prop_assert_eq!(network.ipv4.is_some(), endpoint.ipv4.is_some());
@@ -655,7 +655,7 @@ proptest! {
         for (key, target) in &program.published {
             prop_assert!(program.endpoints.contains_key(&target.endpoint));
             prop_assert_eq!(key.address.is_ipv4(), target.address.is_ipv4());
-            prop_assert!(plan.reservations.contains(key));
+            prop_assert!(reserved.contains(key));
         }
         for (ifindex, link) in facts.links.iter() {
             if link.is_ours() {
