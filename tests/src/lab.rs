@@ -26,14 +26,14 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::agent::Agent;
-use crate::backend::Backend;
+use crate::backend::{Backend, Engine, Firewall};
 use crate::diagnose;
 use crate::docker::Docker;
 use crate::harness::Report;
 use crate::namespace::{Fate, Namespace};
 use crate::net::{Family, IPV4, IPV6, Net, ipv4_beside};
-use crate::probe::{Address, locked};
-use crate::runtime::ensure_root;
+use crate::probe::{Address, PATIENCE, locked};
+use crate::runtime::{ensure_root, poll_until};
 
 /// Subnet of the first network of the standard lab.
 pub const SUBNET_A: &str = "172.20.0.0/24";
@@ -82,6 +82,7 @@ pub struct LabBuilder {
     flows: Option<u32>,
     timeouts: Vec<(&'static str, u32)>,
     serves_docker: bool,
+    engine: Option<Engine>,
     name: Option<String>,
     kept_in: Option<PathBuf>,
 }
@@ -133,6 +134,13 @@ impl LabBuilder {
     #[must_use]
     pub fn serving_docker(mut self) -> Self {
         self.serves_docker = true;
+        self
+    }
+
+    /// Has networks and containers asked for in the words of an engine, which netdp serves.
+    #[must_use]
+    pub fn by_engine(mut self, engine: Option<Engine>) -> Self {
+        self.engine = engine;
         self
     }
 
@@ -218,7 +226,8 @@ impl LabBuilder {
             return Ok(lab);
         }
         if self.agent != AgentState::Missing {
-            let socket = self.serves_docker.then(|| Docker::plugin_socket(&lab.directory));
+            let serves_docker = self.serves_docker || self.engine == Some(Engine::Docker);
+            let socket = serves_docker.then(|| Docker::plugin_socket(&lab.directory));
             let agent = Agent::new(&lab.host, &lab.directory, uplinks, fate)?
                 .with_timeouts(self.timeouts)
                 .with_docker_socket(socket);
@@ -230,6 +239,9 @@ impl LabBuilder {
         }
         if self.agent == AgentState::Running {
             lab.agent()?.start()?;
+        }
+        if self.engine == Some(Engine::Docker) {
+            lab.docker = Some(Docker::start(&lab.host, &lab.directory, Firewall::Off)?);
         }
         Ok(lab)
     }
@@ -265,6 +277,7 @@ impl Lab {
             flows: None,
             timeouts: Vec::new(),
             serves_docker: false,
+            engine: None,
             name: None,
             kept_in: None,
         }
@@ -304,10 +317,17 @@ impl Lab {
         self.agent.as_ref().context("find the agent: the lab has none")
     }
 
-    /// Docker, in whose place it is in the agent's.
+    /// Docker, where it makes the containers: of networks of its own, in the agent's place, or of
+    /// netdp's.
     #[must_use]
     pub fn docker(&self) -> Option<&Docker> {
         self.docker.as_ref()
+    }
+
+    /// Whether networks are netdp's, in whosever words they are asked for, and its command line there.
+    #[must_use]
+    pub fn has_netdp(&self) -> bool {
+        self.agent.is_some()
     }
 
     /// Every namespace, the host first.
@@ -339,8 +359,9 @@ impl Lab {
     /// Removes a container's namespace behind netdp's back.
     ///
     /// # Errors
-    /// When it is gone already.
+    /// When it is gone already, or held by an engine.
     pub fn vanish(&self, container: &Namespace) -> Result<()> {
+        ensure!(self.docker.is_none(), "take a container's namespace away: Docker holds it");
         locked(&self.namespaces).retain(|namespace| namespace != container);
         container.remove()
     }
@@ -385,7 +406,8 @@ impl Lab {
     /// When netdp refuses.
     pub fn create_network_of(&self, name: &str, subnets: &[&str], options: &[&str]) -> Result<()> {
         if let Some(docker) = &self.docker {
-            return docker.create_network(name, subnets, options);
+            docker.create_network(name, subnets, options)?;
+            return self.apply_offload();
         }
         let mut arguments = vec!["network", "create", name];
         for subnet in subnets {
@@ -442,31 +464,76 @@ impl Lab {
         addresses: &[&str],
         published: &[&str],
     ) -> Result<Value> {
-        if let Some(docker) = &self.docker {
-            return docker.connect(network, container, name, addresses, published);
-        }
-        let mut arguments = vec!["connect", network, container.name(), "--name", name];
-        for address in addresses {
-            arguments.extend(["--ip", address]);
-        }
-        for port in published {
-            arguments.extend(["-p", port]);
-        }
-        let endpoint = self.json(&arguments)?;
+        let endpoint = match &self.docker {
+            Some(docker) => {
+                let shown = docker.connect(network, container, name, addresses, published)?;
+                if self.has_netdp() { self.endpoint(network, name)? } else { shown }
+            }
+            None => self.json(&words_to_connect(network, container, name, addresses, published))?,
+        };
         self.apply_offload()?;
         Ok(endpoint)
     }
 
-    /// Disconnects a container from a network; Docker has no other word for it that takes the
-    /// published ports along than removing the container.
+    /// Asks for what should be refused, with a container that goes by its name, and returns why it is.
+    ///
+    /// # Errors
+    /// When it is not refused.
+    pub fn connect_fails(
+        &self,
+        network: &str,
+        container: &Namespace,
+        name: &str,
+        address: impl Address,
+        published: &[&str],
+    ) -> Result<String> {
+        if self.docker.is_some() {
+            let refused = self.connect(network, container, name, address, published);
+            let error = refused.err().context("expect a refusal: the container is connected")?;
+            return Ok(format!("{error:#}"));
+        }
+        let address = address.address().to_string();
+        self.netdp_fails(&words_to_connect(network, container, name, &[&address], published))
+    }
+
+    /// What netdp says of an endpoint.
+    fn endpoint(&self, network: &str, name: &str) -> Result<Value> {
+        let inspected = self.json(&["network", "inspect", network])?;
+        let endpoints = inspected[0]["endpoints"].as_array().into_iter().flatten();
+        let mut named = endpoints.filter(|endpoint| endpoint["name"] == name);
+        named.next().cloned().with_context(|| format!("find endpoint {name}: netdp has none"))
+    }
+
+    /// Disconnects a container from a network.
     ///
     /// # Errors
     /// When netdp refuses.
     pub fn disconnect(&self, network: &str, name: &str) -> Result<()> {
         match &self.docker {
-            Some(docker) => docker.remove(name),
+            Some(docker) => docker.disconnect(network, name),
             None => self.netdp(&["disconnect", network, name]).map(drop),
         }
+    }
+
+    /// Removes in an engine's words what was asked for in them.
+    ///
+    /// # Errors
+    /// When the engine refuses, or something of netdp's is left then.
+    pub fn clear(&self) -> Result<()> {
+        let Some(docker) = &self.docker else { return Ok(()) };
+        docker.clear()?;
+        let links = self.host.links()?;
+        let is_netdps = |link: &&String| link.starts_with("nd");
+        let left: Vec<_> = links.iter().filter(is_netdps).collect();
+        ensure!(left.is_empty(), "links are left: {left:?}");
+        let status = self.json(&["status"])?;
+        for what in ["networks", "endpoints", "published"] {
+            ensure!(status[what] == 0, "{what} are left: {}", status[what]);
+        }
+        poll_until(PATIENCE, "the end of all flows", || {
+            let flows = self.json(&["flows"])?;
+            Ok(flows.as_array().is_some_and(Vec::is_empty).then_some(()))
+        })
     }
 
     /// The name of a network's bridge.
@@ -474,7 +541,7 @@ impl Lab {
     /// # Errors
     /// When netdp does not say.
     pub fn bridge(&self, network: &str) -> Result<String> {
-        if self.docker.is_some() {
+        if !self.has_netdp() {
             return Ok(network.to_owned());
         }
         let network = self.json(&["network", "inspect", network])?;
@@ -487,7 +554,7 @@ impl Lab {
     /// # Errors
     /// When netdp refuses.
     pub fn set_policy(&self, network: &str, rules: &str) -> Result<()> {
-        if let Some(docker) = &self.docker {
+        if let (Some(docker), false) = (&self.docker, self.has_netdp()) {
             return docker.set_policy(network, rules);
         }
         let file = self.policy_file(rules)?;
@@ -596,6 +663,20 @@ impl Lab {
         }
         self.apply_offload()
     }
+}
+
+/// The words of `netdp connect`.
+fn words_to_connect<'a>(
+    network: &'a str,
+    container: &'a Namespace,
+    name: &'a str,
+    addresses: &[&'a str],
+    published: &[&'a str],
+) -> Vec<&'a str> {
+    let mut words = vec!["connect", network, container.name(), "--name", name];
+    words.extend(addresses.iter().flat_map(|address| ["--ip", *address]));
+    words.extend(published.iter().flat_map(|port| ["-p", *port]));
+    words
 }
 
 /// The line by which `ip` adds an address of the plan to a link.

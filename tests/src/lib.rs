@@ -40,3 +40,4 @@ pub mod probe;
 pub mod runtime;
 pub mod snapshot;
 mod sys;
+pub mod through;

@@ -26,7 +26,7 @@ fn is_marked(frame: &[u8]) -> bool {
 
 /// Waits until a drop of whatever reason has been counted.
 fn dropped_soon(lab: &Lab, attempt: impl FnOnce() -> Result<()>) -> Result<()> {
-    if lab.docker().is_some() {
+    if !lab.has_netdp() {
         return attempt();
     }
     let before = lab.counters()?;

@@ -213,7 +213,7 @@ pub(crate) fn internal_network_is_closed(row: &Row) -> Result<Outcome> {
         lab.create_network("net-a", net.subnet_a, &["--internal"])?;
         let a1 = lab.attach("net-a", "a1", net.a1, &[])?;
         let a2 = lab.attach("net-a", "a2", net.a2, &[])?;
-        if lab.docker().is_none() {
+        if lab.has_netdp() {
             let reason = lab.netdp_fails(&["publish", "a1", "-p", "8080:80"])?;
             ensure!(reason.contains("internal"), "say why nothing is published: {reason}");
         }

@@ -209,7 +209,7 @@ pub(crate) fn syn_flood_leaves_open_flows_alone(row: &Row) -> Result<Outcome> {
                 destination: net.host,
                 ttl: 64,
             };
-            let before = lab.docker().is_none().then(|| lab.counters()).transpose()?;
+            let before = lab.has_netdp().then(|| lab.counters()).transpose()?;
             let segments = (0..FLOOD).map(|number| {
                 let source = forged_guest(net.guests[0], number);
                 let port = u16::try_from(1024 + number % 60_000).unwrap_or(1024);

@@ -119,7 +119,7 @@ fn main() -> ExitCode {
             for backend in backends {
                 let row = |&(id, run)| {
                     let unkept = unkept(id, backend, family);
-                    Row { id, backend, unkept, family, offload, run }
+                    Row { id, backend, engine: None, unkept, family, offload, run }
                 };
                 rows.extend(CHECKS.iter().map(row).filter(is_worth_it));
             }
@@ -247,7 +247,7 @@ fn bridge_mac(lab: &Lab, network: &str) -> Result<[u8; 6]> {
 
 /// Fails unless `attempt` moves the drop counter `reason` and no other. Docker has no such counters.
 fn counted(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -> Result<()> {
-    if lab.docker().is_some() {
+    if !lab.has_netdp() {
         return attempt();
     }
     let before = lab.counters()?;
@@ -257,7 +257,7 @@ fn counted(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -> Res
 
 /// Waits until the counter `reason` has moved: an injected frame has no answer to wait for.
 fn counted_soon(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -> Result<()> {
-    if lab.docker().is_some() {
+    if !lab.has_netdp() {
         return attempt();
     }
     let before = lab.counters()?;
@@ -271,7 +271,7 @@ fn counted_soon(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -
 
 /// Fails when `netdp flows` still knows the address. Packets alone tell what Docker has forgotten.
 fn expect_no_flows_of(lab: &Lab, address: IpAddr) -> Result<()> {
-    if lab.docker().is_some() {
+    if !lab.has_netdp() {
         return Ok(());
     }
     let flows = lab.json(&["flows"])?;

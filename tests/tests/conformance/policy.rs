@@ -161,9 +161,10 @@ pub(crate) fn allow_put_back_opens_again(row: &Row) -> Result<Outcome> {
         lab.set_policy("net-a", &allowed)?;
         let mut session = lab.outside().tcp((net.host, 8080)).from((net.guests[0], 0)).open()?;
         session.exchange(100_000)?.by("a1")?;
-        match lab.docker() {
-            Some(docker) => docker.set_policy("net-a", "deny from any\n")?,
-            None => lab.netdp(&["policy", "rm", "net-a", "1"]).map(drop)?,
+        if lab.has_netdp() {
+            lab.netdp(&["policy", "rm", "net-a", "1"])?;
+        } else {
+            lab.set_policy("net-a", "deny from any\n")?;
         }
         counted(lab, "policy", || {
             ensure!(session.exchange(1000).is_err(), "the flow outlived its allow");

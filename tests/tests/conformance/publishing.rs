@@ -5,6 +5,8 @@ use std::net::{IpAddr, TcpListener, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use netdp_tests::agent::Agent;
+use netdp_tests::docker::Docker;
 use netdp_tests::harness::{Outcome, Row};
 use netdp_tests::lab::Lab;
 use netdp_tests::net::Net;
@@ -75,8 +77,8 @@ pub(crate) fn host_reaches_the_published_port(row: &Row) -> Result<Outcome> {
         let _outside = lab.outside().tcp_server("outside", (net.outside, 8080))?;
         lab.host().tcp((net.outside, 8080)).exchange()?.by("outside")?.saw_client_at(net.host)?;
 
-        if lab.docker().is_some() {
-            // What it has published stays so for as long as the container runs.
+        if !lab.has_netdp() {
+            // What Docker has published stays so for as long as the container runs.
             return Ok(());
         }
         let mut session = lab.host().udp((net.host, 8080)).open()?;
@@ -98,14 +100,11 @@ pub(crate) fn host_reaches_the_published_port_by_loopback(row: &Row) -> Result<O
         lab.host().tcp((net.host, 8082)).refused()?;
         lab.outside().tcp((net.host, 8082)).refused()?;
         // The agent does it all without a process for each port.
-        let agent = match lab.docker() {
-            Some(docker) => u64::from(docker.pid()),
-            None => lab.json(&["status"])?["pid"].as_u64().context("read the agent's pid")?,
-        };
-        let mut children = children_of(agent)?;
-        // What Docker has whatever is published: one for all, and one for each container.
-        children.retain(|name| !name.starts_with("Name:\tcontainerd"));
-        expect_same("processes of the agent", &children, &vec![])?;
+        let agent = lab.agent().ok().and_then(Agent::pid);
+        let daemon = lab.docker().map(Docker::pid);
+        for pid in [agent, daemon].into_iter().flatten() {
+            expect_same("processes for its ports", &processes_for_ports(pid)?, &vec![])?;
+        }
         // And is not needed for it, where packets from there can be sent on.
         if row.is_ebpf() {
             lab.agent()?.kill9()?;
@@ -116,17 +115,30 @@ pub(crate) fn host_reaches_the_published_port_by_loopback(row: &Row) -> Result<O
     })
 }
 
-/// The processes whose parent is `pid`.
-fn children_of(pid: u64) -> Result<Vec<String>> {
-    let mut children = Vec::new();
+/// What Docker has whatever is published: a daemon, one for all containers, and one for each.
+const WITHOUT_PORTS: [&str; 3] = ["dockerd", "containerd", "containerd-shim"];
+
+/// The names of the processes below `pid` that may be there for published ports.
+fn processes_for_ports(pid: u32) -> Result<Vec<String>> {
+    let mut found = Vec::new();
     for entry in fs::read_dir("/proc").context("list processes")? {
+        let entry = entry.context("list processes")?;
         // Other entries have no such file, and processes come and go.
-        let Ok(status) = fs::read_to_string(entry?.path().join("status")) else { continue };
-        if status.lines().any(|line| line == format!("PPid:\t{pid}")) {
-            children.extend(status.lines().next().map(String::from));
+        let Ok(status) = fs::read_to_string(entry.path().join("status")) else { continue };
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+        let (Some(name), Some(parent)) = (field("Name:\t"), field("PPid:\t")) else { continue };
+        if parent != pid.to_string() {
+            continue;
+        }
+        if name == "dockerd" {
+            let child = entry.file_name().to_string_lossy().parse().context("read a pid")?;
+            found.extend(processes_for_ports(child)?);
+        }
+        if !WITHOUT_PORTS.contains(&name) {
+            found.push(name.to_owned());
         }
     }
-    Ok(children)
+    Ok(found)
 }
 
 pub(crate) fn neighbour_reaches_the_published_port(row: &Row) -> Result<Outcome> {
@@ -353,27 +365,20 @@ pub(crate) fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         lab.create_network("net-a", net.subnet_a, &[])?;
         let a1 = lab.container("a1")?;
-        let address = net.a1.to_string();
-        let arguments = ["connect", "net-a", a1.name(), "--name", "a1", "--ip", &address, "-p"];
-        let connect = |ports: &[&str]| lab.connect("net-a", &a1, "a1", net.a1, ports);
-        let refuse = |port: &str| match (lab.docker(), connect(&[port])) {
-            (_, Ok(endpoint)) => bail!("publish a port that is in use: {endpoint}"),
-            (Some(_), Err(error)) => Ok(format!("{error:#}")),
-            (None, Err(_)) => lab.netdp_fails(&[&arguments[..], &[port]].concat()),
-        };
-
         let tcp = lab.host().tcp_server("host", (net.any, 8080))?;
         let udp = lab.host().udp_server("host", (net.host_second, 8080))?;
+        // As `ps` has it.
+        let program = fs::read_to_string("/proc/self/comm").context("read this program's name")?;
         let pid = std::process::id().to_string();
         let on_host = Net::publish_on(net.host, "8080:80");
         let on_second = Net::publish_on(net.host_second, "8080:80/udp");
         for port in ["8080:80", &on_host, "8080:80/udp", &on_second] {
-            let reason = refuse(port)?;
+            let reason = lab.connect_fails("net-a", &a1, "a1", net.a1, &[port])?;
             ensure!(reason.contains("8080"), "name the port: {reason}");
-            if lab.docker().is_some() {
+            if !lab.has_netdp() {
                 continue;
             }
-            let named = reason.contains(&pid) || reason.contains("conformance");
+            let named = reason.contains(&pid) || reason.contains(program.trim());
             ensure!(named, "name the process {pid} that has the port: {reason}");
             let network = lab.json(&["network", "inspect", "net-a"])?;
             expect_same("endpoints", &network[0]["endpoints"], &Value::Array(vec![]))?;
@@ -382,7 +387,7 @@ pub(crate) fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
         tcp.end_after_clients()?;
         drop(udp);
 
-        connect(&["8080:80", "8080:80/udp"])?;
+        lab.connect("net-a", &a1, "a1", net.a1, &["8080:80", "8080:80/udp"])?;
         let _server = a1.tcp_server("a1", (net.a1, 80))?;
         for address in [(net.any, 8080), (net.host, 8080), (net.loopback, 8080)] {
             let tcp = || TcpListener::bind(address).map(drop).context("bind tcp");
@@ -391,7 +396,7 @@ pub(crate) fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
             expect_in_use(lab.host().run(udp))?;
         }
         lab.outside().tcp((net.host, 8080)).exchange()?.by("a1")?;
-        if lab.docker().is_some() {
+        if !lab.has_netdp() {
             // Nor can a second container have it.
             let refused = lab.attach("net-a", "a2", net.a2, &["8080:80"]);
             ensure!(refused.is_err(), "two containers publish one port");
@@ -458,7 +463,7 @@ pub(crate) fn unpublish_ends_open_flows(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         let containers = standard_containers(lab)?;
         // What Docker has published stays so for as long as the container runs.
-        if lab.docker().is_none() {
+        if lab.has_netdp() {
             let mut session = lab.outside().tcp((net.host, 8080)).open()?;
             session.exchange(100_000)?.by("a1")?;
             lab.netdp(&["unpublish", "a1", "-p", "8080:80"])?;
@@ -491,7 +496,7 @@ pub(crate) fn chosen_port_is_reported_and_stays(row: &Row) -> Result<Outcome> {
         let _server = a1.tcp_server("a1", (net.a1, 80))?;
         let dialled = (net.host, port);
         lab.outside().tcp(dialled).exchange()?.by("a1")?.saw_client_at(net.outside)?;
-        if lab.docker().is_some() {
+        if !lab.has_netdp() {
             // Its containers end with it, unless they are told to outlive it.
             return Ok(());
         }

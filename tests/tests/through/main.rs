@@ -1,0 +1,49 @@
+//! The rows of the behaviour catalogue through Docker, by the same bodies as in the suite conformance:
+//! networks are netdp's, made by its driver, and containers are Docker's.
+//!
+//! What Docker has no words for is a line of `netdp_tests::through`, with the reason; the suite fails when
+//! a line is missing, or no longer true. The host's netfilter is empty before, during and after each row.
+
+use std::process::ExitCode;
+
+use anyhow::ensure;
+use libtest_mimic::Trial;
+use netdp_tests::backend::{Backend, Engine};
+use netdp_tests::harness::{Row, row_trials, run_docker_trials};
+use netdp_tests::lab::Offload;
+use netdp_tests::net::FAMILIES;
+use netdp_tests::through::{UNSAID, unkept};
+
+#[expect(dead_code, reason = "the suite conformance has an entry and lists of its own")]
+#[path = "../conformance/main.rs"]
+mod conformance;
+
+fn main() -> ExitCode {
+    let families = FAMILIES.iter().copied();
+    let rows = families.flat_map(|family| {
+        let row = move |&(id, run): &(&'static str, conformance::Check)| Row {
+            id,
+            backend: Backend::Ebpf,
+            engine: Some(Engine::Docker),
+            unkept: unkept(id, family),
+            family,
+            offload: Offload::On,
+            run,
+        };
+        conformance::CHECKS.iter().map(row)
+    });
+    let mut trials = row_trials(rows.collect());
+    trials.push(Trial::test("list", || Ok(expect_list_names_rows()?)));
+    run_docker_trials(trials)
+}
+
+/// Fails unless the list names rows that there are, and none twice over.
+fn expect_list_names_rows() -> anyhow::Result<()> {
+    for unsaid in UNSAID {
+        let id = unsaid.id;
+        ensure!(conformance::CHECKS.iter().any(|(row, _)| *row == id), "{id} is no row");
+        let same = UNSAID.iter().filter(|other| other.id == id);
+        ensure!(same.count() == 1, "{id} is listed twice");
+    }
+    Ok(())
+}
