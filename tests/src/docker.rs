@@ -564,7 +564,7 @@ fn words(driver: Driver, options: &[&str]) -> Result<Vec<String>> {
         };
         match name {
             "--internal" => said.push("--internal".to_owned()),
-            "--ipv4" => said.push(format!("--ipv4={value}")),
+            "--ipv4" | "--ipv6" => said.push(format!("{name}={value}")),
             "--icc" => said.push(opt("bridge.enable_icc", value)),
             "--masquerade" => said.push(opt("bridge.enable_ip_masquerade", value)),
             "--snat-ip" if value.contains(':') => said.push(opt("host_ipv6", value)),

@@ -21,6 +21,7 @@ use crate::lab::{Lab, LabBuilder, Offload};
 use crate::net::{Family, Net};
 use crate::probe::locked;
 use crate::runtime::{isolate, slowness};
+use crate::stage;
 
 /// Names the file that conformance results are written to.
 const JSON_VARIABLE: &str = "NETDP_TEST_JSON";
@@ -102,18 +103,21 @@ impl Row {
         test: impl FnOnce(&Lab) -> Result<()>,
     ) -> Result<Outcome> {
         let builder = Lab::builder().family(self.family).offload(self.offload);
-        let lab = prepare(builder.backend(self.backend).by_engine(self.engine)).build()?;
-        let expect_clean = |when: &'static str| match self.is_ebpf() {
+        let builder = prepare(builder.backend(self.backend).by_engine(self.engine));
+        let expect_clean = |lab: &Lab, when: &'static str| match self.is_ebpf() {
             true => lab.expect_no_netfilter().context(when),
             false => Ok(()),
         };
-        if self.engine.is_some() {
-            lab.explain(expect_clean("before the test"))?;
+        let run = |lab: &Lab| test(lab).and_then(|()| expect_clean(lab, "at the end of the test"));
+        if self.engine.is_none() {
+            let lab = builder.build()?;
+            lab.explain(run(&lab))?;
+            return Ok(Outcome::Pass);
         }
-        lab.explain(test(&lab).and_then(|()| expect_clean("at the end of the test")))?;
-        if self.engine.is_some() {
-            lab.explain(lab.clear().and_then(|()| expect_clean("when all is removed")))?;
-        }
+        stage::with_lab(builder, |lab| {
+            lab.explain(expect_clean(lab, "before the test").and_then(|()| run(lab)))?;
+            lab.explain(lab.clear().and_then(|()| expect_clean(lab, "when all is removed")))
+        })?;
         Ok(Outcome::Pass)
     }
 
@@ -229,7 +233,9 @@ pub fn row_trials(rows: Vec<Row>) -> Vec<Trial> {
 /// Runs trials whose labs have Docker.
 #[must_use]
 pub fn run_docker_trials(trials: Vec<Trial>) -> ExitCode {
-    run_on_threads(trials, DOCKER_THREADS)
+    let code = run_on_threads(trials, DOCKER_THREADS);
+    stage::end();
+    code
 }
 
 /// Runs trials one after the other, in their order: they share what is expensive to start.

@@ -72,7 +72,7 @@ enum AgentState {
 }
 
 /// A lab to be built.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LabBuilder {
     family: Family,
     backend: Backend,
@@ -170,6 +170,13 @@ impl LabBuilder {
     pub fn kept_in(mut self, directory: &Path) -> Self {
         self.kept_in = Some(directory.to_owned());
         self
+    }
+
+    /// Whether it is the lab that most tests are content with, in whatever family and words.
+    #[must_use]
+    pub fn is_standard(&self) -> bool {
+        let &Self { family, backend, offload, engine, .. } = self;
+        *self == Self { family, backend, offload, engine, ..Lab::builder() }
     }
 
     /// Builds the lab and starts its agent.
@@ -522,6 +529,13 @@ impl Lab {
     pub fn clear(&self) -> Result<()> {
         let Some(docker) = &self.docker else { return Ok(()) };
         docker.clear()?;
+        let is_containers = |namespace: &mut Namespace| {
+            let own = [Some(&self.host), Some(&self.outside), self.second.as_ref()];
+            !own.contains(&Some(namespace))
+        };
+        for container in locked(&self.namespaces).extract_if(.., is_containers) {
+            container.remove()?;
+        }
         let links = self.host.links()?;
         let is_netdps = |link: &&String| link.starts_with("nd");
         let left: Vec<_> = links.iter().filter(is_netdps).collect();

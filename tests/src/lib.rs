@@ -35,9 +35,12 @@ pub mod lab;
 pub mod namespace;
 pub mod net;
 pub mod packet;
+#[cfg(test)]
+mod page;
 pub mod podman;
 pub mod probe;
 pub mod runtime;
 pub mod snapshot;
+pub mod stage;
 mod sys;
 pub mod through;

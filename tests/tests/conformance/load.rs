@@ -162,7 +162,7 @@ pub(crate) fn full_flow_table_breaks_nothing(row: &Row) -> Result<Outcome> {
             lab.host().tcp((net.a1, 80)).exchange()?.by("a1")?;
 
             // The flows of the one that filled it go with it.
-            lab.netdp(&["disconnect", "net-a", "a2"])?;
+            lab.disconnect("net-a", "a2")?;
             a1.udp((net.outside, 7)).exchange()?.saw_client_at(net.host)?;
             outside.tcp((net.host, 8080)).exchange()?.by("a1")?.saw_client_at(net.outside)?;
             exchange_all()

@@ -565,20 +565,23 @@ pub(crate) fn ports_follow_the_way_out(row: &Row) -> Result<Outcome> {
         lab.create_network("net-a", net.subnet_a, &[])?;
         lab.create_network("net-b", net.subnet_b, &[])?;
         let ipv6 = if net.is_ipv4() { "--ipv6=false" } else { "--ipv6=true" };
-        lab.netdp(&["network", "create", "closed", "--internal", ipv6])?;
-        let c = lab.container("c")?;
-        let in_a = || lab.connect("net-a", &c, "c", net.a1, &["8080:80", "8080:80/udp"]);
-        let in_b = |ports: &[&str]| lab.connect("net-b", &c, "c", net.b1, ports);
+        lab.create_network_of("closed", &[], &["--internal", ipv6])?;
+        let c = lab.container("c1")?;
+        // Docker publishes when a container starts, and leaves open where that leads to.
+        let ports: [&[&str]; 3] = match lab.docker() {
+            Some(_) => [&["8080:80", "8080:80/udp", "8081:81"], &[], &[]],
+            None => [&[], &["8080:80", "8080:80/udp"], &["8081:81"]],
+        };
         // A network without a way out is none, though it came first.
-        lab.netdp(&["connect", "closed", c.name(), "--name", "c"])?;
-        in_a()?;
-        in_b(&["8081:81"])?;
-        let _tcp = [80, 81].map(|port| c.tcp_server("c", (net.any, port)));
+        lab.connect_at("closed", &c, "c1", &[], ports[0])?;
+        lab.connect("net-a", &c, "c1", net.a1, ports[1])?;
+        lab.connect("net-b", &c, "c1", net.b1, ports[2])?;
+        let _tcp = [80, 81].map(|port| c.tcp_server("c1", (net.any, port)));
         let _outside = lab.outside().tcp_server("outside", (net.outside, 7))?;
         let expect_at = |address: IpAddr, ports: &[(u16, u16)]| -> Result<()> {
             for &(host, container) in ports {
                 let seen = lab.outside().tcp((net.host, host)).bytes(10_000).exchange()?;
-                seen.by("c")?.saw_client_at(net.outside)?;
+                seen.by("c1")?.saw_client_at(net.outside)?;
                 expect_same("the container's end", &seen.local, &(address, container).endpoint())?;
                 let seen = lab.host().tcp((net.loopback, host)).bytes(10_000).exchange()?;
                 expect_same("the container's end", &seen.local, &(address, container).endpoint())?;
@@ -589,24 +592,26 @@ pub(crate) fn ports_follow_the_way_out(row: &Row) -> Result<Outcome> {
         let both = [(8080, 80), (8081, 81)];
         expect_at(net.a1, &both)?;
         let mut session = lab.outside().tcp((net.host, 8080)).open()?;
-        session.exchange(1000)?.by("c")?;
+        session.exchange(1000)?.by("c1")?;
 
-        // The other network is the way out now, and the first one comes too late to be it again.
-        lab.netdp(&["disconnect", "net-a", "c"])?;
+        // The other network is the way out now, and the first one comes too late to be it again. To
+        // Docker it is for its name, of which net-a is the first.
+        lab.disconnect("net-a", "c1")?;
         ensure!(session.exchange(1000).is_err(), "a session outlived its endpoint");
         expect_at(net.b1, &both)?;
-        lab.connect("net-a", &c, "c", net.a1, &[])?;
-        expect_at(net.b1, &both)?;
+        lab.connect("net-a", &c, "c1", net.a1, &[])?;
+        let way_out = if lab.docker().is_some() { net.a1 } else { net.b1 };
+        expect_at(way_out, &both)?;
         lab.agent()?.kill9()?;
         lab.agent()?.start()?;
-        expect_at(net.b1, &both)?;
-        lab.netdp(&["disconnect", "net-b", "c"])?;
+        expect_at(way_out, &both)?;
+        lab.disconnect("net-b", "c1")?;
         expect_at(net.a1, &both)?;
         // What is unpublished, wherever it is now, is gone.
-        lab.netdp(&["unpublish", "c", "--network", "net-a", "-p", "8081:81"])?;
+        lab.netdp(&["unpublish", "c1", "--network", "net-a", "-p", "8081:81"])?;
         lab.outside().tcp((net.host, 8081)).refused()?;
         expect_at(net.a1, &both[..1])?;
-        lab.netdp(&["disconnect", "net-a", "c"])?;
+        lab.disconnect("net-a", "c1")?;
         lab.outside().tcp((net.host, 8080)).refused()?;
         lab.host().tcp_server("host", (net.any, 8080)).map(drop)
     })

@@ -25,7 +25,7 @@ fn main() -> ExitCode {
             id,
             backend: Backend::Ebpf,
             engine: Some(Engine::Docker),
-            unkept: unkept(id, family),
+            unkept: unkept(id),
             family,
             offload: Offload::On,
             run,
