@@ -30,7 +30,7 @@ const STOP_DEADLINE: Duration = Duration::from_secs(10);
 const API_PATIENCE: Duration = Duration::from_secs(10);
 /// Room in the flow tables where everything takes longer: to make and to scan those of a real host
 /// would be most of what an emulated one does.
-const SLOW_FLOWS: u32 = 32_768;
+pub(crate) const SMALL_FLOWS: u32 = 32_768;
 /// How much of the log a failure shows, in bytes.
 const LOG_TAIL_BYTES: u64 = 8 << 10;
 /// Exit code of a command that was refused or failed.
@@ -182,7 +182,7 @@ impl Agent {
         if let Some(cgroup) = cgroup2_mount()? {
             command.args(["--cgroup", &cgroup]);
         }
-        let small = (slowness() > 1).then_some(SLOW_FLOWS);
+        let small = (slowness() > 1).then_some(SMALL_FLOWS);
         if let Some(flows) = self.flows.or(small) {
             command.args(["--flows", &flows.to_string()]);
         }

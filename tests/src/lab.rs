@@ -25,7 +25,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::agent::Agent;
+use crate::agent::{Agent, SMALL_FLOWS};
 use crate::backend::{Backend, Engine, Firewall};
 use crate::diagnose;
 use crate::docker::Docker;
@@ -172,6 +172,11 @@ impl LabBuilder {
         self
     }
 
+    /// What networks are made of.
+    pub(crate) fn chosen_family(&self) -> Family {
+        self.family
+    }
+
     /// Whether it is the lab that most tests are content with, in whatever family and words.
     #[must_use]
     pub fn is_standard(&self) -> bool {
@@ -239,7 +244,9 @@ impl LabBuilder {
                 .with_timeouts(self.timeouts)
                 .with_docker_socket(socket);
             agent.use_backend(self.backend);
-            lab.agent = Some(match self.flows {
+            // Containers take their time, and so would tables for all that a host may carry.
+            let small = self.engine.map(|_| SMALL_FLOWS);
+            lab.agent = Some(match self.flows.or(small) {
                 Some(flows) => agent.with_flows(flows),
                 None => agent,
             });
@@ -294,6 +301,11 @@ impl Lab {
     #[must_use]
     pub fn net(&self) -> &'static Net {
         self.family.net()
+    }
+
+    /// Has networks that are made from now on be of a family, as [`LabBuilder::family`] does.
+    pub(crate) fn turn_to(&mut self, family: Family) {
+        self.family = family;
     }
 
     /// H, with `up0` 10.0.0.2 and 10.0.0.22.

@@ -48,6 +48,11 @@ impl Kept {
         let beginning = Beginning::of(&lab)?;
         Ok(Self { lab, _keeper: keeper, builder, beginning })
     }
+
+    /// Whether it is what would be built, in this family or the other: it has addresses of both.
+    fn fits(&self, wanted: &LabBuilder) -> bool {
+        self.builder.clone().family(wanted.chosen_family()) == *wanted
+    }
 }
 
 impl Beginning {
@@ -64,15 +69,13 @@ impl Beginning {
 pub fn with_lab(builder: LabBuilder, test: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
     let spare = {
         let mut spare = locked(&SPARE);
-        let fitting = spare.iter().position(|kept| kept.builder == builder);
+        let fitting = spare.iter().position(|kept| kept.fits(&builder));
         fitting.map(|fitting| spare.swap_remove(fitting))
     };
-    let kept = spare.map_or_else(|| Kept::build(builder), Ok)?;
+    let family = builder.chosen_family();
+    let mut kept = spare.map_or_else(|| Kept::build(builder), Ok)?;
+    kept.lab.turn_to(family);
     test(&kept.lab)?;
-    let now = Beginning::of(&kept.lab)?;
-    if let Err(e) = kept.beginning.state.expect_same(&now.state) {
-        eprintln!("DEBUG {e:#}");
-    }
     if kept.builder.is_standard() && Beginning::of(&kept.lab)? == kept.beginning {
         locked(&SPARE).push(kept);
     }
