@@ -28,3 +28,20 @@ pub fn unkept(id: &str) -> Option<Unkept> {
     let Unsaid { seen, reason, .. } = UNSAID.iter().find(|unsaid| unsaid.id == id)?;
     Some(Unkept::Unsaid { seen, reason })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write;
+
+    use super::*;
+    use crate::page::expect_part;
+
+    #[test]
+    fn the_page_of_behaviour_says_what_docker_has_no_words_for() {
+        let mut table = "| row | why it can't be asked through Docker |\n|---|---|\n".to_owned();
+        for Unsaid { id, reason, .. } in UNSAID {
+            writeln!(table, "| `{id}` | {reason} |").unwrap();
+        }
+        expect_part("behaviour.md", "unsaid", &table);
+    }
+}
