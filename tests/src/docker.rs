@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::backend::Firewall;
+use crate::kept::Kept;
 use crate::namespace::{Fate, Namespace};
 use crate::runtime::poll_until;
 
@@ -140,7 +141,7 @@ enum Driver {
 pub struct Docker {
     namespace: Namespace,
     /// The process that ends all others when it ends.
-    guard: Child,
+    guard: Kept,
     pid: u32,
     files: PathBuf,
     cgroup: String,
@@ -168,8 +169,8 @@ impl Docker {
         let settings = settings(&cgroup, firewall, installed);
         fs::write(files.join("daemon.json"), settings.to_string()).context("write settings")?;
         let log = File::create(files.join("log")).context("create Docker's log")?;
-        let guard = namespace
-            .command("unshare", Fate::DiesWithParent)?
+        let mut command = namespace.command("unshare", Fate::DiesWithParent)?;
+        command
             .args(["--mount", "--pid", "--fork", "--kill-child=KILL", "sh", "-c", BECOME_DAEMON])
             .arg("sh")
             .args([&installed.root, &root, &files])
@@ -178,9 +179,8 @@ impl Docker {
             .env("PATH", PATH)
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("clone Docker's log")?)
-            .stderr(log)
-            .spawn()
-            .context("run unshare; install util-linux")?;
+            .stderr(log);
+        let guard = Kept::spawn(command).context("run unshare; install util-linux")?;
         // From here on Drop ends it after a step that fails.
         let mut docker =
             Self { namespace: namespace.clone(), guard, pid: 0, files, cgroup, firewall };

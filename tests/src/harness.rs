@@ -30,7 +30,7 @@ const SKIP_VARIABLE: &str = "NETDP_TEST_SKIP";
 /// Labs wait more than they compute.
 const DEFAULT_THREADS: usize = 3;
 /// Labs with Docker wait even more, for its daemon and its containers.
-const DOCKER_THREADS: usize = 4;
+const DOCKER_THREADS: usize = 5;
 /// Limits are longer where everything takes longer, so that more labs can wait.
 const SLOW_THREADS: usize = 4;
 

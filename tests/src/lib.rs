@@ -30,6 +30,7 @@ pub mod diagnose;
 pub mod docker;
 pub mod figures;
 pub mod harness;
+pub mod kept;
 pub mod kernels;
 pub mod lab;
 pub mod namespace;

@@ -44,7 +44,10 @@ impl Snapshot {
         state.insert("nft".into(), String::from_utf8_lossy(&rules.stdout).into_owned());
         if is_installed("bpftool") {
             let attached = host.output("bpftool", &["net", "list"])?;
-            state.insert("bpf".into(), String::from_utf8_lossy(&attached.stdout).into_owned());
+            // Each program that is loaded has another number.
+            let words = String::from_utf8_lossy(&attached.stdout);
+            let words = words.split_whitespace().filter(|word| word.parse::<u32>().is_err());
+            state.insert("bpf".into(), words.collect::<Vec<_>>().join(" "));
         }
         let settings = host.run(|| {
             let mut settings = BTreeMap::new();

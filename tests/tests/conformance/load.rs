@@ -13,7 +13,7 @@ use netdp_tests::packet::{Envelope, summarise};
 use netdp_tests::probe::{PATIENCE, allow_open_files, expect_same};
 use netdp_tests::runtime::{patient, poll_until};
 
-use super::{FLOW_COUNTERS, bridge_mac, counted, standard_containers};
+use super::{FLOW_COUNTERS, bridge_mac, counted, neighbours, standard_containers};
 
 /// Connections of the host and of containers, each.
 const CONNECTIONS: u16 = 5000;
@@ -28,7 +28,7 @@ pub(crate) fn host_and_containers_share_a_destination(row: &Row) -> Result<Outco
     let _turn = CROWD.lock().unwrap_or_else(PoisonError::into_inner);
     allow_open_files(u64::from(CONNECTIONS) * 2)?;
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let target = (net.outside, 7);
         let count = usize::from(CONNECTIONS) * 2;
         let server = lab.outside().crowd_server(target, CONNECTIONS * 2)?;
@@ -89,7 +89,7 @@ fn datagrams(
 pub(crate) fn exhausted_ports_are_refused(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let (a1, a2) = (&containers.a1, &containers.a2);
         // Listens and says nothing: as many answers would be another test.
         let _sink = lab.outside().run(|| Ok(UdpSocket::bind((net.outside, 9))?))?;

@@ -10,7 +10,7 @@ use netdp_tests::namespace::Namespace;
 use netdp_tests::packet::{Envelope, payload_of, summarise, verify_checksums, verify_sctp};
 use netdp_tests::probe::{PATIENCE, expect_same};
 
-use super::{Containers, bridge_mac, containers_publishing, counted_soon, standard_containers};
+use super::{Containers, Neighbours, bridge_mac, containers_publishing, counted_soon, neighbours};
 
 /// IP protocol numbers (IANA).
 const SCTP: u8 = 132;
@@ -142,8 +142,8 @@ pub(crate) fn sctp_is_published_under_its_own_number(row: &Row) -> Result<Outcom
 pub(crate) fn other_protocols_leave_by_address(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
-        let Containers { a1, a2, .. } = &containers;
+        let containers = neighbours(lab)?;
+        let Neighbours { a1, a2, .. } = &containers;
         let (out0, eth0) = ((lab.outside(), "out0"), (a1, "eth0"));
         for protocol in [GRE, ESP] {
             let number = protocol.into();

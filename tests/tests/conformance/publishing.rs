@@ -15,7 +15,10 @@ use netdp_tests::probe::{Endpoint, Failure, PATIENCE, TcpServer, expect_same};
 use netdp_tests::runtime::{patient, poll_until};
 use serde_json::Value;
 
-use super::{containers_publishing, counted_soon, expect_no_flows_of, standard_containers};
+use super::{
+    containers_publishing, counted_soon, expect_no_flows_of, neighbours, neighbours_publishing,
+    standard_containers,
+};
 
 /// Bytes of a datagram that fills a frame.
 const FULL_DATAGRAM_BYTES: usize = 1400;
@@ -23,7 +26,7 @@ const FULL_DATAGRAM_BYTES: usize = 1400;
 pub(crate) fn client_address_reaches_the_container(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let _containers = standard_containers(lab)?;
+        let _containers = neighbours(lab)?;
         let seen = lab.outside().tcp((net.host, 8080)).exchange()?;
         seen.by("a1")?.saw_client_at(net.outside)?;
         expect_same("the client's port", &seen.peer, &seen.client_local)?;
@@ -93,7 +96,7 @@ pub(crate) fn host_reaches_the_published_port_by_loopback(row: &Row) -> Result<O
     let net = row.net();
     row.in_standard_lab(|lab| {
         let here = Net::publish_on(net.loopback, "8082:80");
-        let _containers = containers_publishing(lab, &[&here])?;
+        let _containers = neighbours_publishing(lab, &[&here])?;
         expect_host_reaches(lab, net.loopback)?;
         // One that is published on loopback only is there, and nowhere else.
         lab.host().tcp((net.loopback, 8082)).exchange()?.by("a1")?.saw_client_at(net.gateway_a)?;
@@ -144,7 +147,7 @@ fn processes_for_ports(pid: u32) -> Result<Vec<String>> {
 pub(crate) fn neighbour_reaches_the_published_port(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         for host in [(net.host, 8080), (net.host_second, 8080), (net.gateway_a, 8080)] {
             let seen = containers.a2.tcp(host).exchange()?;
             seen.by("a1")?.saw_client_at(net.a2)?;
@@ -160,7 +163,7 @@ pub(crate) fn neighbour_reaches_the_published_port(row: &Row) -> Result<Outcome>
 pub(crate) fn container_reaches_its_own_published_port(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let seen = containers.a1.tcp((net.host, 8080)).exchange()?;
         seen.by("a1")?.saw_client_at(net.gateway_a)?;
         let seen = containers.a1.udp((net.host, 8080)).exchange()?;
@@ -217,7 +220,7 @@ pub(crate) fn other_host_addresses_stay_the_hosts(row: &Row) -> Result<Outcome> 
 pub(crate) fn outside_port_of_the_same_number_is_reached(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let _tcp = lab.outside().tcp_server("outside", (net.outside, 8080))?;
         let _udp = lab.outside().udp_server("outside", (net.outside, 8080))?;
         for container in [&containers.a1, &containers.a2] {
@@ -447,7 +450,7 @@ fn expect_in_use(bound: Result<()>) -> Result<()> {
 pub(crate) fn udp_flow_never_reaches_a_successor(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let mut client = lab.outside().udp((net.host, 8080)).from((net.outside, 5000)).open()?;
         client.exchange()?.by("a1")?;
         client.exchange()?.by("a1")?;
@@ -476,7 +479,7 @@ pub(crate) fn udp_flow_never_reaches_a_successor(row: &Row) -> Result<Outcome> {
 pub(crate) fn unpublish_ends_open_flows(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         // What Docker has published stays so for as long as the container runs.
         if lab.has_netdp() {
             let mut session = lab.outside().tcp((net.host, 8080)).open()?;
