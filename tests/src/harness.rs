@@ -374,3 +374,23 @@ pub fn brief(error: &anyhow::Error) -> String {
     let causes: Vec<_> = error.chain().skip(reports).map(ToString::to_string).collect();
     causes.join(": ")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_held_to_be_unsaid_is_tried_both_ways() {
+        let outcome = |run| {
+            let unkept = Unkept::Unsaid { seen: &["no word for that"], reason: "nobody speaks so" };
+            let unkept = Some(unkept);
+            let (backend, family, offload) = (Backend::Ebpf, Family::Ipv4, Offload::On);
+            Row { id: "PUB-01", backend, engine: None, unkept, family, offload, run }.outcome()
+        };
+        let unsaid = outcome(|_| bail!("it has no word for that")).unwrap();
+        assert_eq!(unsaid, Outcome::Skip("nobody speaks so".into()));
+        // Said after all, and not kept for another reason.
+        assert!(outcome(|_| Ok(Outcome::Pass)).is_err());
+        assert!(outcome(|_| bail!("timed out")).is_err());
+    }
+}

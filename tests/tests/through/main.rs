@@ -2,13 +2,14 @@
 //! networks are netdp's, made by its driver, and containers are Docker's.
 //!
 //! What Docker has no words for is a line of `netdp_tests::through`, with the reason; the suite fails when
-//! a line is missing, or no longer true. The host's netfilter is empty before, during and after each row.
+//! a line is missing, or no longer true. The host's netfilter is empty before, during and after each row
+//! that eBPF keeps.
 
 use std::process::ExitCode;
 
 use anyhow::ensure;
 use libtest_mimic::Trial;
-use netdp_tests::backend::{Backend, Engine};
+use netdp_tests::backend::{Backend, Engine, Variant};
 use netdp_tests::harness::{Row, row_trials, run_docker_trials};
 use netdp_tests::lab::Offload;
 use netdp_tests::net::{FAMILIES, Family};
@@ -22,21 +23,21 @@ mod conformance;
 /// copy of the tables: they come last.
 const LARGE: [&str; 2] = ["OUT-11", "PUB-11"];
 
+/// Rows that are asked of iptables as well: one of each kind, for Docker is told the same by both.
+const OF_IPTABLES: [&str; 4] = ["PUB-01", "PUB-13", "OUT-01", "ISO-03"];
+
 fn main() -> ExitCode {
-    let families = FAMILIES.iter().copied();
-    let rows = families.flat_map(|family| {
-        let row = move |&(id, run): &(&'static str, conformance::Check)| Row {
-            id,
-            backend: Backend::Ebpf,
-            engine: Some(Engine::Docker),
-            unkept: unkept(id),
-            family,
-            offload: Offload::On,
-            run,
-        };
-        conformance::CHECKS.iter().map(row).filter(is_asked)
-    });
-    let mut rows: Vec<_> = rows.collect();
+    let backends = [Backend::Ebpf, Backend::Iptables(Variant::Nft)];
+    let mut rows = Vec::new();
+    for &family in FAMILIES {
+        for backend in backends {
+            let row = |&(id, run): &(&'static str, conformance::Check)| {
+                let (engine, offload) = (Some(Engine::Docker), Offload::On);
+                Row { id, backend, engine, unkept: unkept(id), family, offload, run }
+            };
+            rows.extend(conformance::CHECKS.iter().map(row).filter(is_asked));
+        }
+    }
     rows.sort_by_key(|row| LARGE.contains(&row.id));
     let mut trials = row_trials(rows);
     trials.push(Trial::test("list", || Ok(expect_list_names_rows()?)));
@@ -45,8 +46,12 @@ fn main() -> ExitCode {
 
 /// Whether a row is asked: what Docker has a say in, in each family, all else in networks of both.
 fn is_asked(row: &Row) -> bool {
+    let is_of_both = row.family == Family::Ipv6;
+    if !row.is_ebpf() {
+        return is_of_both && OF_IPTABLES.contains(&row.id);
+    }
     let is_dockers = ["PUB-", "OUT-", "ISO-"].iter().any(|group| row.id.starts_with(group));
-    is_dockers || row.family == Family::Ipv6
+    is_dockers || is_of_both
 }
 
 /// Fails unless the list names rows that there are, and none twice over.
