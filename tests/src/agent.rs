@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Output, Stdio};
+use std::process::{Output, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::backend::Backend;
+use crate::kept::Kept;
 use crate::namespace::{Fate, Namespace};
 use crate::probe::locked;
 use crate::runtime::{cgroup2_mount, patient, poll_until, slowness};
@@ -30,7 +31,7 @@ const STOP_DEADLINE: Duration = Duration::from_secs(10);
 const API_PATIENCE: Duration = Duration::from_secs(10);
 /// Room in the flow tables where everything takes longer: to make and to scan those of a real host
 /// would be most of what an emulated one does.
-const SLOW_FLOWS: u32 = 32_768;
+pub(crate) const SMALL_FLOWS: u32 = 32_768;
 /// How much of the log a failure shows, in bytes.
 const LOG_TAIL_BYTES: u64 = 8 << 10;
 /// Exit code of a command that was refused or failed.
@@ -60,7 +61,7 @@ pub struct Agent {
     timeouts: Vec<(&'static str, u32)>,
     docker_socket: Option<PathBuf>,
     fate: Fate,
-    child: Mutex<Option<Child>>,
+    child: Mutex<Option<Kept>>,
 }
 
 impl Agent {
@@ -153,12 +154,12 @@ impl Agent {
     /// The process, while there is one.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
-        locked(&self.child).as_ref().map(Child::id)
+        locked(&self.child).as_ref().map(|child| child.id())
     }
 
     /// Starts the process and waits until it answers.
     ///
-    /// It dies with the calling thread unless it was made to be detached.
+    /// It dies with this process unless it was made to be detached.
     ///
     /// # Errors
     /// With the end of its log when it does not come up.
@@ -182,7 +183,7 @@ impl Agent {
         if let Some(cgroup) = cgroup2_mount()? {
             command.args(["--cgroup", &cgroup]);
         }
-        let small = (slowness() > 1).then_some(SLOW_FLOWS);
+        let small = (slowness() > 1).then_some(SMALL_FLOWS);
         if let Some(flows) = self.flows.or(small) {
             command.args(["--flows", &flows.to_string()]);
         }
@@ -195,12 +196,12 @@ impl Agent {
         for uplink in &self.uplinks {
             command.args(["--uplink", uplink]);
         }
-        let child = command
+        command
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("clone the agent's log")?)
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("start {}", self.program.display()))?;
+            .stderr(log);
+        let child =
+            Kept::spawn(command).with_context(|| format!("start {}", self.program.display()))?;
         *locked(&self.child) = Some(child);
         poll_until(START_DEADLINE, "the agent's first answer", || {
             if let Some(child) = locked(&self.child).as_mut()

@@ -15,6 +15,23 @@ pub enum Backend {
     Docker(Firewall),
 }
 
+/// A container engine whose words are spoken instead of netdp's, for networks that are netdp's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// Docker's daemon and command line, with netdp as a network driver.
+    Docker,
+}
+
+impl Engine {
+    /// Its name in results.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Docker => "docker",
+        }
+    }
+}
+
 /// What Docker puts its rules into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Firewall {

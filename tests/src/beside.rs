@@ -280,6 +280,7 @@ mod tests {
     use anyhow::anyhow;
 
     use super::*;
+    use crate::page::expect_part;
 
     /// The part of docs/behaviour.md that follows from the lists.
     fn tables() -> String {
@@ -298,16 +299,7 @@ mod tests {
 
     #[test]
     fn the_page_of_behaviour_says_what_docker_does_otherwise() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/behaviour.md");
-        let page = std::fs::read_to_string(path).unwrap();
-        let (before, rest) = page.split_once("<!-- docker -->\n").unwrap();
-        let (_, after) = rest.split_once("<!-- end -->\n").unwrap();
-        let wanted = format!("{before}<!-- docker -->\n{}<!-- end -->\n{after}", tables());
-        if std::env::var_os("NETDP_WRITE_DOCS").is_some() {
-            std::fs::write(path, &wanted).unwrap();
-        } else {
-            assert_eq!(page, wanted, "NETDP_WRITE_DOCS=1 cargo test -p netdp-tests page_of");
-        }
+        expect_part("behaviour.md", "docker", &tables());
     }
 
     #[test]

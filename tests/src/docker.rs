@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::backend::Firewall;
+use crate::kept::Kept;
 use crate::namespace::{Fate, Namespace};
 use crate::runtime::poll_until;
 
@@ -126,12 +127,21 @@ struct PublishedPort {
     container_port: u16,
 }
 
+/// Whose networks containers are in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Driver {
+    /// Docker's own.
+    Bridge,
+    /// The agent's on the same host.
+    Netdp,
+}
+
 /// A daemon in one namespace.
 #[derive(Debug)]
 pub struct Docker {
     namespace: Namespace,
     /// The process that ends all others when it ends.
-    guard: Child,
+    guard: Kept,
     pid: u32,
     files: PathBuf,
     cgroup: String,
@@ -159,8 +169,8 @@ impl Docker {
         let settings = settings(&cgroup, firewall, installed);
         fs::write(files.join("daemon.json"), settings.to_string()).context("write settings")?;
         let log = File::create(files.join("log")).context("create Docker's log")?;
-        let guard = namespace
-            .command("unshare", Fate::DiesWithParent)?
+        let mut command = namespace.command("unshare", Fate::DiesWithParent)?;
+        command
             .args(["--mount", "--pid", "--fork", "--kill-child=KILL", "sh", "-c", BECOME_DAEMON])
             .arg("sh")
             .args([&installed.root, &root, &files])
@@ -169,9 +179,8 @@ impl Docker {
             .env("PATH", PATH)
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("clone Docker's log")?)
-            .stderr(log)
-            .spawn()
-            .context("run unshare; install util-linux")?;
+            .stderr(log);
+        let guard = Kept::spawn(command).context("run unshare; install util-linux")?;
         // From here on Drop ends it after a step that fails.
         let mut docker =
             Self { namespace: namespace.clone(), guard, pid: 0, files, cgroup, firewall };
@@ -281,8 +290,9 @@ impl Docker {
     ///
     /// # Errors
     /// When it can't be started; its exit code is the caller's to judge.
-    pub fn output(&self, arguments: &[&str]) -> Result<Output> {
+    pub fn output<S: AsRef<str>>(&self, arguments: &[S]) -> Result<Output> {
         let mut command = self.enter("docker")?;
+        let arguments = arguments.iter().map(AsRef::as_ref);
         command.args(arguments).stdin(Stdio::null()).output().context("run nsenter")
     }
 
@@ -290,19 +300,27 @@ impl Docker {
     ///
     /// # Errors
     /// With what it said when it fails.
-    pub fn run(&self, arguments: &[&str]) -> Result<String> {
+    pub fn run<S: AsRef<str>>(&self, arguments: &[S]) -> Result<String> {
         let output = self.output(arguments)?;
         let error = String::from_utf8_lossy(&output.stderr);
-        let title = || format!("docker {}", arguments.join(" "));
+        let words: Vec<_> = arguments.iter().map(AsRef::as_ref).collect();
+        let title = || format!("docker {}", words.join(" "));
         ensure!(output.status.success(), "{}: {}: {}", title(), output.status, error.trim());
         String::from_utf8(output.stdout).context("read the output of docker")
     }
 
-    /// Creates a network with netdp's options, and a bridge of its name.
+    /// Whose networks it has.
+    fn driver(&self) -> Driver {
+        if self.firewall == Firewall::Off { Driver::Netdp } else { Driver::Bridge }
+    }
+
+    /// Creates a network with netdp's options: one of Docker's own on a bridge of its name, or one of
+    /// netdp's that netdp knows by its name.
     ///
     /// # Errors
     /// When Docker refuses, or has no word for an option.
     pub fn create_network(&self, name: &str, subnets: &[&str], options: &[&str]) -> Result<()> {
+        let driver = self.driver();
         let mut arguments = vec!["network", "create"];
         for subnet in subnets {
             arguments.extend(["--subnet", subnet]);
@@ -311,17 +329,23 @@ impl Docker {
         if is_ipv6 {
             arguments.push("--ipv6");
         }
-        let mut said = words(options)?;
-        said.push(format!("--opt=com.docker.network.bridge.name={name}"));
+        let mut said = words(driver, options)?;
+        match driver {
+            Driver::Bridge => said.push(format!("--opt=com.docker.network.bridge.name={name}")),
+            Driver::Netdp => {
+                said.extend(["--driver=netdp".to_owned(), format!("--opt=netdp.name={name}")]);
+            }
+        }
         arguments.extend(said.iter().map(String::as_str));
         arguments.push(name);
         self.run(&arguments).map(drop)
     }
 
-    /// Runs a container whose network becomes `namespace`, and says what was published.
+    /// Runs a container whose network becomes `namespace`, or connects one that runs, and says what
+    /// Docker shows as published.
     ///
     /// # Errors
-    /// When Docker refuses.
+    /// When Docker refuses, or has no word for it.
     pub fn connect(
         &self,
         network: &str,
@@ -330,21 +354,49 @@ impl Docker {
         addresses: &[&str],
         published: &[&str],
     ) -> Result<Value> {
-        let mut arguments = vec!["run", "--detach", "--name", name, "--network", network];
-        for address in addresses {
-            arguments.extend([if address.contains(':') { "--ip6" } else { "--ip" }, address]);
-        }
-        for port in published {
-            arguments.extend(["--publish", port]);
-        }
-        arguments.extend([IMAGE, "/bin/busybox", "sleep", "1d"]);
-        if let Err(error) = self.run(&arguments) {
-            // What could not start is there all the same.
-            self.output(&["rm", "--force", name])?;
-            return Err(error);
+        if self.driver() == Driver::Netdp && self.containers()?.iter().any(|known| known == name) {
+            ensure!(published.is_empty(), "publish ports of {name}: Docker does when it starts");
+            self.join(network, name, addresses)?;
+        } else {
+            self.start_container(network, name, addresses, published)?;
         }
         let settings = self.enter_sandbox(namespace, name)?;
         Ok(json!({ "published": published_ports(&settings["Ports"])? }))
+    }
+
+    fn start_container(
+        &self,
+        network: &str,
+        name: &str,
+        addresses: &[&str],
+        published: &[&str],
+    ) -> Result<()> {
+        let mut arguments = vec!["run".to_owned(), "--detach".to_owned(), format!("--name={name}")];
+        let mut membership = format!("--network=name={network}");
+        for address in addresses {
+            membership.push_str(&format!(",{}={address}", address_option(address)));
+        }
+        if self.driver() == Driver::Netdp {
+            membership.push_str(&format!(",driver-opt=netdp.name={name}"));
+        }
+        arguments.push(membership);
+        arguments.extend(published.iter().map(|port| format!("--publish={port}")));
+        arguments.extend([IMAGE, "/bin/busybox", "sleep", "1d"].map(String::from));
+        self.run(&arguments).map(drop).or_else(|error| {
+            // What could not start is there all the same.
+            self.output(&["rm", "--force", name])?;
+            Err(error)
+        })
+    }
+
+    /// Connects a container that runs.
+    fn join(&self, network: &str, name: &str, addresses: &[&str]) -> Result<()> {
+        let mut arguments = vec!["network".to_owned(), "connect".to_owned()];
+        arguments.push(format!("--driver-opt=netdp.name={name}"));
+        let options = addresses.iter().map(|text| format!("--{}={text}", address_option(text)));
+        arguments.extend(options);
+        arguments.extend([network, name].map(String::from));
+        self.run(&arguments).map(drop)
     }
 
     /// Makes `namespace` the network of a container that runs, and returns its network settings.
@@ -364,10 +416,46 @@ impl Docker {
     /// # Errors
     /// When there is no such container.
     pub fn inspect(&self, name: &str) -> Result<Value> {
-        let title = || format!("ask Docker for {name}");
+        self.ask(&format!("/containers/{name}/json"))
+    }
+
+    /// Names of all containers, running or not.
+    fn containers(&self) -> Result<Vec<String>> {
+        let list = self.ask("/containers/json?all=1")?;
+        let names = list.as_array().into_iter().flatten().map(|one| one["Names"][0].as_str());
+        Ok(names.flatten().map(|name| name.trim_start_matches('/').to_owned()).collect())
+    }
+
+    /// Names of all networks of netdp's.
+    fn networks(&self) -> Result<Vec<String>> {
+        let list = self.ask("/networks")?;
+        let networks = list.as_array().into_iter().flatten();
+        let netdps = networks.filter(|network| network["Driver"] == "netdp");
+        Ok(netdps.filter_map(|network| network["Name"].as_str().map(String::from)).collect())
+    }
+
+    /// Removes all containers and all networks of netdp's.
+    ///
+    /// # Errors
+    /// When Docker refuses.
+    pub fn clear(&self) -> Result<()> {
+        let (containers, networks) = (self.containers()?, self.networks()?);
+        for (verb, names) in [(&["rm", "--force"], containers), (&["network", "rm"], networks)] {
+            let names = names.iter().map(String::as_str);
+            let arguments: Vec<_> = verb.iter().copied().chain(names).collect();
+            if arguments.len() > verb.len() {
+                self.run(&arguments)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the daemon.
+    fn ask(&self, path: &str) -> Result<Value> {
+        let title = || format!("ask Docker for {path}");
         let mut stream = UnixStream::connect(self.files.join("docker.sock")).with_context(title)?;
         // The answer of HTTP/1.0 is in one piece and ends with the connection.
-        let question = format!("GET /containers/{name}/json HTTP/1.0\r\nHost: docker\r\n\r\n");
+        let question = format!("GET {path} HTTP/1.0\r\nHost: docker\r\n\r\n");
         stream.write_all(question.as_bytes()).with_context(title)?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).with_context(title)?;
@@ -376,12 +464,17 @@ impl Docker {
         serde_json::from_str(body).with_context(title)
     }
 
-    /// Removes a container.
+    /// Disconnects a container from a network. Of its own networks Docker has no other word for it
+    /// that takes the published ports along than removing the container.
     ///
     /// # Errors
     /// When Docker refuses.
-    pub fn remove(&self, name: &str) -> Result<()> {
-        self.run(&["rm", "--force", name]).map(drop)
+    pub fn disconnect(&self, network: &str, name: &str) -> Result<()> {
+        match self.driver() {
+            Driver::Bridge => self.run(&["rm", "--force", name]),
+            Driver::Netdp => self.run(&["network", "disconnect", network, name]),
+        }
+        .map(drop)
     }
 
     /// Does in the chain that Docker leaves to its users what a policy of netdp's says.
@@ -453,8 +546,13 @@ fn settings(cgroup: &str, firewall: Firewall, installed: &Installation) -> Value
     settings
 }
 
+/// What `docker` calls an address of a container.
+fn address_option(address: &str) -> &'static str {
+    if address.contains(':') { "ip6" } else { "ip" }
+}
+
 /// Docker's words for the options of `netdp network create`.
-fn words(options: &[&str]) -> Result<Vec<String>> {
+fn words(driver: Driver, options: &[&str]) -> Result<Vec<String>> {
     let opt = |key: &str, value: &str| format!("--opt=com.docker.network.{key}={value}");
     let mut said = Vec::new();
     let mut options = options.iter();
@@ -466,7 +564,7 @@ fn words(options: &[&str]) -> Result<Vec<String>> {
         };
         match name {
             "--internal" => said.push("--internal".to_owned()),
-            "--ipv4" => said.push(format!("--ipv4={value}")),
+            "--ipv4" | "--ipv6" => said.push(format!("{name}={value}")),
             "--icc" => said.push(opt("bridge.enable_icc", value)),
             "--masquerade" => said.push(opt("bridge.enable_ip_masquerade", value)),
             "--snat-ip" if value.contains(':') => said.push(opt("host_ipv6", value)),
@@ -475,11 +573,12 @@ fn words(options: &[&str]) -> Result<Vec<String>> {
                 for family in ["ipv4", "ipv6"] {
                     said.push(opt(&format!("bridge.gateway_mode_{family}"), value));
                 }
-                // Docker wants to be told that such a network has no way out.
-                if value == "isolated" {
+                // Docker wants to be told that such a network has no way out; netdp knows.
+                if value == "isolated" && driver == Driver::Bridge {
                     said.push("--internal".to_owned());
                 }
             }
+            "--opt" if driver == Driver::Netdp => said.push(format!("--opt={value}")),
             _ => bail!("create a network of Docker's with {option}: it has no word for that"),
         }
     }
@@ -552,7 +651,8 @@ mod tests {
 
     #[test]
     fn options_are_said_in_dockers_words() {
-        let said = words(&["--icc=false", "--gateway-mode", "isolated", "--snat-ip", "fd00::22"]);
+        let options = ["--icc=false", "--gateway-mode", "isolated", "--snat-ip", "fd00::22"];
+        let said = words(Driver::Bridge, &options);
         let expected = [
             "--opt=com.docker.network.bridge.enable_icc=false",
             "--opt=com.docker.network.bridge.gateway_mode_ipv4=isolated",
@@ -561,7 +661,12 @@ mod tests {
             "--opt=com.docker.network.host_ipv6=fd00::22",
         ];
         assert_eq!(said.unwrap(), expected);
-        assert!(words(&["--opt", "netdp.nat=endpoint-independent"]).is_err());
+        let of_netdp = words(Driver::Netdp, &options).unwrap();
+        assert!(!of_netdp.contains(&"--internal".to_owned()), "{of_netdp:?}");
+        let option = ["--opt", "netdp.nat=endpoint-independent"];
+        assert!(words(Driver::Bridge, &option).is_err());
+        let said = words(Driver::Netdp, &option).unwrap();
+        assert_eq!(said, ["--opt=netdp.nat=endpoint-independent"]);
     }
 
     #[test]

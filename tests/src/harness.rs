@@ -14,12 +14,14 @@ use anyhow::{Context, Result, anyhow, bail};
 use libtest_mimic::{Arguments, Completion, Trial};
 use serde::Serialize;
 
-use crate::backend::{Backend, Firewall, Variant};
+use crate::backend::{Backend, Engine, Firewall, Variant};
+use crate::docker::Installation;
 use crate::kernels::{self, Exception};
 use crate::lab::{Lab, LabBuilder, Offload};
 use crate::net::{Family, Net};
 use crate::probe::locked;
 use crate::runtime::{isolate, slowness};
+use crate::stage;
 
 /// Names the file that conformance results are written to.
 const JSON_VARIABLE: &str = "NETDP_TEST_JSON";
@@ -28,7 +30,7 @@ const SKIP_VARIABLE: &str = "NETDP_TEST_SKIP";
 /// Labs wait more than they compute.
 const DEFAULT_THREADS: usize = 5;
 /// Labs with Docker wait even more, for its daemon and its containers.
-const DOCKER_THREADS: usize = 4;
+const DOCKER_THREADS: usize = 5;
 /// Limits are longer where everything takes longer, so that more labs can wait.
 const SLOW_THREADS: usize = 4;
 
@@ -48,6 +50,13 @@ pub enum Unkept {
     For(&'static str),
     /// It can't on some hosts.
     Perhaps(&'static str),
+    /// It is asked in words that don't say it: the test fails with one of these.
+    Unsaid {
+        /// What it says then.
+        seen: &'static [&'static str],
+        /// Why there are no such words.
+        reason: &'static str,
+    },
 }
 
 /// One promise, for one backend and one address family.
@@ -57,6 +66,8 @@ pub struct Row {
     pub id: &'static str,
     /// What has to keep it.
     pub backend: Backend,
+    /// In whose words it is asked, if not in netdp's.
+    pub engine: Option<Engine>,
     /// Why the backend can't keep it, if it can't: then it must not.
     pub unkept: Option<Unkept>,
     /// The family that the row is about.
@@ -81,7 +92,8 @@ impl Row {
     }
 
     /// Runs `test` in a lab of its own, then checks that the host has no netfilter rule if the
-    /// backend needs none.
+    /// backend needs none. Where an engine speaks, that is so before as well, and when the engine has
+    /// removed what it made.
     ///
     /// # Errors
     /// When the lab can't be built, or with the lab's description when the test fails.
@@ -91,9 +103,21 @@ impl Row {
         test: impl FnOnce(&Lab) -> Result<()>,
     ) -> Result<Outcome> {
         let builder = Lab::builder().family(self.family).offload(self.offload);
-        let lab = prepare(builder.backend(self.backend)).build()?;
-        let is_clean = || if self.is_ebpf() { lab.expect_no_netfilter() } else { Ok(()) };
-        lab.explain(test(&lab).and_then(|()| is_clean()))?;
+        let builder = prepare(builder.backend(self.backend).by_engine(self.engine));
+        let expect_clean = |lab: &Lab, when: &'static str| match self.is_ebpf() {
+            true => lab.expect_no_netfilter().context(when),
+            false => Ok(()),
+        };
+        let run = |lab: &Lab| test(lab).and_then(|()| expect_clean(lab, "at the end of the test"));
+        if self.engine.is_none() {
+            let lab = builder.build()?;
+            lab.explain(run(&lab))?;
+            return Ok(Outcome::Pass);
+        }
+        stage::with_lab(builder, |lab| {
+            lab.explain(expect_clean(lab, "before the test").and_then(|()| run(lab)))?;
+            lab.explain(lab.clear().and_then(|()| expect_clean(lab, "when all is removed")))
+        })?;
         Ok(Outcome::Pass)
     }
 
@@ -121,8 +145,10 @@ impl Row {
             Offload::On => "",
             Offload::Off => "/offload-off",
         };
+        let engine = self.engine.map(|engine| format!("/by-{}", engine.name()));
+        let engine = engine.unwrap_or_default();
         let (backend, family) = (self.backend.name(), self.family.name());
-        format!("{}/{backend}/{family}{programs}{offload}", self.id)
+        format!("{}/{backend}/{family}{programs}{offload}{engine}", self.id)
     }
 
     /// Runs the test. One that can't pass is skipped for as long as it does not.
@@ -130,12 +156,20 @@ impl Row {
         if let Some(program) = self.backend.missing_program() {
             return Ok(Outcome::Skip(format!("{program} is not installed here")));
         }
+        if let (Some(Engine::Docker), Err(error)) = (self.engine, Installation::find()) {
+            return Ok(Outcome::Skip(brief(&error)));
+        }
         let outcome = catch(|| (self.run)(self));
         match (self.unkept, outcome) {
-            (Some(Unkept::For(reason)), Ok(Outcome::Pass)) => {
+            (Some(Unkept::For(reason) | Unkept::Unsaid { reason, .. }), Ok(Outcome::Pass)) => {
                 Err(anyhow!("it passes, although it is marked as not kept ({reason}): unmark it"))
             }
             (Some(Unkept::For(reason) | Unkept::Perhaps(reason)), Err(_)) => {
+                Ok(Outcome::Skip(reason.to_owned()))
+            }
+            (Some(Unkept::Unsaid { seen, reason }), Err(error))
+                if seen.iter().any(|seen| brief(&error).contains(seen)) =>
+            {
                 Ok(Outcome::Skip(reason.to_owned()))
             }
             (_, outcome) => outcome,
@@ -175,6 +209,11 @@ pub fn skipped(tests: &[Promise], reason: &str) -> Vec<Trial> {
 
 /// Runs rows and records their results where `NETDP_TEST_JSON` says.
 pub fn run_rows(rows: Vec<Row>) -> ExitCode {
+    run_trials(row_trials(rows))
+}
+
+/// Rows as trials, which record their results where `NETDP_TEST_JSON` says.
+pub fn row_trials(rows: Vec<Row>) -> Vec<Trial> {
     let record = Arc::new(Record::new());
     let trials = rows.into_iter().map(|row| {
         let record = Arc::clone(&record);
@@ -188,13 +227,15 @@ pub fn run_rows(rows: Vec<Row>) -> ExitCode {
             }
         })
     });
-    run_trials(trials.collect())
+    trials.collect()
 }
 
 /// Runs trials whose labs have Docker.
 #[must_use]
 pub fn run_docker_trials(trials: Vec<Trial>) -> ExitCode {
-    run_on_threads(trials, DOCKER_THREADS)
+    let code = run_on_threads(trials, DOCKER_THREADS);
+    stage::end();
+    code
 }
 
 /// Runs trials one after the other, in their order: they share what is expensive to start.
@@ -332,4 +373,24 @@ pub fn brief(error: &anyhow::Error) -> String {
     let reports = usize::from(error.downcast_ref::<Report>().is_some());
     let causes: Vec<_> = error.chain().skip(reports).map(ToString::to_string).collect();
     causes.join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_held_to_be_unsaid_is_tried_both_ways() {
+        let outcome = |run| {
+            let unkept = Unkept::Unsaid { seen: &["no word for that"], reason: "nobody speaks so" };
+            let unkept = Some(unkept);
+            let (backend, family, offload) = (Backend::Ebpf, Family::Ipv4, Offload::On);
+            Row { id: "PUB-01", backend, engine: None, unkept, family, offload, run }.outcome()
+        };
+        let unsaid = outcome(|_| bail!("it has no word for that")).unwrap();
+        assert_eq!(unsaid, Outcome::Skip("nobody speaks so".into()));
+        // Said after all, and not kept for another reason.
+        assert!(outcome(|_| Ok(Outcome::Pass)).is_err());
+        assert!(outcome(|_| bail!("timed out")).is_err());
+    }
 }

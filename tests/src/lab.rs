@@ -25,15 +25,15 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::agent::Agent;
-use crate::backend::Backend;
+use crate::agent::{Agent, SMALL_FLOWS};
+use crate::backend::{Backend, Engine, Firewall};
 use crate::diagnose;
 use crate::docker::Docker;
 use crate::harness::Report;
 use crate::namespace::{Fate, Namespace};
 use crate::net::{Family, IPV4, IPV6, Net, ipv4_beside};
-use crate::probe::{Address, locked};
-use crate::runtime::ensure_root;
+use crate::probe::{Address, PATIENCE, locked};
+use crate::runtime::{ensure_root, poll_until};
 
 /// Subnet of the first network of the standard lab.
 pub const SUBNET_A: &str = "172.20.0.0/24";
@@ -72,7 +72,7 @@ enum AgentState {
 }
 
 /// A lab to be built.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LabBuilder {
     family: Family,
     backend: Backend,
@@ -82,6 +82,7 @@ pub struct LabBuilder {
     flows: Option<u32>,
     timeouts: Vec<(&'static str, u32)>,
     serves_docker: bool,
+    engine: Option<Engine>,
     name: Option<String>,
     kept_in: Option<PathBuf>,
 }
@@ -136,6 +137,13 @@ impl LabBuilder {
         self
     }
 
+    /// Has networks and containers asked for in the words of an engine, which netdp serves.
+    #[must_use]
+    pub fn by_engine(mut self, engine: Option<Engine>) -> Self {
+        self.engine = engine;
+        self
+    }
+
     /// Leaves the host without an agent.
     #[must_use]
     pub fn without_agent(mut self) -> Self {
@@ -162,6 +170,18 @@ impl LabBuilder {
     pub fn kept_in(mut self, directory: &Path) -> Self {
         self.kept_in = Some(directory.to_owned());
         self
+    }
+
+    /// What networks are made of.
+    pub(crate) fn chosen_family(&self) -> Family {
+        self.family
+    }
+
+    /// Whether it is the lab that most tests are content with, in whatever family and words.
+    #[must_use]
+    pub fn is_standard(&self) -> bool {
+        let &Self { family, backend, offload, engine, .. } = self;
+        *self == Self { family, backend, offload, engine, ..Lab::builder() }
     }
 
     /// Builds the lab and starts its agent.
@@ -218,18 +238,24 @@ impl LabBuilder {
             return Ok(lab);
         }
         if self.agent != AgentState::Missing {
-            let socket = self.serves_docker.then(|| Docker::plugin_socket(&lab.directory));
+            let serves_docker = self.serves_docker || self.engine == Some(Engine::Docker);
+            let socket = serves_docker.then(|| Docker::plugin_socket(&lab.directory));
             let agent = Agent::new(&lab.host, &lab.directory, uplinks, fate)?
                 .with_timeouts(self.timeouts)
                 .with_docker_socket(socket);
             agent.use_backend(self.backend);
-            lab.agent = Some(match self.flows {
+            // Containers take their time, and so would tables for all that a host may carry.
+            let small = self.engine.map(|_| SMALL_FLOWS);
+            lab.agent = Some(match self.flows.or(small) {
                 Some(flows) => agent.with_flows(flows),
                 None => agent,
             });
         }
         if self.agent == AgentState::Running {
             lab.agent()?.start()?;
+        }
+        if self.engine == Some(Engine::Docker) {
+            lab.docker = Some(Docker::start(&lab.host, &lab.directory, Firewall::Off)?);
         }
         Ok(lab)
     }
@@ -265,6 +291,7 @@ impl Lab {
             flows: None,
             timeouts: Vec::new(),
             serves_docker: false,
+            engine: None,
             name: None,
             kept_in: None,
         }
@@ -274,6 +301,11 @@ impl Lab {
     #[must_use]
     pub fn net(&self) -> &'static Net {
         self.family.net()
+    }
+
+    /// Has networks that are made from now on be of a family, as [`LabBuilder::family`] does.
+    pub(crate) fn turn_to(&mut self, family: Family) {
+        self.family = family;
     }
 
     /// H, with `up0` 10.0.0.2 and 10.0.0.22.
@@ -304,10 +336,17 @@ impl Lab {
         self.agent.as_ref().context("find the agent: the lab has none")
     }
 
-    /// Docker, in whose place it is in the agent's.
+    /// Docker, where it makes the containers: of networks of its own, in the agent's place, or of
+    /// netdp's.
     #[must_use]
     pub fn docker(&self) -> Option<&Docker> {
         self.docker.as_ref()
+    }
+
+    /// Whether networks are netdp's, in whosever words they are asked for, and its command line there.
+    #[must_use]
+    pub fn has_netdp(&self) -> bool {
+        self.agent.is_some()
     }
 
     /// Every namespace, the host first.
@@ -339,8 +378,9 @@ impl Lab {
     /// Removes a container's namespace behind netdp's back.
     ///
     /// # Errors
-    /// When it is gone already.
+    /// When it is gone already, or held by an engine.
     pub fn vanish(&self, container: &Namespace) -> Result<()> {
+        ensure!(self.docker.is_none(), "take a container's namespace away: Docker holds it");
         locked(&self.namespaces).retain(|namespace| namespace != container);
         container.remove()
     }
@@ -385,7 +425,8 @@ impl Lab {
     /// When netdp refuses.
     pub fn create_network_of(&self, name: &str, subnets: &[&str], options: &[&str]) -> Result<()> {
         if let Some(docker) = &self.docker {
-            return docker.create_network(name, subnets, options);
+            docker.create_network(name, subnets, options)?;
+            return self.apply_offload();
         }
         let mut arguments = vec!["network", "create", name];
         for subnet in subnets {
@@ -442,31 +483,83 @@ impl Lab {
         addresses: &[&str],
         published: &[&str],
     ) -> Result<Value> {
-        if let Some(docker) = &self.docker {
-            return docker.connect(network, container, name, addresses, published);
-        }
-        let mut arguments = vec!["connect", network, container.name(), "--name", name];
-        for address in addresses {
-            arguments.extend(["--ip", address]);
-        }
-        for port in published {
-            arguments.extend(["-p", port]);
-        }
-        let endpoint = self.json(&arguments)?;
+        let endpoint = match &self.docker {
+            Some(docker) => {
+                let shown = docker.connect(network, container, name, addresses, published)?;
+                if self.has_netdp() { self.endpoint(network, name)? } else { shown }
+            }
+            None => self.json(&words_to_connect(network, container, name, addresses, published))?,
+        };
         self.apply_offload()?;
         Ok(endpoint)
     }
 
-    /// Disconnects a container from a network; Docker has no other word for it that takes the
-    /// published ports along than removing the container.
+    /// Asks for what should be refused, with a container that goes by its name, and returns why it is.
+    ///
+    /// # Errors
+    /// When it is not refused.
+    pub fn connect_fails(
+        &self,
+        network: &str,
+        container: &Namespace,
+        name: &str,
+        address: impl Address,
+        published: &[&str],
+    ) -> Result<String> {
+        if self.docker.is_some() {
+            let refused = self.connect(network, container, name, address, published);
+            let error = refused.err().context("expect a refusal: the container is connected")?;
+            return Ok(format!("{error:#}"));
+        }
+        let address = address.address().to_string();
+        self.netdp_fails(&words_to_connect(network, container, name, &[&address], published))
+    }
+
+    /// What netdp says of an endpoint.
+    fn endpoint(&self, network: &str, name: &str) -> Result<Value> {
+        let inspected = self.json(&["network", "inspect", network])?;
+        let endpoints = inspected[0]["endpoints"].as_array().into_iter().flatten();
+        let mut named = endpoints.filter(|endpoint| endpoint["name"] == name);
+        named.next().cloned().with_context(|| format!("find endpoint {name}: netdp has none"))
+    }
+
+    /// Disconnects a container from a network.
     ///
     /// # Errors
     /// When netdp refuses.
     pub fn disconnect(&self, network: &str, name: &str) -> Result<()> {
         match &self.docker {
-            Some(docker) => docker.remove(name),
+            Some(docker) => docker.disconnect(network, name),
             None => self.netdp(&["disconnect", network, name]).map(drop),
         }
+    }
+
+    /// Removes in an engine's words what was asked for in them.
+    ///
+    /// # Errors
+    /// When the engine refuses, or something of netdp's is left then.
+    pub fn clear(&self) -> Result<()> {
+        let Some(docker) = &self.docker else { return Ok(()) };
+        docker.clear()?;
+        let is_containers = |namespace: &mut Namespace| {
+            let own = [Some(&self.host), Some(&self.outside), self.second.as_ref()];
+            !own.contains(&Some(namespace))
+        };
+        for container in locked(&self.namespaces).extract_if(.., is_containers) {
+            container.remove()?;
+        }
+        let links = self.host.links()?;
+        let is_netdps = |link: &&String| link.starts_with("nd");
+        let left: Vec<_> = links.iter().filter(is_netdps).collect();
+        ensure!(left.is_empty(), "links are left: {left:?}");
+        let status = self.json(&["status"])?;
+        for what in ["networks", "endpoints", "published"] {
+            ensure!(status[what] == 0, "{what} are left: {}", status[what]);
+        }
+        poll_until(PATIENCE, "the end of all flows", || {
+            let flows = self.json(&["flows"])?;
+            Ok(flows.as_array().is_some_and(Vec::is_empty).then_some(()))
+        })
     }
 
     /// The name of a network's bridge.
@@ -474,7 +567,7 @@ impl Lab {
     /// # Errors
     /// When netdp does not say.
     pub fn bridge(&self, network: &str) -> Result<String> {
-        if self.docker.is_some() {
+        if !self.has_netdp() {
             return Ok(network.to_owned());
         }
         let network = self.json(&["network", "inspect", network])?;
@@ -487,7 +580,7 @@ impl Lab {
     /// # Errors
     /// When netdp refuses.
     pub fn set_policy(&self, network: &str, rules: &str) -> Result<()> {
-        if let Some(docker) = &self.docker {
+        if let (Some(docker), false) = (&self.docker, self.has_netdp()) {
             return docker.set_policy(network, rules);
         }
         let file = self.policy_file(rules)?;
@@ -596,6 +689,20 @@ impl Lab {
         }
         self.apply_offload()
     }
+}
+
+/// The words of `netdp connect`.
+fn words_to_connect<'a>(
+    network: &'a str,
+    container: &'a Namespace,
+    name: &'a str,
+    addresses: &[&'a str],
+    published: &[&'a str],
+) -> Vec<&'a str> {
+    let mut words = vec!["connect", network, container.name(), "--name", name];
+    words.extend(addresses.iter().flat_map(|address| ["--ip", *address]));
+    words.extend(published.iter().flat_map(|port| ["-p", *port]));
+    words
 }
 
 /// The line by which `ip` adds an address of the plan to a link.

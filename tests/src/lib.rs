@@ -30,13 +30,18 @@ pub mod diagnose;
 pub mod docker;
 pub mod figures;
 pub mod harness;
+pub mod kept;
 pub mod kernels;
 pub mod lab;
 pub mod namespace;
 pub mod net;
 pub mod packet;
+#[cfg(test)]
+mod page;
 pub mod podman;
 pub mod probe;
 pub mod runtime;
 pub mod snapshot;
+pub mod stage;
 mod sys;
+pub mod through;

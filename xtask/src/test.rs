@@ -47,6 +47,8 @@ pub(crate) enum Suite {
     Docker,
     /// Container engines as they are, and the plugins, with networks of netdp's
     Engines,
+    /// The same promises, of Docker's containers in networks of netdp's
+    Through,
     /// Restarts, crashes and clean-up of the agent
     Lifecycle,
     /// The demo, as one test
@@ -68,8 +70,8 @@ impl Suite {
 
     /// Whether it is a test of the tests crate, and can run wherever its executable is.
     pub(crate) fn is_executable(self) -> bool {
-        use Suite::{Bench, Demo, Docker, Engines, Tidy, Unit, Vm};
-        !matches!(self, Unit | Tidy | Docker | Engines | Demo | Bench | Vm)
+        use Suite::{Bench, Demo, Docker, Engines, Through, Tidy, Unit, Vm};
+        !matches!(self, Unit | Tidy | Docker | Engines | Through | Demo | Bench | Vm)
     }
 }
 
@@ -125,7 +127,7 @@ fn run_suite(suite: Suite, netdp: &mut Option<PathBuf>, json: Option<&Path>) -> 
         },
         // It needs no agent, and says what it misses.
         Suite::Docker => run_as_root(suite, &borrowed(&[root(&DOCKER)])),
-        Suite::Engines => {
+        Suite::Engines | Suite::Through => {
             let netdp = agent(netdp)?.clone().into_os_string();
             let mut environment = vec![Some(("NETDP_BIN", netdp))];
             environment.extend([DOCKER].iter().chain(&CLIENTS).map(root));

@@ -15,7 +15,7 @@ use netdp_tests::packet::{
 use netdp_tests::probe::{PATIENCE, expect_same};
 use netdp_tests::runtime::poll_until;
 
-use super::{FLOW_COUNTERS, bridge_mac, counted, counted_soon, standard_containers};
+use super::{FLOW_COUNTERS, bridge_mac, counted, counted_soon, neighbours};
 
 /// What every hostile payload contains, so that it is found wherever it gets.
 const MARK: &[u8] = b"marked by the attacker";
@@ -26,7 +26,7 @@ fn is_marked(frame: &[u8]) -> bool {
 
 /// Waits until a drop of whatever reason has been counted.
 fn dropped_soon(lab: &Lab, attempt: impl FnOnce() -> Result<()>) -> Result<()> {
-    if lab.docker().is_some() {
+    if !lab.has_netdp() {
         return attempt();
     }
     let before = lab.counters()?;
@@ -80,7 +80,7 @@ fn rogue_frames(net: &Net, own: [u8; 6], peer: [u8; 6]) -> Result<Vec<Vec<u8>>> 
 pub(crate) fn rogue_configuration_is_dropped(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let (a1, a2) = (&containers.a1, &containers.a2);
         let seen = a2.sniff("eth0", |frame| {
             summarise(frame).is_some_and(|packet| {
@@ -161,7 +161,7 @@ fn absurd(envelope: &Envelope, ports: (u16, u16), net: &Net) -> Result<Vec<Vec<u
 pub(crate) fn absurd_packets_reach_nobody(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let (a1, outside) = (&containers.a1, lab.outside());
         // Not published: reached only if a packet means one thing to netdp and another to A1.
         let closed = a1.udp_server("a1", (net.a1, 81))?;

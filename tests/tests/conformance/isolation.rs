@@ -11,12 +11,12 @@ use netdp_tests::net::{Family, IPV4, IPV6, Net};
 use netdp_tests::packet::{BROADCAST, Envelope, arp, summarise};
 use netdp_tests::probe::{Endpoint, Failure, expect_failure, expect_same};
 
-use super::{counted, counted_soon, standard_containers};
+use super::{counted, counted_soon, neighbours, standard_containers};
 
 pub(crate) fn neighbours_talk_untranslated(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let _tcp = containers.a2.tcp_server("a2", (net.a2, 9))?;
         let _udp = containers.a2.udp_server("a2", (net.a2, 9))?;
         let directions = [
@@ -160,7 +160,7 @@ pub(crate) fn networks_are_walls(row: &Row) -> Result<Outcome> {
 pub(crate) fn direct_access_from_outside_is_dropped(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let outside = lab.outside();
         counted(lab, "direct_access", || outside.tcp((net.a1, 80)).dropped())?;
         counted(lab, "direct_access", || outside.udp((net.a1, 80)).dropped())?;
@@ -177,7 +177,7 @@ pub(crate) fn interface_without_program_opens_no_hole(row: &Row) -> Result<Outco
     row.in_lab(
         |builder| builder.second(SecondInterface::Unlisted),
         |lab| {
-            let containers = standard_containers(lab)?;
+            let containers = neighbours(lab)?;
             let second = lab.second()?;
             // A host that routes between its interfaces: otherwise the stack drops it first.
             lab.host().forward_from("up1", net.family)?;
@@ -213,7 +213,7 @@ pub(crate) fn internal_network_is_closed(row: &Row) -> Result<Outcome> {
         lab.create_network("net-a", net.subnet_a, &["--internal"])?;
         let a1 = lab.attach("net-a", "a1", net.a1, &[])?;
         let a2 = lab.attach("net-a", "a2", net.a2, &[])?;
-        if lab.docker().is_none() {
+        if lab.has_netdp() {
             let reason = lab.netdp_fails(&["publish", "a1", "-p", "8080:80"])?;
             ensure!(reason.contains("internal"), "say why nothing is published: {reason}");
         }

@@ -17,7 +17,7 @@ use netdp_tests::probe::{PATIENCE, expect_same};
 use netdp_tests::runtime::poll_until;
 use netdp_tests::snapshot::Snapshot;
 
-use super::{Containers, expect_no_flows_of, standard_containers};
+use super::{Containers, expect_no_flows_of, neighbours, standard_containers};
 
 /// Names of the endpoints that netdp knows in a network.
 fn endpoint_names(lab: &Lab, network: &str) -> Result<Vec<String>> {
@@ -154,7 +154,7 @@ pub(crate) fn flows_age_out_without_the_agent(row: &Row) -> Result<Outcome> {
     row.in_lab(
         |builder| short.iter().fold(builder, |builder, kind| builder.timeout(kind, SHORT_LIFE)),
         |lab| {
-            let containers = standard_containers(lab)?;
+            let containers = neighbours(lab)?;
             let (a1, a2, outside) = (&containers.a1, &containers.a2, lab.outside());
             let _tcp = outside.tcp_server("outside", (net.outside, 7))?;
             let _udp = outside.udp_server("outside", (net.outside, 7))?;

@@ -13,7 +13,7 @@ use netdp_tests::packet::{Envelope, summarise};
 use netdp_tests::probe::{PATIENCE, allow_open_files, expect_same};
 use netdp_tests::runtime::{patient, poll_until};
 
-use super::{FLOW_COUNTERS, bridge_mac, counted, standard_containers};
+use super::{FLOW_COUNTERS, bridge_mac, counted, neighbours, standard_containers};
 
 /// Connections of the host and of containers, each.
 const CONNECTIONS: u16 = 5000;
@@ -28,7 +28,7 @@ pub(crate) fn host_and_containers_share_a_destination(row: &Row) -> Result<Outco
     let _turn = CROWD.lock().unwrap_or_else(PoisonError::into_inner);
     allow_open_files(u64::from(CONNECTIONS) * 2)?;
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let target = (net.outside, 7);
         let count = usize::from(CONNECTIONS) * 2;
         let server = lab.outside().crowd_server(target, CONNECTIONS * 2)?;
@@ -89,7 +89,7 @@ fn datagrams(
 pub(crate) fn exhausted_ports_are_refused(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let (a1, a2) = (&containers.a1, &containers.a2);
         // Listens and says nothing: as many answers would be another test.
         let _sink = lab.outside().run(|| Ok(UdpSocket::bind((net.outside, 9))?))?;
@@ -162,7 +162,7 @@ pub(crate) fn full_flow_table_breaks_nothing(row: &Row) -> Result<Outcome> {
             lab.host().tcp((net.a1, 80)).exchange()?.by("a1")?;
 
             // The flows of the one that filled it go with it.
-            lab.netdp(&["disconnect", "net-a", "a2"])?;
+            lab.disconnect("net-a", "a2")?;
             a1.udp((net.outside, 7)).exchange()?.saw_client_at(net.host)?;
             outside.tcp((net.host, 8080)).exchange()?.by("a1")?.saw_client_at(net.outside)?;
             exchange_all()
@@ -209,7 +209,7 @@ pub(crate) fn syn_flood_leaves_open_flows_alone(row: &Row) -> Result<Outcome> {
                 destination: net.host,
                 ttl: 64,
             };
-            let before = lab.docker().is_none().then(|| lab.counters()).transpose()?;
+            let before = lab.has_netdp().then(|| lab.counters()).transpose()?;
             let segments = (0..FLOOD).map(|number| {
                 let source = forged_guest(net.guests[0], number);
                 let port = u16::try_from(1024 + number % 60_000).unwrap_or(1024);

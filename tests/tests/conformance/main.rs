@@ -119,7 +119,7 @@ fn main() -> ExitCode {
             for backend in backends {
                 let row = |&(id, run)| {
                     let unkept = unkept(id, backend, family);
-                    Row { id, backend, unkept, family, offload, run }
+                    Row { id, backend, engine: None, unkept, family, offload, run }
                 };
                 rows.extend(CHECKS.iter().map(row).filter(is_worth_it));
             }
@@ -208,7 +208,15 @@ fn unkept(id: &str, backend: Backend, family: Family) -> Option<Unkept> {
     (!backend.is_ebpf()).then_some(row.2)
 }
 
-/// Containers A1, A2 and B1, and what serves in A1.
+/// Containers A1 and A2, and what serves in A1.
+struct Neighbours {
+    a1: Namespace,
+    a2: Namespace,
+    a1_tcp: TcpServer,
+    a1_udp: UdpServer,
+}
+
+/// The same, and B1.
 struct Containers {
     a1: Namespace,
     a2: Namespace,
@@ -217,7 +225,24 @@ struct Containers {
     a1_udp: UdpServer,
 }
 
-/// Creates both networks and their containers; A1 publishes 8080 and serves on port 80.
+/// Creates network a and its containers; A1 publishes 8080 and serves on port 80.
+fn neighbours(lab: &Lab) -> Result<Neighbours> {
+    neighbours_publishing(lab, &[])
+}
+
+/// The same, and A1 publishes these, too.
+fn neighbours_publishing(lab: &Lab, more: &[&str]) -> Result<Neighbours> {
+    let net = lab.net();
+    lab.create_network("net-a", net.subnet_a, &[])?;
+    let published = [&["8080:80", "8080:80/udp"], more].concat();
+    let a1 = lab.attach("net-a", "a1", net.a1, &published)?;
+    let a2 = lab.attach("net-a", "a2", net.a2, &[])?;
+    let a1_tcp = a1.tcp_server("a1", (net.a1, 80))?;
+    let a1_udp = a1.udp_server("a1", (net.a1, 80))?;
+    Ok(Neighbours { a1, a2, a1_tcp, a1_udp })
+}
+
+/// Creates both networks and their containers, the first as [`neighbours`] does.
 fn standard_containers(lab: &Lab) -> Result<Containers> {
     containers_publishing(lab, &[])
 }
@@ -225,14 +250,9 @@ fn standard_containers(lab: &Lab) -> Result<Containers> {
 /// The same, and A1 publishes these, too.
 fn containers_publishing(lab: &Lab, more: &[&str]) -> Result<Containers> {
     let net = lab.net();
-    lab.create_network("net-a", net.subnet_a, &[])?;
     lab.create_network("net-b", net.subnet_b, &[])?;
-    let published = [&["8080:80", "8080:80/udp"], more].concat();
-    let a1 = lab.attach("net-a", "a1", net.a1, &published)?;
-    let a2 = lab.attach("net-a", "a2", net.a2, &[])?;
+    let Neighbours { a1, a2, a1_tcp, a1_udp } = neighbours_publishing(lab, more)?;
     let b1 = lab.attach("net-b", "b1", net.b1, &[])?;
-    let a1_tcp = a1.tcp_server("a1", (net.a1, 80))?;
-    let a1_udp = a1.udp_server("a1", (net.a1, 80))?;
     Ok(Containers { a1, a2, b1, a1_tcp, a1_udp })
 }
 
@@ -247,7 +267,7 @@ fn bridge_mac(lab: &Lab, network: &str) -> Result<[u8; 6]> {
 
 /// Fails unless `attempt` moves the drop counter `reason` and no other. Docker has no such counters.
 fn counted(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -> Result<()> {
-    if lab.docker().is_some() {
+    if !lab.has_netdp() {
         return attempt();
     }
     let before = lab.counters()?;
@@ -257,7 +277,7 @@ fn counted(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -> Res
 
 /// Waits until the counter `reason` has moved: an injected frame has no answer to wait for.
 fn counted_soon(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -> Result<()> {
-    if lab.docker().is_some() {
+    if !lab.has_netdp() {
         return attempt();
     }
     let before = lab.counters()?;
@@ -271,7 +291,7 @@ fn counted_soon(lab: &Lab, reason: &str, attempt: impl FnOnce() -> Result<()>) -
 
 /// Fails when `netdp flows` still knows the address. Packets alone tell what Docker has forgotten.
 fn expect_no_flows_of(lab: &Lab, address: IpAddr) -> Result<()> {
-    if lab.docker().is_some() {
+    if !lab.has_netdp() {
         return Ok(());
     }
     let flows = lab.json(&["flows"])?;

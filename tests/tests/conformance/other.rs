@@ -10,7 +10,7 @@ use netdp_tests::namespace::Namespace;
 use netdp_tests::packet::{Envelope, payload_of, summarise, verify_checksums, verify_sctp};
 use netdp_tests::probe::{PATIENCE, expect_same};
 
-use super::{Containers, bridge_mac, counted_soon, standard_containers};
+use super::{Containers, Neighbours, bridge_mac, containers_publishing, counted_soon, neighbours};
 
 /// IP protocol numbers (IANA).
 const SCTP: u8 = 132;
@@ -81,11 +81,10 @@ fn expect_arrival(
 pub(crate) fn sctp_is_published_under_its_own_number(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = containers_publishing(lab, &["7000/sctp"])?;
         let Containers { a1, a2, b1, .. } = &containers;
         let reason = lab.netdp_fails(&["publish", "a1", "-p", "7001:7000/sctp"])?;
         ensure!(reason.contains("7000:7000/sctp"), "say what can be had: {reason}");
-        lab.netdp(&["publish", "a1", "-p", "7000/sctp"])?;
 
         // From the world, and back; the checksum stays right without anybody's doing.
         let out0 = (lab.outside(), "out0");
@@ -143,8 +142,8 @@ pub(crate) fn sctp_is_published_under_its_own_number(row: &Row) -> Result<Outcom
 pub(crate) fn other_protocols_leave_by_address(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
-        let Containers { a1, a2, .. } = &containers;
+        let containers = neighbours(lab)?;
+        let Neighbours { a1, a2, .. } = &containers;
         let (out0, eth0) = ((lab.outside(), "out0"), (a1, "eth0"));
         for protocol in [GRE, ESP] {
             let number = protocol.into();

@@ -12,7 +12,7 @@ use netdp_tests::packet::{Envelope, summarise, summarise_packet, verify_checksum
 use netdp_tests::probe::{Answer, Endpoint, IcmpError, PATIENCE, Ping, expect_same};
 use netdp_tests::runtime::poll_until;
 
-use super::{containers_publishing, counted, standard_containers};
+use super::{containers_publishing, counted, neighbours, standard_containers};
 
 /// Runs TCP, UDP and ping from a container to E, which must see it at `seen_as`.
 fn expect_seen_as(lab: &Lab, container: &Namespace, seen_as: IpAddr) -> Result<()> {
@@ -114,7 +114,7 @@ fn icmp_error(ping: &Ping) -> Result<IcmpError> {
 pub(crate) fn first_hop_is_the_gateway(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let error = icmp_error(&containers.a1.ping(net.outside).ttl(1))?;
         expect_same("time exceeded", &(error.kind, error.code), &net.time_exceeded)?;
         expect_same("the first hop", &error.source, &net.gateway_a)?;
@@ -127,7 +127,7 @@ pub(crate) fn first_hop_is_the_gateway(row: &Row) -> Result<Outcome> {
 pub(crate) fn too_large_packets_are_reported_or_fragmented(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let a1 = &containers.a1;
         lab.host().ip("link set up0 mtu 1400\n")?;
         lab.outside().ip("link set out0 mtu 1400\n")?;
@@ -198,7 +198,7 @@ pub(crate) fn host_services_see_the_container(row: &Row) -> Result<Outcome> {
 pub(crate) fn host_answers_pings(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let _containers = standard_containers(lab)?;
+        let _containers = neighbours(lab)?;
         lab.outside().ping(net.host).replied()?;
         lab.outside().ping(net.host_second).replied()?;
         lab.host().ping(net.outside).replied()
@@ -320,7 +320,7 @@ fn is_from_a_container(frame: &[u8]) -> bool {
 pub(crate) fn uplinks_come_and_go(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let a1 = &containers.a1;
         let (host, outside) = (lab.host(), lab.outside());
         let _first = outside.tcp_server("outside", (net.outside, 7))?;
@@ -368,7 +368,7 @@ pub(crate) fn nothing_leaves_by_an_interface_without_program(row: &Row) -> Resul
     row.in_lab(
         |builder| builder.second(SecondInterface::Unlisted),
         |lab| {
-            let containers = standard_containers(lab)?;
+            let containers = neighbours(lab)?;
             let a1 = &containers.a1;
             let leaks = lab.second()?.sniff("out1", is_from_a_container)?;
             counted(lab, "no_uplink", || a1.tcp((net.second, 7)).dropped())?;
@@ -404,7 +404,7 @@ pub(crate) fn nothing_leaves_by_an_interface_without_program(row: &Row) -> Resul
 pub(crate) fn uplink_on_an_uplink_works(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let [ours, theirs] = [2, 3].map(|host| net.with_prefix(net.on_link(3, host)));
         lab.host().ip(&format!(
             "link add link up0 name upper0 type macvlan mode bridge\n\
@@ -459,7 +459,7 @@ pub(crate) fn errors_of_the_path_come_back(row: &Row) -> Result<Outcome> {
 pub(crate) fn tunnel_is_an_uplink(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let (a1, host, outside) = (&containers.a1, lab.host(), lab.outside());
         let _tunnel = host.tunnel(outside, "tun4")?;
         let [ours, theirs] = [2, 3].map(|host| net.on_link(4, host));

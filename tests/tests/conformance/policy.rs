@@ -7,12 +7,12 @@ use netdp_tests::harness::{Outcome, Row};
 use netdp_tests::lab::Lab;
 use netdp_tests::probe::expect_same;
 
-use super::{Containers, counted, standard_containers};
+use super::{Neighbours, counted, neighbours};
 
 /// Fails unless exactly the first sources reach the published port.
 fn expect_admitted(
     lab: &Lab,
-    containers: &Containers,
+    containers: &Neighbours,
     listed: &[IpAddr],
     others: &[IpAddr],
 ) -> Result<()> {
@@ -39,7 +39,7 @@ fn expect_admitted(
 pub(crate) fn listed_sources_pass_and_others_do_not(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let [first, _, third, ..] = net.guests;
         let allow_only = |sources: &str| {
             lab.set_policy("net-a", &format!("# only\nallow from {sources}\ndeny from any\n"))
@@ -75,7 +75,7 @@ pub(crate) fn listed_sources_pass_and_others_do_not(row: &Row) -> Result<Outcome
 pub(crate) fn bad_rule_file_is_refused_whole(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let [first, second, third, ..] = net.guests;
         lab.set_policy("net-a", &format!("allow from {first}\ndeny from any\n"))?;
         let before = lab.netdp(&["policy", "show", "net-a", "--json"])?;
@@ -103,7 +103,7 @@ pub(crate) fn bad_rule_file_is_refused_whole(row: &Row) -> Result<Outcome> {
 pub(crate) fn first_match_decides(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let (all, first) = (net.guests_prefix, net.guests[0]);
         let text = format!("deny from {first}\nallow from {all}\ndeny from any\n");
         lab.set_policy("net-a", &text)?;
@@ -119,7 +119,7 @@ pub(crate) fn first_match_decides(row: &Row) -> Result<Outcome> {
 pub(crate) fn narrower_rules_hold_where_they_are_written(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let narrow = format!("allow from {}-{}\n", net.guests[1], net.guests[2]);
         let broad = format!("deny from {}\n", net.guests_prefix);
         lab.set_policy("net-a", &format!("{narrow}{broad}"))?;
@@ -137,7 +137,7 @@ pub(crate) fn narrower_rules_hold_where_they_are_written(row: &Row) -> Result<Ou
 pub(crate) fn new_deny_cuts_an_open_flow(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let open = || lab.outside().tcp((net.host, 8080)).from((net.guests[0], 0)).open();
         let mut cut = open()?;
         cut.exchange(100_000)?.by("a1")?;
@@ -156,14 +156,15 @@ pub(crate) fn new_deny_cuts_an_open_flow(row: &Row) -> Result<Outcome> {
 pub(crate) fn allow_put_back_opens_again(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let allowed = format!("allow from {}\ndeny from any\n", net.guests[0]);
         lab.set_policy("net-a", &allowed)?;
         let mut session = lab.outside().tcp((net.host, 8080)).from((net.guests[0], 0)).open()?;
         session.exchange(100_000)?.by("a1")?;
-        match lab.docker() {
-            Some(docker) => docker.set_policy("net-a", "deny from any\n")?,
-            None => lab.netdp(&["policy", "rm", "net-a", "1"]).map(drop)?,
+        if lab.has_netdp() {
+            lab.netdp(&["policy", "rm", "net-a", "1"])?;
+        } else {
+            lab.set_policy("net-a", "deny from any\n")?;
         }
         counted(lab, "policy", || {
             ensure!(session.exchange(1000).is_err(), "the flow outlived its allow");

@@ -5,6 +5,8 @@ use std::net::{IpAddr, TcpListener, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use netdp_tests::agent::Agent;
+use netdp_tests::docker::Docker;
 use netdp_tests::harness::{Outcome, Row};
 use netdp_tests::lab::Lab;
 use netdp_tests::net::Net;
@@ -13,7 +15,10 @@ use netdp_tests::probe::{Endpoint, Failure, PATIENCE, TcpServer, expect_same};
 use netdp_tests::runtime::{patient, poll_until};
 use serde_json::Value;
 
-use super::{containers_publishing, counted_soon, expect_no_flows_of, standard_containers};
+use super::{
+    containers_publishing, counted_soon, expect_no_flows_of, neighbours, neighbours_publishing,
+    standard_containers,
+};
 
 /// Bytes of a datagram that fills a frame.
 const FULL_DATAGRAM_BYTES: usize = 1400;
@@ -21,7 +26,7 @@ const FULL_DATAGRAM_BYTES: usize = 1400;
 pub(crate) fn client_address_reaches_the_container(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let _containers = standard_containers(lab)?;
+        let _containers = neighbours(lab)?;
         let seen = lab.outside().tcp((net.host, 8080)).exchange()?;
         seen.by("a1")?.saw_client_at(net.outside)?;
         expect_same("the client's port", &seen.peer, &seen.client_local)?;
@@ -75,8 +80,8 @@ pub(crate) fn host_reaches_the_published_port(row: &Row) -> Result<Outcome> {
         let _outside = lab.outside().tcp_server("outside", (net.outside, 8080))?;
         lab.host().tcp((net.outside, 8080)).exchange()?.by("outside")?.saw_client_at(net.host)?;
 
-        if lab.docker().is_some() {
-            // What it has published stays so for as long as the container runs.
+        if !lab.has_netdp() {
+            // What Docker has published stays so for as long as the container runs.
             return Ok(());
         }
         let mut session = lab.host().udp((net.host, 8080)).open()?;
@@ -91,21 +96,18 @@ pub(crate) fn host_reaches_the_published_port_by_loopback(row: &Row) -> Result<O
     let net = row.net();
     row.in_standard_lab(|lab| {
         let here = Net::publish_on(net.loopback, "8082:80");
-        let _containers = containers_publishing(lab, &[&here])?;
+        let _containers = neighbours_publishing(lab, &[&here])?;
         expect_host_reaches(lab, net.loopback)?;
         // One that is published on loopback only is there, and nowhere else.
         lab.host().tcp((net.loopback, 8082)).exchange()?.by("a1")?.saw_client_at(net.gateway_a)?;
         lab.host().tcp((net.host, 8082)).refused()?;
         lab.outside().tcp((net.host, 8082)).refused()?;
         // The agent does it all without a process for each port.
-        let agent = match lab.docker() {
-            Some(docker) => u64::from(docker.pid()),
-            None => lab.json(&["status"])?["pid"].as_u64().context("read the agent's pid")?,
-        };
-        let mut children = children_of(agent)?;
-        // What Docker has whatever is published: one for all, and one for each container.
-        children.retain(|name| !name.starts_with("Name:\tcontainerd"));
-        expect_same("processes of the agent", &children, &vec![])?;
+        let agent = lab.agent().ok().and_then(Agent::pid);
+        let daemon = lab.docker().map(Docker::pid);
+        for pid in [agent, daemon].into_iter().flatten() {
+            expect_same("processes for its ports", &processes_for_ports(pid)?, &vec![])?;
+        }
         // And is not needed for it, where packets from there can be sent on.
         if row.is_ebpf() {
             lab.agent()?.kill9()?;
@@ -116,23 +118,36 @@ pub(crate) fn host_reaches_the_published_port_by_loopback(row: &Row) -> Result<O
     })
 }
 
-/// The processes whose parent is `pid`.
-fn children_of(pid: u64) -> Result<Vec<String>> {
-    let mut children = Vec::new();
+/// What Docker has whatever is published: a daemon, one for all containers, and one for each.
+const WITHOUT_PORTS: [&str; 3] = ["dockerd", "containerd", "containerd-shim"];
+
+/// The names of the processes below `pid` that may be there for published ports.
+fn processes_for_ports(pid: u32) -> Result<Vec<String>> {
+    let mut found = Vec::new();
     for entry in fs::read_dir("/proc").context("list processes")? {
+        let entry = entry.context("list processes")?;
         // Other entries have no such file, and processes come and go.
-        let Ok(status) = fs::read_to_string(entry?.path().join("status")) else { continue };
-        if status.lines().any(|line| line == format!("PPid:\t{pid}")) {
-            children.extend(status.lines().next().map(String::from));
+        let Ok(status) = fs::read_to_string(entry.path().join("status")) else { continue };
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+        let (Some(name), Some(parent)) = (field("Name:\t"), field("PPid:\t")) else { continue };
+        if parent != pid.to_string() {
+            continue;
+        }
+        if name == "dockerd" {
+            let child = entry.file_name().to_string_lossy().parse().context("read a pid")?;
+            found.extend(processes_for_ports(child)?);
+        }
+        if !WITHOUT_PORTS.contains(&name) {
+            found.push(name.to_owned());
         }
     }
-    Ok(children)
+    Ok(found)
 }
 
 pub(crate) fn neighbour_reaches_the_published_port(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         for host in [(net.host, 8080), (net.host_second, 8080), (net.gateway_a, 8080)] {
             let seen = containers.a2.tcp(host).exchange()?;
             seen.by("a1")?.saw_client_at(net.a2)?;
@@ -148,7 +163,7 @@ pub(crate) fn neighbour_reaches_the_published_port(row: &Row) -> Result<Outcome>
 pub(crate) fn container_reaches_its_own_published_port(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let seen = containers.a1.tcp((net.host, 8080)).exchange()?;
         seen.by("a1")?.saw_client_at(net.gateway_a)?;
         let seen = containers.a1.udp((net.host, 8080)).exchange()?;
@@ -205,7 +220,7 @@ pub(crate) fn other_host_addresses_stay_the_hosts(row: &Row) -> Result<Outcome> 
 pub(crate) fn outside_port_of_the_same_number_is_reached(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let _tcp = lab.outside().tcp_server("outside", (net.outside, 8080))?;
         let _udp = lab.outside().udp_server("outside", (net.outside, 8080))?;
         for container in [&containers.a1, &containers.a2] {
@@ -274,15 +289,24 @@ pub(crate) fn every_port_of_an_address_is_published_at_once(row: &Row) -> Result
     let net = row.net();
     row.in_standard_lab(|lab| {
         lab.create_network("net-a", net.subnet_a, &[])?;
-        let a1 = lab.attach("net-a", "a1", net.a1, &[])?;
+        let a1 = lab.container("a1")?;
         let (host, outside) = (lab.host(), lab.outside());
         let address = net.host_second;
         let all = Net::publish_on(address, "1-65535:1-65535");
         // Those that the kernel chooses from, for programs that don't mind.
         let chosen_udp = Net::publish_on(address, "32768-49999:32768-49999/udp");
+        // Docker publishes when a container starts, netdp whenever it is told.
+        let is_dockers = lab.docker().is_some();
+        if !is_dockers {
+            lab.connect("net-a", &a1, "a1", net.a1, &[])?;
+        }
         let publish = || -> Result<()> {
             let started = Instant::now();
-            lab.netdp(&["publish", "a1", "-p", &all])?;
+            if is_dockers {
+                lab.connect("net-a", &a1, "a1", net.a1, &[&all])?;
+            } else {
+                lab.netdp(&["publish", "a1", "-p", &all])?;
+            }
             let took = started.elapsed();
             ensure!(took < patient(AT_ONCE), "it took {took:?}");
             Ok(())
@@ -292,16 +316,18 @@ pub(crate) fn every_port_of_an_address_is_published_at_once(row: &Row) -> Result
         let servers = [22, 8000, 40_000].map(|port| host.tcp_server("host", (address, port)));
         let servers = servers.into_iter().collect::<Result<Vec<_>>>()?;
         let _elsewhere = host.tcp_server("host", (net.host, 443))?;
-        let reason = lab.netdp_fails(&["publish", "a1", "-p", &all])?;
+        let reason = match is_dockers {
+            true => lab.connect_fails("net-a", &a1, "a1", net.a1, &[&all])?,
+            false => lab.netdp_fails(&["publish", "a1", "-p", &all])?,
+        };
         for port in [22, 8000, 40_000] {
             let port = (address, port).endpoint().to_string();
             ensure!(reason.contains(&port), "name {port}: {reason}");
         }
         ensure!(!reason.contains(":443 "), "443 is another address's: {reason}");
-        let published = || -> Result<usize> {
-            let network = lab.json(&["network", "inspect", "net-a"])?;
-            let list = network[0]["endpoints"][0]["published"].as_array();
-            Ok(list.context("read the published ports")?.len())
+        let published = || -> Result<u64> {
+            let status = lab.json(&["status"])?;
+            status["published"].as_u64().context("read how many ports are published")
         };
         expect_same("published ports", &published()?, &0)?;
         outside.tcp((address, 22)).exchange()?.by("host")?;
@@ -325,6 +351,10 @@ pub(crate) fn every_port_of_an_address_is_published_at_once(row: &Row) -> Result
             Ok(())
         };
         expect_published()?;
+        if is_dockers {
+            // What follows is between netdp and the host.
+            return Ok(());
+        }
         // The host goes on to dial, from this address, too; containers by another one.
         let _tcp = outside.tcp_server("outside", (net.outside, 7))?;
         let _udp = outside.udp_server("outside", (net.outside, 7))?;
@@ -353,27 +383,20 @@ pub(crate) fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
     row.in_standard_lab(|lab| {
         lab.create_network("net-a", net.subnet_a, &[])?;
         let a1 = lab.container("a1")?;
-        let address = net.a1.to_string();
-        let arguments = ["connect", "net-a", a1.name(), "--name", "a1", "--ip", &address, "-p"];
-        let connect = |ports: &[&str]| lab.connect("net-a", &a1, "a1", net.a1, ports);
-        let refuse = |port: &str| match (lab.docker(), connect(&[port])) {
-            (_, Ok(endpoint)) => bail!("publish a port that is in use: {endpoint}"),
-            (Some(_), Err(error)) => Ok(format!("{error:#}")),
-            (None, Err(_)) => lab.netdp_fails(&[&arguments[..], &[port]].concat()),
-        };
-
         let tcp = lab.host().tcp_server("host", (net.any, 8080))?;
         let udp = lab.host().udp_server("host", (net.host_second, 8080))?;
+        // As `ps` has it.
+        let program = fs::read_to_string("/proc/self/comm").context("read this program's name")?;
         let pid = std::process::id().to_string();
         let on_host = Net::publish_on(net.host, "8080:80");
         let on_second = Net::publish_on(net.host_second, "8080:80/udp");
         for port in ["8080:80", &on_host, "8080:80/udp", &on_second] {
-            let reason = refuse(port)?;
+            let reason = lab.connect_fails("net-a", &a1, "a1", net.a1, &[port])?;
             ensure!(reason.contains("8080"), "name the port: {reason}");
-            if lab.docker().is_some() {
+            if !lab.has_netdp() {
                 continue;
             }
-            let named = reason.contains(&pid) || reason.contains("conformance");
+            let named = reason.contains(&pid) || reason.contains(program.trim());
             ensure!(named, "name the process {pid} that has the port: {reason}");
             let network = lab.json(&["network", "inspect", "net-a"])?;
             expect_same("endpoints", &network[0]["endpoints"], &Value::Array(vec![]))?;
@@ -382,7 +405,7 @@ pub(crate) fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
         tcp.end_after_clients()?;
         drop(udp);
 
-        connect(&["8080:80", "8080:80/udp"])?;
+        lab.connect("net-a", &a1, "a1", net.a1, &["8080:80", "8080:80/udp"])?;
         let _server = a1.tcp_server("a1", (net.a1, 80))?;
         for address in [(net.any, 8080), (net.host, 8080), (net.loopback, 8080)] {
             let tcp = || TcpListener::bind(address).map(drop).context("bind tcp");
@@ -391,7 +414,7 @@ pub(crate) fn ports_in_use_are_refused_both_ways(row: &Row) -> Result<Outcome> {
             expect_in_use(lab.host().run(udp))?;
         }
         lab.outside().tcp((net.host, 8080)).exchange()?.by("a1")?;
-        if lab.docker().is_some() {
+        if !lab.has_netdp() {
             // Nor can a second container have it.
             let refused = lab.attach("net-a", "a2", net.a2, &["8080:80"]);
             ensure!(refused.is_err(), "two containers publish one port");
@@ -427,7 +450,7 @@ fn expect_in_use(bound: Result<()>) -> Result<()> {
 pub(crate) fn udp_flow_never_reaches_a_successor(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let mut client = lab.outside().udp((net.host, 8080)).from((net.outside, 5000)).open()?;
         client.exchange()?.by("a1")?;
         client.exchange()?.by("a1")?;
@@ -456,9 +479,9 @@ pub(crate) fn udp_flow_never_reaches_a_successor(row: &Row) -> Result<Outcome> {
 pub(crate) fn unpublish_ends_open_flows(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         // What Docker has published stays so for as long as the container runs.
-        if lab.docker().is_none() {
+        if lab.has_netdp() {
             let mut session = lab.outside().tcp((net.host, 8080)).open()?;
             session.exchange(100_000)?.by("a1")?;
             lab.netdp(&["unpublish", "a1", "-p", "8080:80"])?;
@@ -491,7 +514,7 @@ pub(crate) fn chosen_port_is_reported_and_stays(row: &Row) -> Result<Outcome> {
         let _server = a1.tcp_server("a1", (net.a1, 80))?;
         let dialled = (net.host, port);
         lab.outside().tcp(dialled).exchange()?.by("a1")?.saw_client_at(net.outside)?;
-        if lab.docker().is_some() {
+        if !lab.has_netdp() {
             // Its containers end with it, unless they are told to outlive it.
             return Ok(());
         }
@@ -560,20 +583,23 @@ pub(crate) fn ports_follow_the_way_out(row: &Row) -> Result<Outcome> {
         lab.create_network("net-a", net.subnet_a, &[])?;
         lab.create_network("net-b", net.subnet_b, &[])?;
         let ipv6 = if net.is_ipv4() { "--ipv6=false" } else { "--ipv6=true" };
-        lab.netdp(&["network", "create", "closed", "--internal", ipv6])?;
-        let c = lab.container("c")?;
-        let in_a = || lab.connect("net-a", &c, "c", net.a1, &["8080:80", "8080:80/udp"]);
-        let in_b = |ports: &[&str]| lab.connect("net-b", &c, "c", net.b1, ports);
+        lab.create_network_of("closed", &[], &["--internal", ipv6])?;
+        let c = lab.container("c1")?;
+        // Docker publishes when a container starts, and leaves open where that leads to.
+        let ports: [&[&str]; 3] = match lab.docker() {
+            Some(_) => [&["8080:80", "8080:80/udp", "8081:81"], &[], &[]],
+            None => [&[], &["8080:80", "8080:80/udp"], &["8081:81"]],
+        };
         // A network without a way out is none, though it came first.
-        lab.netdp(&["connect", "closed", c.name(), "--name", "c"])?;
-        in_a()?;
-        in_b(&["8081:81"])?;
-        let _tcp = [80, 81].map(|port| c.tcp_server("c", (net.any, port)));
+        lab.connect_at("closed", &c, "c1", &[], ports[0])?;
+        lab.connect("net-a", &c, "c1", net.a1, ports[1])?;
+        lab.connect("net-b", &c, "c1", net.b1, ports[2])?;
+        let _tcp = [80, 81].map(|port| c.tcp_server("c1", (net.any, port)));
         let _outside = lab.outside().tcp_server("outside", (net.outside, 7))?;
         let expect_at = |address: IpAddr, ports: &[(u16, u16)]| -> Result<()> {
             for &(host, container) in ports {
                 let seen = lab.outside().tcp((net.host, host)).bytes(10_000).exchange()?;
-                seen.by("c")?.saw_client_at(net.outside)?;
+                seen.by("c1")?.saw_client_at(net.outside)?;
                 expect_same("the container's end", &seen.local, &(address, container).endpoint())?;
                 let seen = lab.host().tcp((net.loopback, host)).bytes(10_000).exchange()?;
                 expect_same("the container's end", &seen.local, &(address, container).endpoint())?;
@@ -584,24 +610,26 @@ pub(crate) fn ports_follow_the_way_out(row: &Row) -> Result<Outcome> {
         let both = [(8080, 80), (8081, 81)];
         expect_at(net.a1, &both)?;
         let mut session = lab.outside().tcp((net.host, 8080)).open()?;
-        session.exchange(1000)?.by("c")?;
+        session.exchange(1000)?.by("c1")?;
 
-        // The other network is the way out now, and the first one comes too late to be it again.
-        lab.netdp(&["disconnect", "net-a", "c"])?;
+        // The other network is the way out now, and the first one comes too late to be it again. To
+        // Docker it is for its name, of which net-a is the first.
+        lab.disconnect("net-a", "c1")?;
         ensure!(session.exchange(1000).is_err(), "a session outlived its endpoint");
         expect_at(net.b1, &both)?;
-        lab.connect("net-a", &c, "c", net.a1, &[])?;
-        expect_at(net.b1, &both)?;
+        lab.connect("net-a", &c, "c1", net.a1, &[])?;
+        let way_out = if lab.docker().is_some() { net.a1 } else { net.b1 };
+        expect_at(way_out, &both)?;
         lab.agent()?.kill9()?;
         lab.agent()?.start()?;
-        expect_at(net.b1, &both)?;
-        lab.netdp(&["disconnect", "net-b", "c"])?;
+        expect_at(way_out, &both)?;
+        lab.disconnect("net-b", "c1")?;
         expect_at(net.a1, &both)?;
         // What is unpublished, wherever it is now, is gone.
-        lab.netdp(&["unpublish", "c", "--network", "net-a", "-p", "8081:81"])?;
+        lab.netdp(&["unpublish", "c1", "--network", "net-a", "-p", "8081:81"])?;
         lab.outside().tcp((net.host, 8081)).refused()?;
         expect_at(net.a1, &both[..1])?;
-        lab.netdp(&["disconnect", "net-a", "c"])?;
+        lab.disconnect("net-a", "c1")?;
         lab.outside().tcp((net.host, 8080)).refused()?;
         lab.host().tcp_server("host", (net.any, 8080)).map(drop)
     })

@@ -12,12 +12,12 @@ use netdp_tests::packet::{Envelope, advertise_neighbour, arp, solicit_neighbour,
 use netdp_tests::probe::{Endpoint, PATIENCE, expect_same};
 use netdp_tests::runtime::poll_until;
 
-use super::{bridge_mac, counted_soon, standard_containers};
+use super::{bridge_mac, counted_soon, neighbours};
 
 pub(crate) fn forged_sources_are_dropped(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let (a1, a2) = (&containers.a1, &containers.a2);
         let neighbour = a2.udp_server("a2", (net.a2, 7))?;
         a1.udp((net.a2, 7)).exchange()?.by("a2")?;
@@ -113,7 +113,7 @@ fn neighbour_mac(container: &Namespace, address: IpAddr) -> Result<Option<String
 pub(crate) fn outside_can_not_pretend_to_be_inside(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let outside = lab.outside();
         let honest = Envelope {
             source_mac: outside.mac("out0")?,
@@ -345,7 +345,7 @@ fn expect_refused(lab: &Lab, arguments: &[&str]) -> Result<()> {
 pub(crate) fn ports_of_the_host_stay_the_hosts(row: &Row) -> Result<Outcome> {
     let net = row.net();
     row.in_standard_lab(|lab| {
-        let containers = standard_containers(lab)?;
+        let containers = neighbours(lab)?;
         let a1 = &containers.a1;
         let _outside = lab.outside().tcp_server("outside", (net.outside, 7))?;
         let _outside_udp = lab.outside().udp_server("outside", (net.outside, 7))?;

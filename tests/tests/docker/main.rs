@@ -73,7 +73,8 @@ fn rows(
     for (place, &(id, run)) in conformance::CHECKS.iter().enumerate() {
         for &family in FAMILIES {
             let backend = Backend::Docker(firewall);
-            let row = Row { id, backend, unkept: None, family, offload: Offload::On, run };
+            let row =
+                Row { id, backend, engine: None, unkept: None, family, offload: Offload::On, run };
             let comparison = Arc::clone(comparison);
             trials.push(match unasked(id, firewall) {
                 Some(reason) => skipped(row.trial_name(), reason.to_owned()),

@@ -27,7 +27,7 @@ use self::wire::{
     CreateEndpoint, CreateNetwork, Endpoint, External, Join, Joined, MadeEndpoint, Network,
 };
 use crate::{
-    api::{BODY_LIMIT, server::global_id},
+    api::server::global_id,
     controller::{ChangeError, Controller},
     model::{self, Refusal, engine::short_id},
 };
@@ -40,6 +40,10 @@ const MEDIA_TYPE: &str = "application/vnd.docker.plugins.v1.2+json";
 
 /// What Docker uses, or used on an earlier run: where one of them is, it will ask for its plugins.
 const TRACES: [&str; 2] = ["/run/docker", "/var/lib/docker"];
+
+/// Largest call in bytes: Docker says more than a hundred for each port of a container, in every call
+/// about one of its endpoints, and all ports of each protocol fit.
+const CALL_LIMIT: usize = 64 << 20;
 
 /// Where Docker's daemon looks for a plugin that goes by the name of netdp.
 pub const PLUGIN_SOCKET: &str = "/run/docker/plugins/netdp.sock";
@@ -160,7 +164,7 @@ impl Driver {
             .route("/NetworkDriver.DiscoverDelete", post(nothing))
             .merge(ipam::router())
             .fallback(unknown)
-            .layer(DefaultBodyLimit::max(BODY_LIMIT))
+            .layer(DefaultBodyLimit::max(CALL_LIMIT))
             .with_state(self)
     }
 }
