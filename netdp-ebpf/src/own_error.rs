@@ -19,7 +19,7 @@ pub(crate) fn is_possible<F: Family>(ctx: &TcContext) -> bool {
 /// Translates the packet at offset `ip` if it is such an error, and leaves any other as it is.
 #[inline(always)]
 pub(crate) fn translate<F: Family>(ctx: &TcContext, ip: usize) {
-    let Ok(mut packet) = Packet::<F>::parse(ctx, ip, 0) else { return };
+    let Ok(packet) = Packet::<F>::parse(ctx, ip, 0) else { return };
     if packet.transport != Transport::Error {
         return;
     }
@@ -28,6 +28,6 @@ pub(crate) fn translate<F: Family>(ctx: &TcContext, ip: usize) {
     if let Some(half) = flow::find(&packet, zone) {
         // Without memory to rewrite it in, the error goes out as it is: it names an address that
         // its receiver can't use.
-        let _ = packet.rewrite(&half.to);
+        let _ = packet.rewrite(0);
     }
 }
