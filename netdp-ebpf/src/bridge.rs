@@ -61,7 +61,7 @@ pub(crate) fn into_network<F: Family>(ctx: &TcContext) -> Decision {
         && half.stage == stage::EGRESS
         && half.reply_zone() == id
     {
-        packet.rewrite(0).or_else(|reason| drop(reason, id))?;
+        packet.rewrite_by_parts(0).or_else(|reason| drop(reason, id))?;
         return Ok(Verdict::Pass);
     }
     if let Some(endpoint) = F::endpoint(packet.destination)

@@ -28,6 +28,6 @@ pub(crate) fn translate<F: Family>(ctx: &TcContext, ip: usize) {
     if let Some(half) = flow::find(&packet, zone) {
         // Without memory to rewrite it in, the error goes out as it is: it names an address that
         // its receiver can't use.
-        let _ = packet.rewrite(0);
+        let _ = packet.rewrite_by_parts(0);
     }
 }

@@ -429,6 +429,9 @@ impl<'a, F: Family> Packet<'a, F> {
     /// Rewrites addresses and ports, and all checksums with them, as the half says that it follows, which
     /// lies in [`crate::maps::Maps::half`]; of its hops it loses so many, fewer than it has.
     ///
+    /// Of a program that has this in it, the kernel unshares every packet before it runs: so it is for
+    /// those that translate most of what they see.
+    ///
     /// Errors: the kernel refused a write (no memory to unshare the packet).
     #[inline(always)]
     pub(crate) fn rewrite(&self, lost: u8) -> Result<(), Reason> {
@@ -447,8 +450,9 @@ impl<'a, F: Family> Packet<'a, F> {
             && self.is_plain_frame()
     }
 
+    /// The same by helpers alone, which unshare what they write to.
     #[inline(always)]
-    fn rewrite_by_parts(&self, lost: u8) -> Result<(), Reason> {
+    pub(crate) fn rewrite_by_parts(&self, lost: u8) -> Result<(), Reason> {
         let (Some(rewrite), Some(half)) = (F::rewrite(), F::half()) else {
             return Err(Reason::NotReady);
         };

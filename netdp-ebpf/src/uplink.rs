@@ -179,7 +179,7 @@ pub(crate) fn to_uplink<F: Family>(ctx: &TcContext) -> Decision {
     // `from_container` has opened a flow for everything that may leave.
     match flow::find(&packet, id) {
         Some(half) if half.stage == stage::EGRESS && half.reply_zone() == ZONE_WORLD => {
-            packet.rewrite(0).or_else(|reason| drop(reason, id))?;
+            packet.rewrite_by_parts(0).or_else(|reason| drop(reason, id))?;
             Ok(Verdict::Pass)
         }
         // A container has no other source than its own: an uplink on top of this one (VLAN,
