@@ -25,7 +25,7 @@ pub(crate) fn translate<F: Family>(ctx: &TcContext, ip: usize) {
     }
     // An error counts as an answer to what it quotes, so to the flow table a container sends it.
     let Some(zone) = F::network_of(packet.tuple.src) else { return };
-    if let Some(half) = flow::find(&packet, zone) {
+    if flow::find(&packet, zone).is_some() {
         // Without memory to rewrite it in, the error goes out as it is: it names an address that
         // its receiver can't use.
         let _ = packet.rewrite_by_parts(0);

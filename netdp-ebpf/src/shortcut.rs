@@ -183,7 +183,7 @@ pub(crate) fn send<F: Family>(skb: *mut __sk_buff, exit: u32, limit: u32) -> i32
     if !lasts || !packet.is_plain_frame() || !packet.fits(limit.min(interface.mtu)) {
         return LEFT;
     }
-    match carry(&packet, half, exit, interface, is_switched) {
+    match carry(&packet, exit, interface, is_switched) {
         Ok(code) => {
             maps::count_lane(Lane::Fast);
             code
@@ -195,7 +195,6 @@ pub(crate) fn send<F: Family>(skb: *mut __sk_buff, exit: u32, limit: u32) -> i32
 #[inline(always)]
 fn carry<F: Family>(
     packet: &Packet<'_, F>,
-    half: &Flow<F::Address>,
     exit: u32,
     interface: &Interface,
     is_switched: bool,
