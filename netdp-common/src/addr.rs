@@ -84,6 +84,9 @@ pub trait Address:
     /// comparison without a branch, of which the verifier would follow each.
     fn xor(self, other: Self) -> u32;
 
+    /// Its words as they lie in a packet, each as in [`Be32::raw`].
+    fn words(&self) -> &[u32];
+
     /// The part of the address that `mask` leaves.
     #[must_use]
     fn masked(self, mask: Self) -> Self;
@@ -158,6 +161,11 @@ impl Address for Be32 {
     }
 
     #[inline(always)]
+    fn words(&self) -> &[u32] {
+        core::slice::from_ref(&self.raw)
+    }
+
+    #[inline(always)]
     fn masked(self, mask: Self) -> Self {
         Self { raw: self.raw & mask.raw }
     }
@@ -221,6 +229,11 @@ impl Address for Be128 {
     fn xor(self, other: Self) -> u32 {
         let ([a, b, c, d], [e, f, g, h]) = (self.raw, other.raw);
         (a ^ e) | (b ^ f) | (c ^ g) | (d ^ h)
+    }
+
+    #[inline(always)]
+    fn words(&self) -> &[u32] {
+        &self.raw
     }
 
     #[inline(always)]

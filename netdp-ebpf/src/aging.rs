@@ -56,13 +56,13 @@ pub(crate) fn collect<F: Family>(skb: *mut __sk_buff) -> i32 {
     suspect.removed as i32
 }
 
-/// Notes that a flow has begun, and looks after the oldest where nobody else does.
+/// Notes that a flow has begun `now`, and looks after the oldest where nobody else does.
 ///
 /// A sub-program of its own, for the stack of its caller.
 #[inline(never)]
-pub(crate) fn begin<F: Family>(key: &FlowKey<F::Address>) {
+pub(crate) fn begin<F: Family>(key: &FlowKey<F::Address>, now: u32) {
     let Some(collection) = maps::collection() else { return };
-    let is_agent_there = kernel::now().saturating_sub(collection.at) < AGENT_SECONDS;
+    let is_agent_there = now.saturating_sub(collection.at) < AGENT_SECONDS;
     let is_queued = F::enqueue(key);
     if is_queued && is_agent_there {
         return;

@@ -53,8 +53,7 @@ pub(crate) fn into_network<F: Family>(ctx: &TcContext) -> Decision {
     }
     let origin = maps::interface(arrived_at);
     let zone = origin.filter(is_network).map_or(ZONE_WORLD, |origin| origin.network);
-    let mut packet =
-        Packet::<F>::parse(ctx, EthHdr::LEN, zone).or_else(|reason| drop(reason, id))?;
+    let packet = Packet::<F>::parse(ctx, EthHdr::LEN, zone).or_else(|reason| drop(reason, id))?;
     packet.remember_ports();
     // An answer on its way back to a container that dialled one of the host's addresses.
     if zone != ZONE_WORLD
@@ -62,7 +61,7 @@ pub(crate) fn into_network<F: Family>(ctx: &TcContext) -> Decision {
         && half.stage == stage::EGRESS
         && half.reply_zone() == id
     {
-        packet.rewrite(&half.to).or_else(|reason| drop(reason, id))?;
+        packet.rewrite_by_parts(0).or_else(|reason| drop(reason, id))?;
         return Ok(Verdict::Pass);
     }
     if let Some(endpoint) = F::endpoint(packet.destination)

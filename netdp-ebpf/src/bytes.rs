@@ -75,23 +75,23 @@ impl Bytes {
     /// Reads what begins at `offset`: whole words.
     #[inline(always)]
     pub(crate) fn read<T: Pod>(self, offset: usize, to: &mut T) {
-        const { assert!(size_of::<T>().is_multiple_of(4)) };
+        const { assert!(size_of::<T>().is_multiple_of(4) && align_of::<T>() >= 4) };
         let words = (&raw mut *to).cast::<u32>();
         for word in 0..size_of::<T>() / 4 {
             let value = self.word(offset + 4 * word);
-            // SAFETY: within `to`, of which any bytes are a value.
-            unsafe { words.wrapping_add(word).write_unaligned(value) };
+            // SAFETY: within `to`, whose words are aligned, and of which any bytes are a value.
+            unsafe { words.wrapping_add(word).write(value) };
         }
     }
 
     /// Writes what begins at `offset`: whole words.
     #[inline(always)]
     pub(crate) fn write<T: Pod>(self, offset: usize, from: &T) {
-        const { assert!(size_of::<T>().is_multiple_of(4)) };
+        const { assert!(size_of::<T>().is_multiple_of(4) && align_of::<T>() >= 4) };
         let words = (&raw const *from).cast::<u32>();
         for word in 0..size_of::<T>() / 4 {
-            // SAFETY: within `from`, all of whose bytes are written.
-            let value = unsafe { words.wrapping_add(word).read_unaligned() };
+            // SAFETY: within `from`, whose words are aligned, and all of whose bytes are written.
+            let value = unsafe { words.wrapping_add(word).read() };
             self.set_word(offset + 4 * word, value);
         }
     }

@@ -102,7 +102,7 @@ fn judge<F: Family>(ctx: &TcContext) -> Decision {
     let mut sender = Sender::at(ctx)?;
     // Who forges a MAC address may well forge the rest: the frame comes first.
     let parsed = Packet::<F>::parse(ctx, EthHdr::LEN, sender.id);
-    let mut packet = sender.check(parsed)?;
+    let packet = sender.check(parsed)?;
     sender.check_frame(ctx, &packet.frame())?;
     sender.require(F::CARRIED)?;
     if let Some(decision) = F::on_link(&packet, &sender) {
@@ -119,12 +119,12 @@ fn judge<F: Family>(ctx: &TcContext) -> Decision {
     }
     // Flow first: an answer must match before isolation can drop it.
     match flow::follow(&packet, sender.id, sender.interface.generation)? {
-        Some(half) => send_on(&mut packet, half, &sender),
+        Some(half) => send_on(&packet, half, &sender),
         None => {
             if sender.is_for_neighbour && !sender.network.has(flag::ICC) {
                 return sender.drop(Reason::Icc);
             }
-            decide(&mut packet, &sender)
+            decide(&packet, &sender)
         }
     }
 }
@@ -152,7 +152,7 @@ pub(crate) fn other_from_container(ctx: &TcContext) -> Decision {
 
 /// What becomes of a packet without a flow.
 #[inline(always)]
-fn decide<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision {
+fn decide<F: Family>(packet: &Packet<'_, F>, sender: &Sender) -> Decision {
     let destination = packet.destination;
     let network = sender.network;
     let subnet = F::subnet(network);
@@ -192,7 +192,7 @@ pub(crate) fn poses_as_dhcp_server<F: Family>(packet: &Packet<'_, F>) -> bool {
 
 /// To one of the host's own addresses: a published port, or the host itself.
 #[inline(always)]
-fn to_host<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision {
+fn to_host<F: Family>(packet: &Packet<'_, F>, sender: &Sender) -> Decision {
     let network = sender.network;
     if network.has(flag::ISOLATED) {
         return sender.drop(Reason::HostAccess);
@@ -213,7 +213,7 @@ fn to_host<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision {
 /// To a port that a container publishes, perhaps the sender itself.
 #[inline(always)]
 fn to_published<F: Family>(
-    packet: &mut Packet<'_, F>,
+    packet: &Packet<'_, F>,
     sender: &Sender,
     target: &Published<F::Address>,
 ) -> Decision {
@@ -236,6 +236,8 @@ fn to_published<F: Family>(
         // It would not take an answer from its own address off the wire.
         half.to.src = F::subnet(sender.network).gateway;
         new.ports = SourcePorts::Host;
+    } else {
+        half.exit = shortcut::exit_to(endpoint);
     }
     if !same_network {
         let Some(network) = maps::network(target.network) else {
@@ -257,7 +259,7 @@ fn to_published<F: Family>(
 
 /// Out through an uplink.
 #[inline(always)]
-fn to_world<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision {
+fn to_world<F: Family>(packet: &Packet<'_, F>, sender: &Sender) -> Decision {
     let network = sender.network;
     if packet.ttl <= 1 {
         // The stack answers, and can't forward it.
@@ -278,6 +280,7 @@ fn to_world<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision 
     new.ports = SourcePorts::Kept;
     let half = &mut new.half;
     half.generation = sender.interface.generation;
+    half.exit = shortcut::exit_by(route, exit);
     half.stage = stage::EGRESS;
     if network.has(flag::MASQUERADE) {
         half.to.src = *source;
@@ -299,7 +302,7 @@ fn to_world<F: Family>(packet: &mut Packet<'_, F>, sender: &Sender) -> Decision 
 /// Sends a packet of a flow on its way.
 #[inline(always)]
 fn send_on<F: Family>(
-    packet: &mut Packet<'_, F>,
+    packet: &Packet<'_, F>,
     half: &Flow<F::Address>,
     sender: &Sender,
 ) -> Decision {
@@ -318,7 +321,7 @@ fn send_on<F: Family>(
                 return Ok(sent);
             }
             if stage == stage::INGRESS {
-                sender.check(packet.rewrite(&half.to))?;
+                sender.check(packet.rewrite(0))?;
             }
             Ok(Verdict::Pass)
         }
@@ -351,19 +354,15 @@ fn leave<F: Family>(
 /// Rewrites the packet and lets the bridge carry it to its peer in the same network. The bridge
 /// does not send out of the port it received on, so what is for the sender itself turns around.
 #[inline(always)]
-fn switch<F: Family>(
-    packet: &mut Packet<'_, F>,
-    half: &Flow<F::Address>,
-    sender: &Sender,
-) -> Decision {
-    let Some(peer) = F::endpoint(half.to.dst).filter(|peer| peer.network == sender.id) else {
-        return sender.drop(Reason::StaleFlow);
-    };
+fn switch<F: Family>(packet: &Packet<'_, F>, half: &Flow<F::Address>, sender: &Sender) -> Decision {
     let is_for_itself = half.to.dst == *F::address(sender.interface);
     if !is_for_itself && let Some(sent) = shortcut::into_container(packet, half, sender.id)? {
         return Ok(sent);
     }
-    sender.check(packet.rewrite(&half.to))?;
+    let Some(peer) = F::endpoint(half.to.dst).filter(|peer| peer.network == sender.id) else {
+        return sender.drop(Reason::StaleFlow);
+    };
+    sender.check(packet.rewrite(0))?;
     sender.check(packet.set_destination_mac(&peer.mac))?;
     if is_for_itself {
         sender.check(packet.set_source_mac(&sender.network.mac))?;

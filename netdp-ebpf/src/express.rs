@@ -4,13 +4,9 @@
 //! the stack), reading the packet where it lies. It decides nothing: whatever is not as plain as can
 //! be, and one packet of each flow in a second, is left to the program, untouched.
 
-use aya_ebpf::{
-    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
-    programs::TcContext,
-};
+use aya_ebpf::programs::TcContext;
 use netdp_common::{
     addr::Address,
-    checksum::Difference,
     counter::Reason,
     flow::{Flow, FlowKey, IPPROTO_TCP, IPPROTO_UDP, ZONE_WORLD, flag, seen, stage},
     interface::{Interface, role},
@@ -23,8 +19,8 @@ use crate::{
     kernel, maps,
     maps::Lane,
     packet,
-    rewrite::{TCP_CHECKSUM, UDP_CHECKSUM},
-    shortcut,
+    rewrite::UDP_CHECKSUM,
+    shortcut, stroke,
     verdict::{Decision, drop},
 };
 
@@ -72,18 +68,12 @@ impl Plain for V6 {
     }
 }
 
-/// What is rewritten.
-struct Head<A> {
-    /// The four bytes before the addresses: one is the time to live, and IPv4's checksum is there.
-    before: [u8; 4],
-    /// Key of the flow, of which addresses and ports follow in the packet.
-    key: FlowKey<A>,
-}
-
-/// What else there is to know of a packet.
+/// What there is to know of a packet besides its flow.
 struct Rest {
     /// Bytes, IP header included: of each packet that it will be cut into.
     bytes: u32,
+    /// Hops that it has left.
+    life: u8,
     /// Bits of [`seen`].
     shown: u8,
     /// TCP: acknowledgement number, host byte order.
@@ -127,10 +117,10 @@ fn take<F: Plain>(
     {
         return Ok(LEFT);
     }
-    let Some((mut head, rest)) = read::<F>(ctx, frame.at(EthHdr::LEN), zone) else {
+    let Some((key, rest)) = read::<F>(ctx, frame.at(EthHdr::LEN), zone) else {
         return Ok(LEFT);
     };
-    let Some(flow) = F::flow(&head.key) else { return Ok(LEFT) };
+    let Some(flow) = F::flow(&key) else { return Ok(LEFT) };
     // Once: it may change any time.
     let half = *flow.peek();
     if half.generation != generation
@@ -142,8 +132,7 @@ fn take<F: Plain>(
     }
     let Some(exit) = maps::near_interface(half.exit) else { return Ok(LEFT) };
     let is_switched = half.stage == stage::SWITCH;
-    let life = &mut head.before[F::TTL as usize + 4 - F::ADDRESSES as usize];
-    let is_at_its_end = *life <= 1 && !is_switched;
+    let is_at_its_end = rest.life <= 1 && !is_switched;
     let leads_there = match exit.role {
         role::UPLINK => half.reply_zone() == ZONE_WORLD,
         role::ENDPOINT => shortcut::leads_to_endpoint::<F>(exit, &half),
@@ -152,11 +141,10 @@ fn take<F: Plain>(
     if !leads_there || is_at_its_end || rest.bytes > exit.mtu {
         return Ok(LEFT);
     }
-    if head.key.proto == IPPROTO_TCP {
+    if key.proto == IPPROTO_TCP {
         flow.acknowledge(&half, rest.acknowledged);
     }
-    let lost = u8::from(!is_switched);
-    match send::<F>(ctx, &mut head, &half, exit, lost) {
+    match send::<F>(ctx, key.proto, &half, exit, is_switched) {
         Ok(code) => {
             maps::count_lane(Lane::Fast);
             Ok(code)
@@ -171,12 +159,6 @@ fn is_from(frame: Bytes, mac: &[u8; 6]) -> bool {
     frame.half(6) == u16::from_ne_bytes([a, b]) && frame.word(8) == u32::from_ne_bytes([c, d, e, f])
 }
 
-#[inline(always)]
-fn halves(mac: &[u8; 6]) -> [u16; 3] {
-    let [a, b, c, d, e, f] = *mac;
-    [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]), u16::from_ne_bytes([e, f])]
-}
-
 /// Whether the policy that has a say has not changed since it was asked.
 #[inline(always)]
 fn is_approved<A: Address>(half: &Flow<A>) -> bool {
@@ -187,7 +169,7 @@ fn is_approved<A: Address>(half: &Flow<A>) -> bool {
 
 /// Reads TCP that neither begins nor ends, or UDP.
 #[inline(always)]
-fn read<F: Plain>(ctx: &TcContext, ip: Bytes, zone: u32) -> Option<(Head<F::Address>, Rest)> {
+fn read<F: Plain>(ctx: &TcContext, ip: Bytes, zone: u32) -> Option<(FlowKey<F::Address>, Rest)> {
     let ip_header = size_of::<F::Header>();
     let (length, transport) = (F::length(ip), ip.at(ip_header));
     if !F::is_plain(ip) || EthHdr::LEN as u32 + length > ctx.len() {
@@ -216,80 +198,21 @@ fn read<F: Plain>(ctx: &TcContext, ip: Bytes, zone: u32) -> Option<(Head<F::Addr
     }
     let segment = kernel::segment_size(ctx.skb.skb);
     let bytes = if segment == 0 { length } else { headers + segment };
-    let mut head = Head { before: [0; 4], key: FlowKey::new(zone, Default::default(), proto) };
-    let first = F::ADDRESSES as usize - 4;
-    ip.read(first, &mut head.before);
-    ip.read(first + 4, &mut head.key.tuple);
-    Some((head, Rest { bytes, shown, acknowledged }))
+    let mut key = FlowKey::new(zone, Default::default(), proto);
+    ip.read(F::ADDRESSES as usize, &mut key.tuple);
+    let life = ip.byte(F::TTL as usize);
+    Some((key, Rest { bytes, life, shown, acknowledged }))
 }
 
-/// Rewrites the packet, of whose life `lost` are lost, and sends it out of `exit`.
+/// Rewrites the packet and sends it out of `exit`.
 #[inline(always)]
 fn send<F: Plain>(
     ctx: &TcContext,
-    head: &mut Head<F::Address>,
+    proto: u8,
     half: &Flow<F::Address>,
     exit: &Interface,
-    lost: u8,
+    is_switched: bool,
 ) -> Result<i32, Reason> {
-    let skb = ctx.skb.skb;
-    let (from, to) = (head.key.tuple, half.to);
-    let addresses = from.src.difference(to.src).plus(from.dst.difference(to.dst));
-    let at_transport = (EthHdr::LEN + size_of::<F::Header>()) as u32;
-    let (offset, flags) = if head.key.proto == IPPROTO_TCP {
-        (TCP_CHECKSUM, 0)
-    } else {
-        (UDP_CHECKSUM, u64::from(BPF_F_MARK_MANGLED_0))
-    };
-    let checksum = at_transport + offset;
-    if from.src.xor(to.src) | from.dst.xor(to.dst) != 0 {
-        kernel::update_checksum(skb, checksum, addresses, flags | u64::from(BPF_F_PSEUDO_HDR))?;
-    }
-    if from.ports() != to.ports() {
-        let ports = Difference::of(from.ports(), to.ports());
-        kernel::update_checksum(skb, checksum, ports, flags)?;
-    }
-    let before = head.before;
-    let first = F::ADDRESSES as usize - 4;
-    head.before[F::TTL as usize - first] -= lost;
-    // What checksums see: the two bytes that the time to live is one of.
-    let pair = (F::TTL as usize - first) & !1;
-    let half_word = |bytes: [u8; 4]| u32::from(u16::from_ne_bytes([bytes[pair], bytes[pair + 1]]));
-    let changed = addresses.plus(Difference::of(half_word(before), half_word(head.before)));
-    match F::HEADER_CHECKSUM {
-        Some(offset) => {
-            let at = offset as usize - first;
-            let there = u16::from_ne_bytes([head.before[at], head.before[at + 1]]);
-            let sum = Difference::of(0, u32::from(!there)).plus(changed);
-            let [a, b] = sum.checksum().to_ne_bytes();
-            head.before[at] = a;
-            head.before[at + 1] = b;
-        }
-        None => kernel::account(skb, changed),
-    }
-    head.key.tuple = to;
-    // The kernel may have moved the packet.
-    let Some(frame) = Bytes::of(ctx, at_transport as usize + 4) else {
-        return Err(Reason::Rewrite);
-    };
-    let ip = frame.at(EthHdr::LEN);
-    ip.write(first, &head.before);
-    ip.write(first + 4, &head.key.tuple);
-    if exit.role == role::UPLINK {
-        return Ok(kernel::redirect_neighbour(half.exit));
-    }
-    let source = if lost == 0 {
-        [frame.half(6), frame.half(8), frame.half(10)]
-    } else {
-        halves(&maps::network(exit.network).ok_or(Reason::NotReady)?.mac)
-    };
-    let destination = halves(&exit.mac);
-    let pair = |a: u16, b: u16| {
-        let ([a, b], [c, d]) = (a.to_ne_bytes(), b.to_ne_bytes());
-        u32::from_ne_bytes([a, b, c, d])
-    };
-    frame.set_word(0, pair(destination[0], destination[1]));
-    frame.set_word(4, pair(destination[2], source[0]));
-    frame.set_word(8, pair(source[1], source[2]));
-    Ok(kernel::redirect_peer(skb, half.exit))
+    stroke::rewrite::<F>(ctx, proto, &half.to, u8::from(!is_switched))?;
+    shortcut::deliver(ctx, half.exit, exit, is_switched)
 }

@@ -356,7 +356,7 @@ fn begin_counted<F: Family>(skb: *mut __sk_buff, network: u32, kind: u32, limit:
         if let Some(usage) = usage {
             usage.add(1);
         }
-        aging::begin::<F>(&new.key);
+        aging::begin::<F>(&new.key, new.half.last_seen);
     }
     if opened == Opened::New as u32 || opened == Opened::There as u32 {
         maps::count(network, kind, kernel::length(skb));
@@ -421,7 +421,7 @@ fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config)
     new.reply.flags = new.half.flags & !(flag::ORIGINAL | flag::MAPPED);
     new.reply.pad = 0;
     new.half.write_peer_key(new.key.proto, &mut new.reply_key);
-    let mut next = kernel::random();
+    let mut next = 0;
     let mut is_chosen = may_keep::<F>(ports, new.key.proto, new.half.to.sport, config);
     let mut is_mapped = ports == SourcePorts::Mapped;
     // Most ports are free, and the insertion tells which is not.
@@ -482,7 +482,7 @@ fn insert_half<F: Family>(key: &FlowKey<F::Address>, half: &Flow<F::Address>) ->
 }
 
 /// Sets a source port that no flow to the same destination has, looking from `next` on, which
-/// moves; the first one, unseen, if `is_bold`. `false` where none was found.
+/// moves; any one, unseen, if `is_bold`. `false` where none was found.
 #[inline(always)]
 fn choose_port<F: Family>(
     new: &mut NewFlow<F>,
@@ -491,6 +491,9 @@ fn choose_port<F: Family>(
     is_bold: bool,
 ) -> bool {
     let span = u32::from(config.nat_last.wrapping_sub(config.nat_first)) + 1;
+    if is_bold {
+        *next = kernel::random();
+    }
     for _ in 0..PORT_TRIES {
         let offset = *next % span;
         *next = next.wrapping_add(1);

@@ -28,6 +28,7 @@ mod rewrite;
 mod shortcut;
 mod sock_addr;
 mod socket;
+mod stroke;
 mod subprogram;
 mod uplink;
 mod verdict;

@@ -4,7 +4,7 @@
 //! numbers in COUNTERS. The per-CPU arrays are scratch of one program run: not pinned, and read by nobody
 //! else.
 
-use core::arch::asm;
+use core::{arch::asm, ptr::NonNull};
 
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
@@ -545,14 +545,14 @@ pub(crate) fn collection() -> Option<&'static Collection> {
 
 /// The number of flows that an endpoint has opened.
 #[derive(Clone, Copy)]
-pub(crate) struct Usage(*mut u64);
+pub(crate) struct Usage(NonNull<u64>);
 
 impl Usage {
     /// As it was a moment ago.
     #[inline(always)]
     pub(crate) fn get(self) -> u64 {
         // SAFETY: an aligned word of a map, checked for null by the lookup.
-        unsafe { self.0.read_volatile() }
+        unsafe { self.0.as_ptr().read_volatile() }
     }
 
     /// Adds to it; other CPUs do, too.
@@ -561,14 +561,17 @@ impl Usage {
         // The target has this instruction from its first version on, but none that returns a
         // value (Linux 5.12), so `core` offers no atomics for it.
         // SAFETY: as in `get`; the kernel's programs touch the word in no other way.
-        unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) self.0, in(reg) number) };
+        unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) self.0.as_ptr(), in(reg) number) };
     }
 }
 
-/// See [`Usage`]; `None` where the agent counts for nobody.
+/// See [`Usage`]; `None` where the agent counts for nobody, and for the world, whose generation is 0.
 #[inline(always)]
 pub(crate) fn usage(generation: u32) -> Option<Usage> {
-    USAGE.get_ptr_mut(generation).map(Usage)
+    if generation == 0 {
+        return None;
+    }
+    USAGE.get_ptr_mut(generation).and_then(NonNull::new).map(Usage)
 }
 
 /// What a socket of the host dialled before it came to talk to this peer.

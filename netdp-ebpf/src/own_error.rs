@@ -19,15 +19,15 @@ pub(crate) fn is_possible<F: Family>(ctx: &TcContext) -> bool {
 /// Translates the packet at offset `ip` if it is such an error, and leaves any other as it is.
 #[inline(always)]
 pub(crate) fn translate<F: Family>(ctx: &TcContext, ip: usize) {
-    let Ok(mut packet) = Packet::<F>::parse(ctx, ip, 0) else { return };
+    let Ok(packet) = Packet::<F>::parse(ctx, ip, 0) else { return };
     if packet.transport != Transport::Error {
         return;
     }
     // An error counts as an answer to what it quotes, so to the flow table a container sends it.
     let Some(zone) = F::network_of(packet.tuple.src) else { return };
-    if let Some(half) = flow::find(&packet, zone) {
+    if flow::find(&packet, zone).is_some() {
         // Without memory to rewrite it in, the error goes out as it is: it names an address that
         // its receiver can't use.
-        let _ = packet.rewrite(&half.to);
+        let _ = packet.rewrite_by_parts(0);
     }
 }

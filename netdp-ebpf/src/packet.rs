@@ -29,7 +29,7 @@ use network_types::{
 
 use crate::{
     family::Family,
-    kernel, maps,
+    kernel, maps, stroke,
     verdict::{Decision, drop},
 };
 
@@ -329,7 +329,7 @@ pub(crate) struct Headers<F: Family> {
 /// An IP packet.
 pub(crate) struct Packet<'a, F: Family> {
     ctx: &'a TcContext,
-    headers: &'static mut Headers<F>,
+    headers: &'static Headers<F>,
 }
 
 impl<F: Family> Deref for Packet<'_, F> {
@@ -375,7 +375,13 @@ impl<'a, F: Family> Packet<'a, F> {
         }
     }
 
-    /// The context, for helpers that want it raw.
+    /// The context.
+    #[inline(always)]
+    pub(crate) fn context(&self) -> &TcContext {
+        self.ctx
+    }
+
+    /// The same, for helpers that want it raw.
     #[inline(always)]
     pub(crate) fn skb(&self) -> *mut __sk_buff {
         self.ctx.skb.skb
@@ -420,14 +426,38 @@ impl<'a, F: Family> Packet<'a, F> {
         self.headers.bytes(self.ctx.skb.skb) <= mtu
     }
 
-    /// Rewrites addresses and ports to `to`, and all checksums with them.
+    /// Rewrites addresses and ports, and all checksums with them, as the half says that it follows, which
+    /// lies in [`crate::maps::Maps::half`]; of its hops it loses so many, fewer than it has.
+    ///
+    /// Of a program that has this in it, the kernel unshares every packet before it runs: so it is for
+    /// those that translate most of what they see.
     ///
     /// Errors: the kernel refused a write (no memory to unshare the packet).
     #[inline(always)]
-    pub(crate) fn rewrite(&mut self, to: &Tuple<F::Address>) -> Result<(), Reason> {
-        let Some(rewrite) = F::rewrite() else { return Err(Reason::NotReady) };
+    pub(crate) fn rewrite(&self, lost: u8) -> Result<(), Reason> {
+        match if self.is_simple() { F::stroke(self.skb(), lost.into()) } else { stroke::LEFT } {
+            stroke::LEFT => self.rewrite_by_parts(lost),
+            stroke::DONE => Ok(()),
+            _ => Err(Reason::Rewrite),
+        }
+    }
+
+    /// Whether it is plain as far as its headers tell, see [`stroke`].
+    #[inline(always)]
+    fn is_simple(&self) -> bool {
+        matches!(self.transport, Transport::Tcp | Transport::Udp)
+            && !self.outer.headless
+            && self.is_plain_frame()
+    }
+
+    /// The same by helpers alone, which unshare what they write to.
+    #[inline(always)]
+    pub(crate) fn rewrite_by_parts(&self, lost: u8) -> Result<(), Reason> {
+        let (Some(rewrite), Some(half)) = (F::rewrite(), F::half()) else {
+            return Err(Reason::NotReady);
+        };
         rewrite.from = self.tuple;
-        rewrite.to = *to;
+        rewrite.to = half.to;
         rewrite.ip = self.ip;
         rewrite.l4 = self.outer.l4 as u32;
         rewrite.proto = self.proto.into();
@@ -439,8 +469,7 @@ impl<'a, F: Family> Packet<'a, F> {
         if F::apply(self.ctx.skb.skb) == 0 {
             return Err(Reason::Rewrite);
         }
-        self.headers.tuple = *to;
-        Ok(())
+        if lost == 0 { Ok(()) } else { self.set_life(self.ttl.wrapping_sub(lost)) }
     }
 
     /// Makes this hop the packet's last, so that nobody forwards it.
@@ -456,7 +485,7 @@ impl<'a, F: Family> Packet<'a, F> {
     ///
     /// Errors: the kernel refused a write.
     #[inline(always)]
-    pub(crate) fn set_life(&self, ttl: u8) -> Result<(), Reason> {
+    fn set_life(&self, ttl: u8) -> Result<(), Reason> {
         let is_set = set_life(self.ctx.skb.skb, self.headers, ttl.into());
         if is_set { Ok(()) } else { Err(Reason::Rewrite) }
     }

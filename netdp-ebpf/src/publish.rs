@@ -18,8 +18,9 @@ pub(crate) fn target<F: Family>(packet: &Packet<'_, F>) -> Option<Published<F::A
     if !matches!(packet.transport, Transport::Tcp | Transport::Udp | Transport::Sctp) {
         return None;
     }
-    let target = at::<F>(packet.tuple.dst, packet.tuple.dport, packet.proto)
-        .or_else(|| at::<F>(F::Address::default(), packet.tuple.dport, packet.proto))?;
+    // Who has a port on all addresses shares it with nobody, and most are published like that.
+    let target = at::<F>(F::Address::default(), packet.tuple.dport, packet.proto)
+        .or_else(|| at::<F>(packet.tuple.dst, packet.tuple.dport, packet.proto))?;
     // The kernel gives such ports to programs that dial, and asks nobody.
     let is_ephemeral = maps::config().is_some_and(|config| {
         let port = packet.tuple.dport.get();

@@ -3,7 +3,7 @@
 //! Writes go through the kernel's checksum helpers, which know CHECKSUM_PARTIAL and
 //! CHECKSUM_COMPLETE. What a checksum changes by is what the addresses change by and what the
 //! ports change by, each computed once. The one sub-program that all hooks call keeps their stacks
-//! small.
+//! small. Plain packets go a shorter way ([`crate::stroke`]).
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},

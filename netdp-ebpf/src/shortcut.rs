@@ -7,11 +7,14 @@
 use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use netdp_common::{
     counter::Reason,
+    endpoint::Endpoint,
     flow::{Flow, stage},
     interface::{Interface, flag as interface_flag, role},
 };
+use network_types::eth::EthHdr;
 
 use crate::{
+    bytes::Bytes,
     container::Sender,
     family::Family,
     flow, kernel, maps,
@@ -57,11 +60,27 @@ pub(crate) fn out<F: Family>(
     route: Route,
     exit: &Interface,
 ) -> Decision<Option<Verdict>> {
-    let has_way = is_open() && exit.flags & interface_flag::ETHERNET != 0;
+    flow::note_exit(packet, zone, half, exit_by(route, exit));
+    by::<F>(packet, half, if has_way(exit) { route.ifindex } else { 0 }, route.mtu)
+}
+
+/// What to note as [`Flow::exit`] of a half whose packets leave by this route.
+#[inline(always)]
+pub(crate) fn exit_by(route: Route, exit: &Interface) -> u32 {
     // What goes by a route with a smaller MTU than its interface's is looked at each time.
-    let is_plain = route.mtu >= exit.mtu;
-    flow::note_exit(packet, zone, half, if has_way && is_plain { route.ifindex } else { 0 });
-    by::<F>(packet, half, if has_way { route.ifindex } else { 0 }, route.mtu)
+    if has_way(exit) && route.mtu >= exit.mtu { route.ifindex } else { 0 }
+}
+
+/// What to note as [`Flow::exit`] of a half that leads to a container.
+#[inline(always)]
+pub(crate) fn exit_to(endpoint: &Endpoint) -> u32 {
+    if is_open() { endpoint.ifindex } else { 0 }
+}
+
+/// Whether packets can leave past the stack by an uplink.
+#[inline(always)]
+fn has_way(exit: &Interface) -> bool {
+    is_open() && exit.flags & interface_flag::ETHERNET != 0
 }
 
 /// The host's end of the veth of the container that a half leads to; 0 where it is not the
@@ -157,14 +176,14 @@ fn by<F: Family>(
 #[inline(always)]
 pub(crate) fn send<F: Family>(skb: *mut __sk_buff, exit: u32, limit: u32) -> i32 {
     let ctx = TcContext::new(skb);
-    let Some(mut packet) = Packet::<F>::parsed(&ctx) else { return LEFT };
+    let Some(packet) = Packet::<F>::parsed(&ctx) else { return LEFT };
     let (Some(half), Some(interface)) = (F::half(), maps::interface(exit)) else { return LEFT };
     let is_switched = half.stage == stage::SWITCH;
     let lasts = is_switched || packet.ttl > 1;
     if !lasts || !packet.is_plain_frame() || !packet.fits(limit.min(interface.mtu)) {
         return LEFT;
     }
-    match carry(&mut packet, half, exit, interface, is_switched) {
+    match carry(&packet, exit, interface, is_switched) {
         Ok(code) => {
             maps::count_lane(Lane::Fast);
             code
@@ -175,23 +194,46 @@ pub(crate) fn send<F: Family>(skb: *mut __sk_buff, exit: u32, limit: u32) -> i32
 
 #[inline(always)]
 fn carry<F: Family>(
-    packet: &mut Packet<'_, F>,
-    half: &Flow<F::Address>,
+    packet: &Packet<'_, F>,
     exit: u32,
     interface: &Interface,
     is_switched: bool,
 ) -> Result<i32, Reason> {
-    packet.rewrite(&half.to)?;
-    if !is_switched {
-        packet.set_life(packet.ttl - 1)?;
-    }
+    packet.rewrite(u8::from(!is_switched))?;
+    deliver(packet.context(), exit, interface, is_switched)
+}
+
+/// Sends a packet, as it is, out of the uplink `exit`, or into the container there: from another member
+/// of its network if `is_switched`, else from the bridge.
+#[inline(always)]
+pub(crate) fn deliver(
+    ctx: &TcContext,
+    exit: u32,
+    interface: &Interface,
+    is_switched: bool,
+) -> Result<i32, Reason> {
     if interface.role == role::UPLINK {
         return Ok(kernel::redirect_neighbour(exit));
     }
-    packet.set_destination_mac(&interface.mac)?;
-    if !is_switched {
-        let network = maps::network(interface.network).ok_or(Reason::NotReady)?;
-        packet.set_source_mac(&network.mac)?;
-    }
-    Ok(kernel::redirect_peer(packet.skb(), exit))
+    let Some(frame) = Bytes::of(ctx, EthHdr::LEN) else { return Err(Reason::Rewrite) };
+    let source = if is_switched {
+        [frame.half(6), frame.half(8), frame.half(10)]
+    } else {
+        halves(&maps::network(interface.network).ok_or(Reason::NotReady)?.mac)
+    };
+    let destination = halves(&interface.mac);
+    let pair = |a: u16, b: u16| {
+        let ([a, b], [c, d]) = (a.to_ne_bytes(), b.to_ne_bytes());
+        u32::from_ne_bytes([a, b, c, d])
+    };
+    frame.set_word(0, pair(destination[0], destination[1]));
+    frame.set_word(4, pair(destination[2], source[0]));
+    frame.set_word(8, pair(source[1], source[2]));
+    Ok(kernel::redirect_peer(ctx.skb.skb, exit))
+}
+
+#[inline(always)]
+fn halves(mac: &[u8; 6]) -> [u16; 3] {
+    let [a, b, c, d, e, f] = *mac;
+    [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]), u16::from_ne_bytes([e, f])]
 }

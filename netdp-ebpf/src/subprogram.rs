@@ -9,7 +9,7 @@ use aya_ebpf::bindings::__sk_buff;
 use crate::{
     aging,
     family::{V4, V6},
-    flow, packet, refuse, rewrite, shortcut,
+    flow, packet, refuse, rewrite, shortcut, stroke,
 };
 
 /// The sub-programs of a family; see the functions that they are named after.
@@ -20,6 +20,8 @@ pub(crate) trait Subprograms {
     fn open(skb: *mut __sk_buff) -> u32;
     /// [`rewrite::apply`].
     fn apply(skb: *mut __sk_buff) -> u32;
+    /// [`stroke::take`].
+    fn stroke(skb: *mut __sk_buff, lost: u32) -> u32;
     /// [`shortcut::send`].
     fn send(skb: *mut __sk_buff, exit: u32, limit: u32) -> i32;
     /// [`aging::look_at_oldest`].
@@ -29,7 +31,7 @@ pub(crate) trait Subprograms {
 }
 
 macro_rules! subprograms {
-    ($family:ident: $parse:ident, $open:ident, $apply:ident, $send:ident, $look_at_oldest:ident, $answer:ident) => {
+    ($family:ident: $parse:ident, $open:ident, $apply:ident, $stroke:ident, $send:ident, $look_at_oldest:ident, $answer:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $parse(skb: *mut __sk_buff, ip: u32, zone: u32) -> u32 {
@@ -46,6 +48,12 @@ macro_rules! subprograms {
         #[inline(never)]
         extern "C" fn $apply(skb: *mut __sk_buff) -> u32 {
             rewrite::apply::<$family>(skb)
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $stroke(skb: *mut __sk_buff, lost: u32) -> u32 {
+            stroke::take::<$family>(skb, lost)
         }
 
         #[unsafe(no_mangle)]
@@ -83,6 +91,11 @@ macro_rules! subprograms {
             }
 
             #[inline(always)]
+            fn stroke(skb: *mut __sk_buff, lost: u32) -> u32 {
+                $stroke(skb, lost)
+            }
+
+            #[inline(always)]
             fn send(skb: *mut __sk_buff, exit: u32, limit: u32) -> i32 {
                 $send(skb, exit, limit)
             }
@@ -100,5 +113,5 @@ macro_rules! subprograms {
     };
 }
 
-subprograms!(V4: parse4, open4, apply4, send4, look_at_oldest4, answer4);
-subprograms!(V6: parse6, open6, apply6, send6, look_at_oldest6, answer6);
+subprograms!(V4: parse4, open4, apply4, stroke4, send4, look_at_oldest4, answer4);
+subprograms!(V6: parse6, open6, apply6, stroke6, send6, look_at_oldest6, answer6);

@@ -27,7 +27,7 @@ pub(crate) fn from_uplink<F: Family>(ctx: &TcContext) -> Decision {
         return Ok(Verdict::Pass);
     }
     // What makes no sense is the stack's to drop.
-    let Ok(mut packet) = Packet::<F>::parse(ctx, packet::ip_offset(uplink), ZONE_WORLD) else {
+    let Ok(packet) = Packet::<F>::parse(ctx, packet::ip_offset(uplink), ZONE_WORLD) else {
         return Ok(Verdict::Pass);
     };
     packet.remember_ports();
@@ -35,24 +35,24 @@ pub(crate) fn from_uplink<F: Family>(ctx: &TcContext) -> Decision {
         return drop(Reason::Martian, 0);
     }
     match flow::follow(&packet, ZONE_WORLD, 0)? {
-        Some(half) => send_on(&mut packet, half),
-        None => decide(&mut packet, uplink, packet::ifindex(ctx)),
+        Some(half) => send_on(&packet, half),
+        None => decide(&packet, uplink, packet::ifindex(ctx)),
     }
 }
 
 /// Sends a packet of a flow on its way to its container.
 #[inline(always)]
-fn send_on<F: Family>(packet: &mut Packet<'_, F>, half: &Flow<F::Address>) -> Decision {
+fn send_on<F: Family>(packet: &Packet<'_, F>, half: &Flow<F::Address>) -> Decision {
     if let Some(sent) = shortcut::into_container(packet, half, ZONE_WORLD)? {
         return Ok(sent);
     }
-    packet.rewrite(&half.to).or_else(|reason| drop(reason, half.network()))?;
+    packet.rewrite(0).or_else(|reason| drop(reason, half.network()))?;
     Ok(Verdict::Pass)
 }
 
 /// What becomes of a packet without a flow.
 #[inline(always)]
-fn decide<F: Family>(packet: &mut Packet<'_, F>, uplink: &Interface, ifindex: u32) -> Decision {
+fn decide<F: Family>(packet: &Packet<'_, F>, uplink: &Interface, ifindex: u32) -> Decision {
     if packet.source.is_link_local() {
         // Nobody forwards it, so no container can answer it.
         return Ok(Verdict::Pass);
@@ -89,7 +89,7 @@ fn decide<F: Family>(packet: &mut Packet<'_, F>, uplink: &Interface, ifindex: u3
 
 /// Straight to a container's address: only where the network is open.
 #[inline(always)]
-fn to_container<F: Family>(packet: &mut Packet<'_, F>, id: u32) -> Decision {
+fn to_container<F: Family>(packet: &Packet<'_, F>, id: u32) -> Decision {
     let Some(network) = maps::network(id) else { return drop(Reason::NotReady, id) };
     let open = network.has(flag::UNPROTECTED)
         || network.has(flag::ROUTED)
@@ -105,7 +105,7 @@ fn to_container<F: Family>(packet: &mut Packet<'_, F>, id: u32) -> Decision {
 /// what its flags say besides.
 #[inline(always)]
 fn admit<F: Family>(
-    packet: &mut Packet<'_, F>,
+    packet: &Packet<'_, F>,
     address: F::Address,
     port: Be16,
     id: u32,
@@ -130,7 +130,7 @@ fn admit<F: Family>(
     new.half.flags |= flow_flag::INBOUND | by;
     new.half.policy_generation = policy_generation;
     new.half.stage = stage::INGRESS;
-    new.half.exit = endpoint.ifindex;
+    new.half.exit = shortcut::exit_to(endpoint);
     new.reply.generation = endpoint.generation;
     new.reply.stage = stage::EGRESS;
     new.ports = if translated { SourcePorts::Preferred } else { SourcePorts::Kept };
@@ -170,7 +170,7 @@ pub(crate) fn to_uplink<F: Family>(ctx: &TcContext) -> Decision {
     let Some(id) = origin(ctx) else { return Ok(Verdict::Pass) };
     let Some(uplink) = uplink() else { return drop(Reason::NotReady, id) };
     let ip = packet::ip_offset(uplink);
-    let mut packet = Packet::<F>::parse(ctx, ip, id).or_else(|reason| drop(reason, id))?;
+    let packet = Packet::<F>::parse(ctx, ip, id).or_else(|reason| drop(reason, id))?;
     packet.remember_ports();
     if packet.source != packet.tuple.src {
         // An error of a container about somebody else's packet.
@@ -179,7 +179,7 @@ pub(crate) fn to_uplink<F: Family>(ctx: &TcContext) -> Decision {
     // `from_container` has opened a flow for everything that may leave.
     match flow::find(&packet, id) {
         Some(half) if half.stage == stage::EGRESS && half.reply_zone() == ZONE_WORLD => {
-            packet.rewrite(&half.to).or_else(|reason| drop(reason, id))?;
+            packet.rewrite_by_parts(0).or_else(|reason| drop(reason, id))?;
             Ok(Verdict::Pass)
         }
         // A container has no other source than its own: an uplink on top of this one (VLAN,
