@@ -151,14 +151,22 @@ fn leaving<F: Filtered>(view: &View<'_, F>, net: &Net<'_, F>, rules: &mut RuleSe
     let (first, last) = view.program.nat_ports.reserved;
     let mut chain = rules.chain(Table::Nat, net.chain("OUT"));
     for door in &view.uplinks {
-        let Some(address) = net.source(door) else { continue };
         // From the range that no socket of the host gets a port of.
-        let with_port = format!("{}:{first}-{last}", F::before_port(address));
+        let (all, with_ports) = match net.source(door) {
+            Some(address) => (
+                format!("-j SNAT --to-source {address}"),
+                format!("-j SNAT --to-source {}:{first}-{last}", F::before_port(address)),
+            ),
+            // The filter lets nothing pass without an address. But it is written after this table, and
+            // the address may be back by then: what passes meanwhile is translated or dropped.
+            None => {
+                ("-j MASQUERADE".to_owned(), format!("-j MASQUERADE --to-ports {first}-{last}"))
+            }
+        };
         for protocol in [Protocol::Tcp, Protocol::Udp] {
-            let leaves = format!("-o {} -p {protocol}", door.name);
-            chain.add(&leaves, &format!("-j SNAT --to-source {with_port}"));
+            chain.add(&format!("-o {} -p {protocol}", door.name), &with_ports);
         }
-        chain.add(&format!("-o {}", door.name), &format!("-j SNAT --to-source {address}"));
+        chain.add(&format!("-o {}", door.name), &all);
     }
 }
 

@@ -212,6 +212,25 @@ fn every_drop_is_counted_and_every_chain_is_named_and_led_to() {
     }
 }
 
+/// The tables are written one after the other, so neither may count on the other.
+#[test]
+fn without_an_address_nothing_leaves_nor_would_it_as_it_is() {
+    let mut program = two_networks();
+    program.uplinks.get_mut(&1).unwrap().masquerade4 = None;
+    let rules = render::<V4>(&program, true);
+    let from = &rules.table(Table::Filter).unwrap()["NETDP-FROM-20"];
+    assert!(!from.iter().any(|rule| rule.contains("-o up0")), "{from:?}");
+    let out = &rules.table(Table::Nat).unwrap()["NETDP-OUT-20"];
+    assert_eq!(
+        *out,
+        [
+            "-o up0 -p tcp -j MASQUERADE --to-ports 50000-60999",
+            "-o up0 -p udp -j MASQUERADE --to-ports 50000-60999",
+            "-o up0 -j MASQUERADE",
+        ]
+    );
+}
+
 #[test]
 fn one_port_more_is_one_chain_written() {
     let before = peculiar();
