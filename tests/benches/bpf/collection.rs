@@ -49,7 +49,7 @@ pub(crate) fn measure(is_quick: bool) -> Result<Vec<Figure>> {
     let filled = begun.elapsed();
     let mut figures = Vec::new();
     let idle = beside(fixture, traffic, |_| {
-        thread::park_timeout(Duration::from_secs(2));
+        stay_parked(Duration::from_secs(2));
         Ok(())
     })?;
     figures.push(pause("beside_nothing", idle.0));
@@ -62,7 +62,7 @@ pub(crate) fn measure(is_quick: bool) -> Result<Vec<Figure>> {
     // All of them idle, as far as the collection is told.
     let mut short = Timeouts::RFC;
     short.udp_unreplied = 0;
-    thread::park_timeout(Duration::from_secs(2));
+    stay_parked(Duration::from_secs(2));
     fixture.set_collection(short, true)?;
     let emptied = beside(fixture, traffic, |fixture| {
         let removed = fixture.backend().collect()?;
@@ -98,6 +98,14 @@ fn open(fixture: &Fixture, batch: u32) -> Result<()> {
     let rotation = Rotation::new(&frames, ETHERNET_BYTES + 20 + 8)?;
     rotation.run(fixture.loaded(at)?, &fixture.context(at), BATCH)?;
     Ok(())
+}
+
+/// Waits for as long as it says: the end of a scope's thread ends one parking of ours.
+fn stay_parked(time: Duration) {
+    let begun = Instant::now();
+    while let Some(left) = time.checked_sub(begun.elapsed()) {
+        thread::park_timeout(left);
+    }
 }
 
 /// The longest time between two packets of one flow while `work` is done on another CPU, and how
