@@ -97,7 +97,7 @@ struct State {
     /// Alarms that are in the log already.
     heard: BTreeSet<About>,
     /// What the last pass made right; `None` where something was left undone.
-    links: Option<Settled>,
+    settled: Option<Settled>,
     /// Endpoints whose container's end was made right by this agent.
     dressed: BTreeMap<EndpointId, Dressed>,
     netlink: Netlink,
@@ -171,7 +171,7 @@ impl Controller {
             troubles: Vec::new(),
             flow_tables: Vec::new(),
             heard: BTreeSet::new(),
-            links: None,
+            settled: None,
             dressed: BTreeMap::new(),
             netlink,
             store,

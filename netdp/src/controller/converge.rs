@@ -77,7 +77,7 @@ impl Settled {
     }
 
     /// Whether a plan wants the same, so that nothing but the backend has work to do.
-    fn are_of(&self, plan: &Plan) -> bool {
+    fn is_of(&self, plan: &Plan) -> bool {
         let Self { bridges, veths, sysctls } = self;
         plan.orphans.is_empty()
             && plan.bridges == *bridges
@@ -158,16 +158,16 @@ impl State {
         let mut pass = Pass { model, before, failures: Vec::new(), dressed: Vec::new() };
         self.setting.filters_bridges = self.filters_bridges().await?;
         self.follow_renames(&facts).await?;
-        let links = self.links.take();
+        let settled = self.settled.take();
         let outgoing = plan::plan(model, &facts, &self.setting);
         if before.is_some()
             && facts == self.facts
-            && links.is_some_and(|links| links.are_of(&outgoing))
+            && settled.is_some_and(|settled| settled.is_of(&outgoing))
         {
             self.apply(&mut pass, &outgoing).await?;
             // Unless the backend has given way to another one just now.
             if self.filters_bridges().await? == self.setting.filters_bridges {
-                self.links = Some(Settled::of(outgoing));
+                self.settled = Some(Settled::of(outgoing));
                 return Ok(pass.failures);
             }
         }
@@ -199,7 +199,7 @@ impl State {
         if is_applied && settled.program != self.program {
             self.apply(&mut pass, &settled).await?;
         }
-        self.links = (pass.failures.is_empty() && is_applied).then(|| Settled::of(settled));
+        self.settled = (pass.failures.is_empty() && is_applied).then(|| Settled::of(settled));
         Ok(pass.failures)
     }
 
