@@ -36,6 +36,7 @@ use crate::{
     netlink::{Netlink, events::Events, namespace},
     plan::{Setting, link_drift, plan, reservations},
     ports::{Keeper, PortError, Prepared, Reservations},
+    runs::Runs,
     store::Store,
 };
 
@@ -112,7 +113,7 @@ struct State {
 struct Target {
     model: Arc<Model>,
     /// The host ports that it wants.
-    ports: Arc<BTreeSet<PublishedKey>>,
+    ports: Arc<Runs<PublishedKey, ()>>,
 }
 
 /// What enforces.
@@ -339,7 +340,7 @@ impl State {
         let is_backend = self.dataplane.call(|dataplane| dataplane.reaches_loopback()).await?;
         let wanted = match is_backend {
             true => BTreeMap::new(),
-            false => loopback::wanted(&self.program.published),
+            false => loopback::wanted(self.program.published.iter()),
         };
         let loopback = self.loopback.clone();
         self.reservations.call(move |ports| loopback.follow(&wanted, ports)).await
@@ -513,7 +514,7 @@ impl State {
         let loopback = self.loopback.clone();
         let emptied = self.reservations.call(move |ports| {
             loopback.follow(&BTreeMap::new(), ports);
-            ports.hold(&BTreeSet::new(), Keeper::Backend)
+            ports.hold(&Runs::default(), Keeper::Backend)
         });
         errors.extend(emptied.await.err());
         let purged = self.dataplane.call(|dataplane| dataplane.purge()).await.flatten();

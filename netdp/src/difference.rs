@@ -5,18 +5,28 @@ use std::{cmp::Ordering, collections::BTreeMap, iter};
 
 /// One step from an old map to a new one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Step<'a, K, V> {
+pub enum Step<K, V> {
     /// The key has another value, or had none.
-    Put(&'a K, &'a V),
+    Put(K, V),
     /// The key is gone.
-    Remove(&'a K),
+    Remove(K),
+}
+
+impl<K: Copy, V: Copy> Step<&K, &V> {
+    /// The same step, of copies.
+    pub(crate) fn copied(self) -> Step<K, V> {
+        match self {
+            Self::Put(&key, &value) => Step::Put(key, value),
+            Self::Remove(&key) => Step::Remove(key),
+        }
+    }
 }
 
 /// All steps, in the order of the keys.
 pub(crate) fn steps<'a, K: Ord, V: PartialEq>(
     old: &'a BTreeMap<K, V>,
     new: &'a BTreeMap<K, V>,
-) -> impl Iterator<Item = Step<'a, K, V>> {
+) -> impl Iterator<Item = Step<&'a K, &'a V>> {
     let (mut old, mut new) = (old.iter().peekable(), new.iter().peekable());
     iter::from_fn(move || {
         loop {

@@ -18,4 +18,5 @@ pub mod model;
 pub mod netlink;
 pub mod plan;
 pub mod ports;
+pub mod runs;
 pub mod store;

@@ -74,8 +74,8 @@ impl Forwarder {
 
 /// What has to be served at loopback addresses, for these published ports. SCTP is not: the kernel
 /// may have none.
-pub fn wanted<'a>(
-    published: impl IntoIterator<Item = (&'a PublishedKey, &'a PublishedTarget)>,
+pub fn wanted(
+    published: impl IntoIterator<Item = (PublishedKey, PublishedTarget)>,
 ) -> BTreeMap<PublishedKey, SocketAddr> {
     let mut wanted = BTreeMap::new();
     for (key, target) in published {
@@ -87,7 +87,7 @@ pub fn wanted<'a>(
         if is_there && key.protocol != Protocol::Sctp {
             let address = if key.address.is_loopback() { key.address } else { loopback };
             let target = SocketAddr::new(target.address, target.port);
-            wanted.insert(PublishedKey { address, ..*key }, target);
+            wanted.insert(PublishedKey { address, ..key }, target);
         }
     }
     wanted
@@ -299,7 +299,7 @@ mod tests {
             (key("10.0.0.2", 3, Protocol::Tcp), to("172.20.0.2")),
             (key("0.0.0.0", 4, Protocol::Sctp), to("172.20.0.2")),
         ];
-        let served = wanted(published.iter().map(|(key, target)| (key, target)));
+        let served = wanted(published);
         let keys: Vec<_> = served.into_keys().collect();
         let expected = [
             key("127.0.0.1", 1, Protocol::Tcp),
@@ -328,8 +328,9 @@ mod tests {
             echo.send_to(&text[..length], client).unwrap();
         });
         let port = net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let published =
-            [key("0.0.0.0", port, Protocol::Tcp), key("0.0.0.0", port, Protocol::Udp)].into();
+        let published = [Protocol::Tcp, Protocol::Udp]
+            .map(|protocol| (key("0.0.0.0", port, protocol), ()))
+            .into();
         let mut reservations = Reservations::default();
         let prepared = reservations.prepare(&published, Keeper::Sockets).unwrap();
         reservations.commit(prepared, &published);

@@ -13,7 +13,10 @@ use std::{
 
 use ipnet::Ipv6Net;
 
-use crate::family::{Family, V4, V6};
+use crate::{
+    family::{Family, V4, V6},
+    runs::{Ported, Runs},
+};
 
 mod endpoint;
 pub mod engine;
@@ -183,8 +186,8 @@ pub struct Endpoint {
     pub ipv6: Option<Ipv6Addr>,
     /// Its MAC address.
     pub mac: MacAddress,
-    /// Its published ports.
-    pub published: Vec<PublishedPort>,
+    /// Its published ports, and the container's to which they lead.
+    pub published: Runs<PublishedKey, u16>,
 }
 
 /// Where the container's end of an endpoint's veth pair is, and who sees to it there.
@@ -243,7 +246,30 @@ impl fmt::Debug for MacAddress {
     }
 }
 
-/// One host address and port that reaches one container port; ranges are stored port by port.
+/// What a client dials.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PublishedKey {
+    /// 0.0.0.0 or :: = every local address of that family.
+    pub address: IpAddr,
+    /// Host port.
+    pub port: u16,
+    /// Transport protocol.
+    pub protocol: Protocol,
+}
+
+impl Ported for PublishedKey {
+    type Line = (Protocol, IpAddr);
+
+    fn split(self) -> ((Protocol, IpAddr), u16) {
+        ((self.protocol, self.address), self.port)
+    }
+
+    fn join((protocol, address): (Protocol, IpAddr), port: u16) -> Self {
+        Self { address, port, protocol }
+    }
+}
+
+/// One host address and port that reaches one container port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PublishedPort {
     /// Transport protocol.
@@ -265,6 +291,36 @@ pub enum Protocol {
     Udp,
     /// SCTP, IP protocol 132.
     Sctp,
+}
+
+impl PublishedPort {
+    /// The host's side of it.
+    #[must_use]
+    pub fn key(&self) -> PublishedKey {
+        let Self { protocol, host_address: address, host_port: port, .. } = *self;
+        PublishedKey { address, port, protocol }
+    }
+
+    /// What leads to a container's port.
+    #[must_use]
+    pub fn new(
+        PublishedKey { address, port, protocol }: PublishedKey,
+        container_port: u16,
+    ) -> Self {
+        Self { protocol, host_address: address, host_port: port, container_port }
+    }
+}
+
+impl Endpoint {
+    /// Its published ports, one by one.
+    pub fn ports(&self) -> impl Iterator<Item = PublishedPort> {
+        self.published.iter().map(|(key, container_port)| PublishedPort::new(key, container_port))
+    }
+
+    /// Adds ports to those that it has published.
+    fn publish(&mut self, ports: &[PublishedPort]) {
+        self.published.extend(ports.iter().map(|port| (port.key(), port.container_port)));
+    }
 }
 
 impl Protocol {

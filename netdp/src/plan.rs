@@ -20,8 +20,9 @@ use crate::{
     family::{Family, V4, V6},
     model::{
         Endpoint, EndpointId, GatewayMode, MacAddress, Model, Netns, Network, NetworkId, Place,
-        PolicyRule, PublishedPort, Subnet,
+        PolicyRule, Subnet,
     },
+    runs::Runs,
 };
 
 /// What the operator decides and the model does not hold, and what is known of the host from
@@ -225,20 +226,22 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
             Some((*id, program))
         })
         .collect();
-    let published = published(model)
-        .filter(|(_, endpoint)| endpoints.contains_key(&endpoint.id))
-        .filter_map(|(port, endpoint)| {
-            // A port of a family that the endpoint lacks can't come out of the model's operations;
-            // it would only be unreachable, so it is left out.
-            let address = match port.host_address {
-                IpAddr::V4(_) => endpoint.ipv4?.into(),
-                IpAddr::V6(_) => endpoint.ipv6?.into(),
-            };
-            let port_there = port.container_port;
-            let target = PublishedTarget { endpoint: endpoint.id, address, port: port_there };
-            Some((PublishedKey::from(port), target))
-        })
-        .collect();
+    let mut published = Runs::default();
+    for ((key, last, port), endpoint) in publications(model) {
+        // A port of a family that the endpoint lacks can't come out of the model's operations;
+        // it would only be unreachable, so it is left out.
+        let address = match key.address {
+            IpAddr::V4(_) => endpoint.ipv4.map(IpAddr::V4),
+            IpAddr::V6(_) => endpoint.ipv6.map(IpAddr::V6),
+        };
+        if let Some(address) = address.filter(|_| endpoints.contains_key(&endpoint.id)) {
+            published.insert_run(
+                key,
+                last,
+                PublishedTarget { endpoint: endpoint.id, address, port },
+            );
+        }
+    }
     let local = facts
         .links
         .values()
@@ -275,20 +278,21 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
 }
 
 /// Host ports that no other program may bind, for all that is published.
-pub fn reservations(model: &Model) -> BTreeSet<PublishedKey> {
-    published(model)
+pub fn reservations(model: &Model) -> Runs<PublishedKey, ()> {
+    let mut reserved = Runs::default();
+    for ((key, last, _), endpoint) in publications(model) {
+        let network = model.networks.get(&endpoint.network);
         // A routed network is dialled at the containers' own addresses.
-        .filter(|(_, endpoint)| {
-            let network = model.networks.get(&endpoint.network);
-            network.is_none_or(|network| network.gateway_mode != GatewayMode::Routed)
-        })
-        .map(|(port, _)| PublishedKey::from(port))
-        .collect()
+        if network.is_none_or(|network| network.gateway_mode != GatewayMode::Routed) {
+            reserved.insert_run(key, last, ());
+        }
+    }
+    reserved
 }
 
-/// Published ports and the endpoints that they lead to: whichever endpoint of a container they were
-/// given to, the one by which its answers reach the world.
-fn published(model: &Model) -> impl Iterator<Item = (&PublishedPort, &Endpoint)> {
+/// Runs of published ports and the endpoints that they lead to: whichever endpoint of a container they
+/// were given to, the one by which its answers reach the world.
+fn publications(model: &Model) -> impl Iterator<Item = ((PublishedKey, u16, u16), &Endpoint)> {
     let gateways = model.gateway_endpoints();
     let publishing = model.endpoints.values().filter(|endpoint| !endpoint.published.is_empty());
     publishing.flat_map(move |endpoint| {
@@ -300,8 +304,8 @@ fn published(model: &Model) -> impl Iterator<Item = (&PublishedPort, &Endpoint)>
         let (gateway4, gateway6) = (gateway(true), gateway(false));
         endpoint
             .published
-            .iter()
-            .map(move |port| (port, if port.host_address.is_ipv4() { gateway4 } else { gateway6 }))
+            .runs()
+            .map(move |run| (run, if run.0.address.is_ipv4() { gateway4 } else { gateway6 }))
     })
 }
 

@@ -23,9 +23,10 @@ use nix::{
 use thiserror::Error;
 
 use crate::{
-    dataplane::PublishedKey,
-    model::Protocol,
+    difference::Step,
+    model::{Protocol, PublishedKey},
     netlink::sockets::{self, Bound},
+    runs::Runs,
 };
 
 /// Enough for every TCP and UDP port of two addresses.
@@ -57,13 +58,17 @@ impl Keeper {
 /// The ports that we hold.
 #[derive(Debug, Default)]
 pub struct Reservations {
-    /// `None` where a socket is not needed, or can't be.
-    held: BTreeMap<PublishedKey, Option<OwnedFd>>,
+    held: Runs<PublishedKey, ()>,
+    /// Of those that need one, and can have it.
+    sockets: BTreeMap<PublishedKey, OwnedFd>,
 }
 
 /// Ports taken for a change that may still fail; dropped, they are free again.
-#[derive(Debug)]
-pub struct Prepared(BTreeMap<PublishedKey, Option<OwnedFd>>);
+#[derive(Debug, Default)]
+pub struct Prepared {
+    taken: Vec<PublishedKey>,
+    sockets: BTreeMap<PublishedKey, OwnedFd>,
+}
 
 /// A port that somebody else has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -155,17 +160,17 @@ impl Reservations {
     /// Names the ports that could not be had, and who has them.
     pub fn prepare(
         &self,
-        wanted: &BTreeSet<PublishedKey>,
+        wanted: &Runs<PublishedKey, ()>,
         keeper: Keeper,
     ) -> Result<Prepared, PortError> {
-        let missing: Vec<_> = self.missing(wanted, keeper).collect();
+        let missing = self.missing(wanted, keeper);
         let mut sockets = missing.iter().filter(|&&key| keeper.wants_socket(key));
         if let Some(&key) = sockets.next()
             && !has_room(1 + sockets.count())
         {
             return Err(PortError::Refused { key, error: Errno::EMFILE.into() });
         }
-        let (taken, mut failures) = take(missing.into_iter(), keeper);
+        let (prepared, mut failures) = take(missing, keeper);
         let mut in_use = Vec::new();
         while let Some(failure) = failures.pop() {
             match failure {
@@ -177,7 +182,7 @@ impl Reservations {
             in_use.sort_by_key(|port| port.key);
             return Err(PortError::InUse(in_use));
         }
-        Ok(Prepared(taken))
+        Ok(prepared)
     }
 
     /// Looks again whether somebody has one of those of `wanted` that are not held yet: between the
@@ -185,26 +190,32 @@ impl Reservations {
     ///
     /// # Errors
     /// As [`Reservations::prepare`].
-    pub fn check(&self, wanted: &BTreeSet<PublishedKey>, keeper: Keeper) -> Result<(), PortError> {
-        let missing = self.missing(wanted, keeper).filter(|&key| !keeper.wants_socket(key));
-        match taken_by_others(&missing.collect::<Vec<_>>())? {
+    pub fn check(&self, wanted: &Runs<PublishedKey, ()>, keeper: Keeper) -> Result<(), PortError> {
+        let mut missing = self.missing(wanted, keeper);
+        missing.retain(|&key| !keeper.wants_socket(key));
+        match taken_by_others(&missing)? {
             ports if ports.is_empty() => Ok(()),
             ports => Err(PortError::InUse(ports)),
         }
     }
 
     /// Holds exactly `wanted` from now on, as far as it was prepared or held before.
-    pub fn commit(&mut self, prepared: Prepared, wanted: &BTreeSet<PublishedKey>) {
-        self.held.extend(prepared.0);
+    pub fn commit(&mut self, prepared: Prepared, wanted: &Runs<PublishedKey, ()>) {
+        self.add(prepared);
         self.give_up_others(wanted);
     }
 
     /// Holds as much of `wanted` as can be had, gives up the rest, and says what could not be had.
-    pub fn hold(&mut self, wanted: &BTreeSet<PublishedKey>, keeper: Keeper) -> Vec<PortError> {
+    pub fn hold(&mut self, wanted: &Runs<PublishedKey, ()>, keeper: Keeper) -> Vec<PortError> {
         self.give_up_others(wanted);
-        let (taken, failures) = take(self.missing(wanted, keeper), keeper);
-        self.held.extend(taken);
+        let (prepared, failures) = take(self.missing(wanted, keeper), keeper);
+        self.add(prepared);
         failures
+    }
+
+    fn add(&mut self, Prepared { taken, sockets }: Prepared) {
+        self.held.extend(taken.into_iter().map(|key| (key, ())));
+        self.sockets.extend(sockets);
     }
 
     /// Runs `take`, which binds a socket of ours beside the one that holds the port: with SO_REUSEADDR
@@ -224,7 +235,7 @@ impl Reservations {
         };
         let holders = [key, PublishedKey { address: on_all, ..key }];
         let holders: Vec<&OwnedFd> =
-            holders.iter().filter_map(|key| self.held.get(key)?.as_ref()).collect();
+            holders.iter().filter_map(|key| self.sockets.get(key)).collect();
         let set = |is_shared: bool| {
             holders.iter().try_for_each(|holder| setsockopt(holder, ReuseAddr, &is_shared))
         };
@@ -234,29 +245,36 @@ impl Reservations {
         taken
     }
 
-    /// Holds nothing but `wanted`. Both are sorted, and may be tens of thousands: one walk over them.
-    fn give_up_others(&mut self, wanted: &BTreeSet<PublishedKey>) {
-        let mut wanted = wanted.iter().peekable();
-        self.held.retain(|key, _| {
-            while wanted.next_if(|other| *other < key).is_some() {}
-            wanted.next_if_eq(&key).is_some()
-        });
+    /// Holds nothing but `wanted`.
+    fn give_up_others(&mut self, wanted: &Runs<PublishedKey, ()>) {
+        let others: Vec<_> = self
+            .held
+            .steps(wanted)
+            .filter_map(|step| match step {
+                Step::Remove(key) => Some(key),
+                Step::Put(..) => None,
+            })
+            .collect();
+        for key in others {
+            self.held.remove(key);
+            self.sockets.remove(&key);
+        }
     }
 
-    fn missing<'a>(
-        &'a self,
-        wanted: &'a BTreeSet<PublishedKey>,
-        keeper: Keeper,
-    ) -> impl Iterator<Item = PublishedKey> + 'a {
-        let mut held = self.held.iter().peekable();
-        wanted.iter().copied().filter(move |key| {
-            while held.next_if(|(other, _)| *other < key).is_some() {}
-            match held.next_if(|(other, _)| *other == key) {
-                None => true,
-                Some((_, None)) => keeper.wants_socket(*key) && key.protocol != Protocol::Sctp,
-                Some((_, Some(_))) => false,
-            }
-        })
+    /// Those of `wanted` that are not held, or lack the socket that they need by now.
+    fn missing(&self, wanted: &Runs<PublishedKey, ()>, keeper: Keeper) -> Vec<PublishedKey> {
+        let new = self.held.steps(wanted).filter_map(|step| match step {
+            Step::Put(key, ()) => Some(key),
+            Step::Remove(_) => None,
+        });
+        if keeper == Keeper::Backend {
+            return new.collect();
+        }
+        let lacks_socket = |&key: &PublishedKey| {
+            let is_held = self.held.contains_key(key);
+            !is_held || key.protocol != Protocol::Sctp && !self.sockets.contains_key(&key)
+        };
+        wanted.keys().filter(lacks_socket).collect()
     }
 }
 
@@ -275,28 +293,28 @@ fn most_ports(open: u64, may_open: u64) -> u64 {
 }
 
 /// Takes what can be had, and says what can't.
-fn take(
-    wanted: impl Iterator<Item = PublishedKey>,
-    keeper: Keeper,
-) -> (BTreeMap<PublishedKey, Option<OwnedFd>>, Vec<PortError>) {
-    let (ours, backends): (Vec<_>, Vec<_>) = wanted.partition(|&key| keeper.wants_socket(key));
-    let (mut taken, mut failures) = (BTreeMap::new(), Vec::new());
+fn take(wanted: Vec<PublishedKey>, keeper: Keeper) -> (Prepared, Vec<PortError>) {
+    let (ours, backends): (Vec<_>, Vec<_>) =
+        wanted.into_iter().partition(|&key| keeper.wants_socket(key));
+    let (mut prepared, mut failures) = (Prepared::default(), Vec::new());
     for key in ours {
         match reserve(key) {
-            Ok(socket) => drop(taken.insert(key, socket)),
+            Ok(socket) => {
+                prepared.taken.push(key);
+                prepared.sockets.extend(socket.map(|socket| (key, socket)));
+            }
             Err(error) => failures.push(error),
         }
     }
     match taken_by_others(&backends) {
         Ok(in_use) => {
             let others: BTreeSet<_> = in_use.iter().map(|port| port.key).collect();
-            let free = backends.into_iter().filter(|key| !others.contains(key));
-            taken.extend(free.map(|key| (key, None)));
+            prepared.taken.extend(backends.into_iter().filter(|key| !others.contains(key)));
             failures.extend((!in_use.is_empty()).then_some(PortError::InUse(in_use)));
         }
         Err(error) => failures.push(error),
     }
-    (taken, failures)
+    (prepared, failures)
 }
 
 /// Which of these ports sockets of the host have, and whose they are.
@@ -512,6 +530,10 @@ mod tests {
         PublishedKey { address: Ipv4Addr::LOCALHOST.into(), port, protocol }
     }
 
+    fn only(keys: impl IntoIterator<Item = PublishedKey>) -> Runs<PublishedKey, ()> {
+        keys.into_iter().map(|key| (key, ())).collect()
+    }
+
     /// A port that was free a moment ago.
     fn free_port() -> u16 {
         let probe = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -540,7 +562,7 @@ mod tests {
     #[test]
     fn a_reserved_port_can_not_be_bound_by_others() {
         let port = free_port();
-        let wanted = [Protocol::Tcp, Protocol::Udp].map(|protocol| loopback(protocol, port)).into();
+        let wanted = only([Protocol::Tcp, Protocol::Udp].map(|protocol| loopback(protocol, port)));
         let mut reservations = Reservations::default();
         let prepared = reservations.prepare(&wanted, Keeper::Sockets).unwrap();
         reservations.commit(prepared, &wanted);
@@ -551,7 +573,7 @@ mod tests {
         let udp = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap_err();
         assert_eq!(udp.kind(), io::ErrorKind::AddrInUse);
 
-        assert!(reservations.hold(&BTreeSet::new(), Keeper::Sockets).is_empty());
+        assert!(reservations.hold(&Runs::default(), Keeper::Sockets).is_empty());
         assert!(becomes_free(port));
     }
 
@@ -560,7 +582,7 @@ mod tests {
         let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let key = loopback(Protocol::Tcp, server.local_addr().unwrap().port());
         for keeper in [Keeper::Sockets, Keeper::Backend] {
-            let prepared = Reservations::default().prepare(&[key].into(), keeper);
+            let prepared = Reservations::default().prepare(&only([key]), keeper);
             let error = prepared.unwrap_err().to_string();
             let start = format!("tcp 127.0.0.1:{} is in use by ", key.port);
             assert!(error.starts_with(&start), "{error}");
@@ -574,7 +596,7 @@ mod tests {
             (0..20).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).collect();
         let ports: BTreeSet<u16> =
             servers.iter().map(|server| server.local_addr().unwrap().port()).collect();
-        let wanted = ports.iter().map(|&port| loopback(Protocol::Tcp, port)).collect();
+        let wanted = only(ports.iter().map(|&port| loopback(Protocol::Tcp, port)));
         for keeper in [Keeper::Sockets, Keeper::Backend] {
             let error = Reservations::default().prepare(&wanted, keeper).unwrap_err().to_string();
             for port in &ports {
@@ -587,7 +609,7 @@ mod tests {
     #[test]
     fn what_the_backend_keeps_takes_no_socket() {
         let port = free_port();
-        let wanted = [loopback(Protocol::Tcp, port)].into();
+        let wanted = only([loopback(Protocol::Tcp, port)]);
         let mut reservations = Reservations::default();
         let prepared = reservations.prepare(&wanted, Keeper::Backend).unwrap();
         reservations.commit(prepared, &wanted);
@@ -607,7 +629,7 @@ mod tests {
         let taken = loopback(Protocol::Udp, server.local_addr().unwrap().port());
         let free = loopback(Protocol::Tcp, free_port());
         let reservations = Reservations::default();
-        reservations.prepare(&[taken, free].into(), Keeper::Sockets).unwrap_err();
+        reservations.prepare(&only([taken, free]), Keeper::Sockets).unwrap_err();
         assert!(becomes_free(free.port));
     }
 
@@ -651,12 +673,12 @@ mod tests {
 
     #[test]
     fn sctp_ports_are_held_where_the_kernel_has_sctp() {
-        let wanted = [loopback(Protocol::Sctp, free_port())].into();
+        let wanted = only([loopback(Protocol::Sctp, free_port())]);
         let mut reservations = Reservations::default();
         let prepared = reservations.prepare(&wanted, Keeper::Sockets).unwrap();
         reservations.commit(prepared, &wanted);
         let kernel_has_sctp = fs::read_to_string("/proc/net/protocols").unwrap().contains("SCTP");
-        let sockets = reservations.held.values().flatten().count();
+        let sockets = reservations.sockets.len();
         assert_eq!(sockets, usize::from(kernel_has_sctp));
         // Whoever comes second is refused, if anybody can come.
         let second = Reservations::default().prepare(&wanted, Keeper::Backend);
@@ -701,7 +723,7 @@ mod tests {
     fn both_families_of_a_port_are_held_apart() {
         let port = free_port();
         let key = |address: IpAddr| PublishedKey { address, port, protocol: Protocol::Tcp };
-        let both = [key(Ipv4Addr::UNSPECIFIED.into()), key(Ipv6Addr::UNSPECIFIED.into())].into();
+        let both = only([key(Ipv4Addr::UNSPECIFIED.into()), key(Ipv6Addr::UNSPECIFIED.into())]);
         let mut reservations = Reservations::default();
         let prepared = reservations.prepare(&both, Keeper::Sockets).unwrap();
         reservations.commit(prepared, &both);
@@ -714,7 +736,7 @@ mod tests {
         let server = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
         let port = server.local_addr().unwrap().port();
         let key = |address: IpAddr| PublishedKey { address, port, protocol: Protocol::Tcp };
-        let both = [key(Ipv4Addr::UNSPECIFIED.into()), key(Ipv6Addr::UNSPECIFIED.into())].into();
+        let both = only([key(Ipv4Addr::UNSPECIFIED.into()), key(Ipv6Addr::UNSPECIFIED.into())]);
         let error = reservations.prepare(&both, Keeper::Sockets).unwrap_err().to_string();
         assert!(error.starts_with(&format!("tcp [::]:{port} is in use by ")), "{error}");
         assert!(error.contains(&format!("(pid {})", std::process::id())), "{error}");

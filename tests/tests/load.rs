@@ -270,7 +270,7 @@ impl Host {
             nat_ports: NatPorts::default(),
             networks: BTreeMap::from([(network, network_program)]),
             endpoints: BTreeMap::from([(EndpointId(2), endpoint)]),
-            published: BTreeMap::new(),
+            published: Default::default(),
             needs_stack: false,
             uplinks: BTreeMap::from([(self.ifindex("up0")?, uplink)]),
             local: BTreeSet::from(["10.0.0.2".parse()?, "fd00::2".parse()?]),

@@ -327,7 +327,7 @@ async fn publish(
         .change(|model, facts| model.publish(name, network.as_deref(), &specs, facts))
         .await?;
     info!("published of {name}: {}", summary(&ports));
-    Ok(Json(ports.iter().map(wire::Published::from).collect()))
+    Ok(Json(ports.into_iter().map(wire::Published::from).collect()))
 }
 
 async fn unpublish(
@@ -339,7 +339,7 @@ async fn unpublish(
     let ports =
         api.controller.change(|model, _| model.unpublish(name, network.as_deref(), &specs)).await?;
     info!("no longer published of {name}: {}", summary(&ports));
-    Ok(Json(ports.iter().map(wire::Published::from).collect()))
+    Ok(Json(ports.into_iter().map(wire::Published::from).collect()))
 }
 
 /// Ports for the log: the first few, and how many more.

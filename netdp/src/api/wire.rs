@@ -489,13 +489,13 @@ impl Endpoint {
                 ipv6.filter(|_| leads_out(false)).map(|(_, side)| side.gateway),
             ),
             mac: endpoint.mac.to_string(),
-            published: endpoint.published.iter().map(Published::from).collect(),
+            published: endpoint.ports().map(Published::from).collect(),
         }
     }
 }
 
-impl From<&model::PublishedPort> for Published {
-    fn from(port: &model::PublishedPort) -> Self {
+impl From<model::PublishedPort> for Published {
+    fn from(port: model::PublishedPort) -> Self {
         Self {
             protocol: port.protocol.to_string(),
             host_ip: port.host_address.to_string(),

@@ -15,10 +15,11 @@ use netdp_common::counter::Reason;
 
 use crate::{
     family::{Family, V4, V6},
-    model::{
-        EndpointId, GatewayMode, MacAddress, NatBehaviour, NetworkId, Protocol, PublishedPort, Rule,
-    },
+    model::{EndpointId, GatewayMode, MacAddress, NatBehaviour, NetworkId, Rule},
+    runs::{Along, Runs},
 };
+
+pub use crate::model::PublishedKey;
 
 pub mod ebpf;
 pub mod fake;
@@ -35,7 +36,7 @@ pub struct Program {
     /// Endpoints whose host interface exists.
     pub endpoints: BTreeMap<EndpointId, EndpointProgram>,
     /// Published ports and where they lead; no two entries collide.
-    pub published: BTreeMap<PublishedKey, PublishedTarget>,
+    pub published: Runs<PublishedKey, PublishedTarget>,
     /// Interfaces to the outside, by ifindex.
     pub uplinks: BTreeMap<u32, Uplink>,
     /// The host's stack has to see what is forwarded: there are IPsec policies.
@@ -119,18 +120,7 @@ pub struct EndpointProgram {
     pub mac: MacAddress,
 }
 
-/// What a client dials.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct PublishedKey {
-    /// 0.0.0.0 or :: = every local address of that family.
-    pub address: IpAddr,
-    /// Host port.
-    pub port: u16,
-    /// Transport protocol.
-    pub protocol: Protocol,
-}
-
-/// Where it leads.
+/// Where a published port leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PublishedTarget {
     /// The endpoint; present in [`Program::endpoints`].
@@ -141,9 +131,9 @@ pub struct PublishedTarget {
     pub port: u16,
 }
 
-impl From<&PublishedPort> for PublishedKey {
-    fn from(port: &PublishedPort) -> Self {
-        Self { address: port.host_address, port: port.host_port, protocol: port.protocol }
+impl Along for PublishedTarget {
+    fn along(self, ports: u16) -> Self {
+        Self { port: self.port.along(ports), ..self }
     }
 }
 

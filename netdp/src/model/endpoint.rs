@@ -148,7 +148,7 @@ impl Model {
             ipv4: address4,
             ipv6: address6,
             mac,
-            published: new.published,
+            published: new.published.iter().map(|port| (port.key(), port.container_port)).collect(),
         };
         if let Some(network) = self.networks.get_mut(&endpoint.network) {
             if let (Some(side), Some(choice)) = (&mut network.ipv4, ipv4) {
@@ -174,7 +174,7 @@ impl Model {
         // An engine says itself by which endpoint a container's ports go on.
         if let Some(container) = endpoint.netns_identity() {
             let gateways = self.gateway_endpoints();
-            for &port in &endpoint.published {
+            for port in endpoint.ports() {
                 self.hand_over(port, container, &gateways);
             }
         }
@@ -199,7 +199,7 @@ impl Model {
         {
             return;
         }
-        heir.published.push(port);
+        heir.publish(&[port]);
     }
 
     /// The endpoints by which containers reach the world, by container and whether it is by IPv4: as

@@ -152,7 +152,7 @@ impl Model {
             return Ok(Vec::new());
         }
         let ports = self.resolve_ports(network, specs, facts)?;
-        self.endpoint_mut(id)?.published.clone_from(&ports);
+        self.endpoint_mut(id)?.publish(&ports);
         Ok(ports)
     }
 

@@ -4,15 +4,18 @@
 //! on a port is for the controller to find out when it reserves it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fmt,
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     str::FromStr,
 };
 
-use super::{Endpoint, EndpointId, GatewayMode, Model, Network, Protocol, PublishedPort, Refusal};
-use crate::facts::HostFacts;
+use super::{
+    Endpoint, EndpointId, GatewayMode, Model, Network, Protocol, PublishedKey, PublishedPort,
+    Refusal,
+};
+use crate::{facts::HostFacts, runs::Runs};
 
 /// Host ports that are chosen from where the user names none: dynamic ports (RFC 6335) below
 /// those that are reserved for source NAT.
@@ -225,7 +228,7 @@ impl Model {
         let endpoint = self.find_endpoint(name, network)?;
         let (id, network) = (endpoint.id, self.network_of(endpoint)?);
         let ports = self.resolve_ports(network, specs, facts)?;
-        self.endpoint_mut(id)?.published.extend_from_slice(&ports);
+        self.endpoint_mut(id)?.publish(&ports);
         Ok(ports)
     }
 
@@ -244,8 +247,7 @@ impl Model {
         let id = endpoint.id;
         for spec in specs {
             let found: BTreeSet<u16> = endpoint
-                .published
-                .iter()
+                .ports()
                 .filter(|port| spec.matches(port))
                 .map(|port| port.container_port)
                 .collect();
@@ -258,8 +260,12 @@ impl Model {
             }
         }
         let is_meant = |port: &PublishedPort| specs.iter().any(|spec| spec.matches(port));
+        let meant: Vec<PublishedPort> = endpoint.ports().filter(is_meant).collect();
         let published = &mut self.endpoint_mut(id)?.published;
-        Ok(published.extract_if(.., |port| is_meant(port)).collect())
+        for port in &meant {
+            published.remove(port.key());
+        }
+        Ok(meant)
     }
 
     fn find_endpoint(&self, name: &str, network: Option<&str>) -> Result<&Endpoint, Refusal> {
@@ -352,7 +358,7 @@ impl Model {
                     HostPorts::Any => taken.choose(&CHOSEN_PORTS, facts, on_all)?,
                 };
                 for port in choice {
-                    taken.add(&port, "this request");
+                    taken.add(port.key(), port.host_port, "this request");
                     resolved.push(port);
                 }
             }
@@ -396,32 +402,39 @@ fn host_addresses(
 }
 
 /// Who has which host port, on which addresses.
-struct TakenPorts<'a>(BTreeMap<(Protocol, u16), Vec<(IpAddr, &'a str)>>);
+#[derive(Default)]
+struct TakenPorts<'a> {
+    owners: Runs<PublishedKey, &'a str>,
+    addresses: BTreeSet<IpAddr>,
+}
 
 impl<'a> TakenPorts<'a> {
     fn of(model: &'a Model) -> Self {
-        let mut taken = Self(BTreeMap::new());
+        let mut taken = Self::default();
         for endpoint in model.endpoints.values() {
-            for port in &endpoint.published {
-                taken.add(port, &endpoint.name);
+            for (key, last, _) in endpoint.published.runs() {
+                taken.add(key, last, &endpoint.name);
             }
         }
         taken
     }
 
-    fn add(&mut self, port: &PublishedPort, owner: &'a str) {
-        self.0.entry((port.protocol, port.host_port)).or_default().push((port.host_address, owner));
+    fn add(&mut self, key: PublishedKey, last: u16, owner: &'a str) {
+        self.addresses.insert(key.address);
+        self.owners.insert_run(key, last, owner);
     }
 
     /// Who has the port on this address; 0.0.0.0 and :: mean every address of their family.
     fn owner(&self, port: &PublishedPort) -> Option<&'a str> {
-        let owners = self.0.get(&(port.protocol, port.host_port))?;
+        let wanted = port.host_address;
         let collides = |address: IpAddr| {
-            let is_wild = address.is_unspecified() || port.host_address.is_unspecified();
-            address == port.host_address
-                || is_wild && address.is_ipv4() == port.host_address.is_ipv4()
+            let is_wild = address.is_unspecified() || wanted.is_unspecified();
+            address == wanted || is_wild && address.is_ipv4() == wanted.is_ipv4()
         };
-        owners.iter().find(|(address, _)| collides(*address)).map(|(_, owner)| *owner)
+        let others = self.addresses.iter().filter(|address| collides(**address));
+        others
+            .map(|&address| PublishedKey { address, ..port.key() })
+            .find_map(|key| self.owners.get(key))
     }
 
     /// The same ports, if nobody has one of them.

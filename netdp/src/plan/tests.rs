@@ -76,7 +76,7 @@ fn endpoint(id: u32, network: &Network, published: Vec<PublishedPort>) -> Endpoi
         ipv4,
         ipv6,
         mac: MacAddress([2, 0x42, 172, 20, 0, 1 + id as u8]),
-        published,
+        published: published.iter().map(|port| (port.key(), port.container_port)).collect(),
     }
 }
 
@@ -216,7 +216,7 @@ fn the_first_plan_makes_links_and_keeps_them_from_the_backend_until_they_exist()
     assert_eq!(plan.bridges, [(A, bridge)].into());
     assert_eq!(plan.veths, [(A1, veth)].into());
     assert_eq!(plan.orphans, BTreeSet::new());
-    assert_eq!(reservations(&model()), [PublishedKey::from(&WEB)].into());
+    assert_eq!(reservations(&model()), [(WEB.key(), ())].into());
     assert!(plan.program.networks.is_empty() && plan.program.endpoints.is_empty());
     assert!(plan.program.published.is_empty());
 }
@@ -233,7 +233,7 @@ fn a_container_has_one_way_out_and_its_ports_follow_it() {
         [A1, b1].map(|id| plan.veths[&id].ipv4.unwrap().gateway.is_some())
     };
     let targets = |model: &Model| -> Vec<EndpointId> {
-        published(model).map(|(_, endpoint)| endpoint.id).collect()
+        publications(model).map(|(_, endpoint)| endpoint.id).collect()
     };
     // Whichever endpoint a port was given to.
     model.endpoints.get_mut(&A1).unwrap().published.clear();
@@ -298,7 +298,7 @@ fn the_program_names_what_exists() {
             },
         )]
         .into(),
-        published: [(PublishedKey::from(&WEB), target)].into(),
+        published: [(WEB.key(), target)].into(),
         uplinks: [
             (2, uplink(Some([10, 0, 0, 2]), true, false)),
             (3, uplink(None, false, true)),
@@ -466,7 +466,7 @@ fn both_families_of_a_network_are_planned() {
     let all_ipv6 = "::-ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff";
     assert_eq!(ranges, ["0.0.0.0-255.255.255.255", all_ipv6], "any means both");
     assert_eq!(program.endpoints[&A1].ipv6, Some("fd00:20::2".parse().unwrap()));
-    let target = program.published[&PublishedKey::from(&in_ipv6(WEB))];
+    let target = program.published.get(in_ipv6(WEB).key()).unwrap();
     assert_eq!(target.address, "fd00:20::2".parse::<IpAddr>().unwrap());
     assert!(program.local.contains(&"fd00::2".parse().unwrap()));
     assert!(!program.local.contains(&"fe80::2".parse().unwrap()), "link-local");
@@ -652,10 +652,10 @@ proptest! {
             prop_assert_eq!(network.ipv4.is_some(), endpoint.ipv4.is_some());
             prop_assert_eq!(network.ipv6.is_some(), endpoint.ipv6.is_some());
         }
-        for (key, target) in &program.published {
+        for (key, target) in program.published.iter() {
             prop_assert!(program.endpoints.contains_key(&target.endpoint));
             prop_assert_eq!(key.address.is_ipv4(), target.address.is_ipv4());
-            prop_assert!(reserved.contains(key));
+            prop_assert!(reserved.contains_key(key));
         }
         for (ifindex, link) in facts.links.iter() {
             if link.is_ours() {

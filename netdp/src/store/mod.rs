@@ -26,8 +26,8 @@ mod record;
 mod upgrade;
 
 const FILE: &str = "netdp.redb";
-/// Version of tables and records; schema 1 is upgraded when it is opened, another one is refused.
-const SCHEMA: u32 = 2;
+/// Version of tables and records; earlier ones are upgraded when they are opened, others are refused.
+const SCHEMA: u32 = 3;
 
 /// "schema", "next_network", "next_endpoint".
 const NUMBERS: TableDefinition<&str, u32> = TableDefinition::new("numbers");
@@ -76,9 +76,9 @@ impl Store {
         let schema = self.number("schema")?;
         match schema {
             Some(SCHEMA) => return Ok(()),
-            Some(1) => {
+            Some(earlier @ 1..SCHEMA) => {
                 return self
-                    .upgrade_schema_1()
+                    .upgrade(earlier)
                     .with_context(|| format!("upgrade store {}", self.path.display()));
             }
             _ => {}
@@ -92,7 +92,7 @@ impl Store {
     }
 
     /// In one transaction: whoever opens it next finds the old schema or the new one.
-    fn upgrade_schema_1(&self) -> Result<()> {
+    fn upgrade(&self, earlier: u32) -> Result<()> {
         type Step = fn(&mut Map<String, Value>) -> Result<()>;
 
         let tables: [(_, &str, Step); 2] = [
@@ -100,7 +100,8 @@ impl Store {
             (ENDPOINTS, "endpoint", upgrade::endpoint_of_schema_1),
         ];
         let transaction = self.database.begin_write()?;
-        for (table, noun, upgrade) in tables {
+        // Records of schema 2 read as what they are; who knows that one only must not read ours.
+        for (table, noun, upgrade) in tables.into_iter().filter(|_| earlier == 1) {
             let records = self.records::<Map<String, Value>>(table, noun)?;
             let mut table = transaction.open_table(table)?;
             for (id, mut record) in records {
@@ -551,7 +552,7 @@ mod tests {
         transaction.commit().unwrap();
         drop(store);
         let error = reopen(dir.path()).unwrap_err().to_string();
-        assert!(error.contains("has version 3 where this netdp reads version 2"), "{error}");
+        assert!(error.contains("has version 4 where this netdp reads version 3"), "{error}");
     }
 
     #[test]
@@ -596,7 +597,8 @@ mod tests {
         assert_eq!(rules, ["allow from 192.0.2.1-192.0.2.3", "deny from any"]);
         let endpoint = upgraded.endpoint("a", "A1").unwrap();
         assert_eq!(endpoint.ipv4, Some("172.20.0.2".parse().unwrap()));
-        assert_eq!(endpoint.published[0].to_string(), "tcp 127.0.0.1:8080");
+        let ports: Vec<_> = endpoint.ports().map(|port| port.to_string()).collect();
+        assert_eq!(ports, ["tcp 127.0.0.1:8080"]);
         // And once more, as what it is now.
         assert_eq!(reopen(dir.path()).unwrap().load().unwrap(), upgraded);
     }

@@ -16,9 +16,10 @@ use crate::{
     family::Family,
     model::{
         Action, Endpoint, EndpointId, Engaged, GatewayMode, MacAddress, NatBehaviour, Netns,
-        NetnsIdentity, Network, NetworkId, Place, PolicyRule, Protocol, PublishedPort, Source,
+        NetnsIdentity, Network, NetworkId, Place, PolicyRule, Protocol, PublishedKey, Source,
         Subnet,
     },
+    runs::Runs,
 };
 
 #[derive(Serialize, Deserialize)]
@@ -154,12 +155,18 @@ impl From<PlaceRecord> for Place {
     }
 }
 
+/// Ports that follow each other.
 #[derive(Serialize, Deserialize)]
 struct PublishedRecord {
     protocol: ProtocolRecord,
     host_address: IpAddr,
+    /// The first one.
     host_port: u16,
+    /// To which that one leads.
     container_port: u16,
+    /// How many come after it; in schema 2, none did.
+    #[serde(default)]
+    more: u16,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -273,13 +280,19 @@ impl From<&Endpoint> for EndpointRecord {
             ipv4: endpoint.ipv4,
             ipv6: endpoint.ipv6,
             mac: endpoint.mac.0,
-            published: endpoint.published.iter().map(PublishedRecord::from).collect(),
+            published: endpoint.published.runs().map(PublishedRecord::from).collect(),
         }
     }
 }
 
 impl EndpointRecord {
     pub(super) fn into_endpoint(self, id: EndpointId) -> Endpoint {
+        let mut published = Runs::default();
+        for record in self.published {
+            let last = record.host_port.saturating_add(record.more);
+            let (key, container_port) = (record.key(), record.container_port);
+            published.insert_run(key, last, container_port);
+        }
         Endpoint {
             id,
             network: NetworkId(self.network),
@@ -290,37 +303,38 @@ impl EndpointRecord {
             ipv4: self.ipv4,
             ipv6: self.ipv6,
             mac: MacAddress(self.mac),
-            published: self.published.into_iter().map(PublishedPort::from).collect(),
+            published,
         }
     }
 }
 
-impl From<&PublishedPort> for PublishedRecord {
-    fn from(port: &PublishedPort) -> Self {
+impl From<(PublishedKey, u16, u16)> for PublishedRecord {
+    fn from((key, last, container_port): (PublishedKey, u16, u16)) -> Self {
         Self {
-            protocol: match port.protocol {
+            protocol: match key.protocol {
                 Protocol::Tcp => ProtocolRecord::Tcp,
                 Protocol::Udp => ProtocolRecord::Udp,
                 Protocol::Sctp => ProtocolRecord::Sctp,
             },
-            host_address: port.host_address,
-            host_port: port.host_port,
-            container_port: port.container_port,
+            host_address: key.address,
+            host_port: key.port,
+            container_port,
+            more: last - key.port,
         }
     }
 }
 
-impl From<PublishedRecord> for PublishedPort {
-    fn from(record: PublishedRecord) -> Self {
-        Self {
-            protocol: match record.protocol {
+impl PublishedRecord {
+    /// The first port.
+    fn key(&self) -> PublishedKey {
+        PublishedKey {
+            protocol: match self.protocol {
                 ProtocolRecord::Tcp => Protocol::Tcp,
                 ProtocolRecord::Udp => Protocol::Udp,
                 ProtocolRecord::Sctp => Protocol::Sctp,
             },
-            host_address: record.host_address,
-            host_port: record.host_port,
-            container_port: record.container_port,
+            address: self.host_address,
+            port: self.host_port,
         }
     }
 }

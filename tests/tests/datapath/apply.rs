@@ -25,7 +25,7 @@ pub(crate) fn publishing_a_port_is_at_most_two_writes(fixture: &mut Fixture) -> 
     })?;
     ensure!((1..=2).contains(&writes), "{writes} writes for one more port");
     let writes = fixture.apply(|program| {
-        program.published.remove(&key);
+        program.published.remove(key);
     })?;
     ensure!((1..=2).contains(&writes), "{writes} writes for one port less");
     Ok(())

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use netdp::{
-    dataplane::{Dataplane, PublishedKey},
+    dataplane::{Dataplane, PublishedKey, PublishedTarget},
     model::{EndpointId, Protocol},
 };
 use netdp_common::{config::Timeouts, counter::Reason};
@@ -288,11 +288,12 @@ pub(crate) fn a_successor_inherits_no_flow(fixture: &mut Fixture) -> Result<()> 
         let successor = EndpointId(999);
         let endpoint = program.endpoints.remove(&id_of("a1")).unwrap();
         program.endpoints.insert(successor, endpoint);
-        for target in program.published.values_mut() {
-            if target.endpoint == id_of("a1") {
-                target.endpoint = successor;
-            }
-        }
+        let follow = |(key, target): (_, PublishedTarget)| {
+            let is_meant = target.endpoint == id_of("a1");
+            let endpoint = if is_meant { successor } else { target.endpoint };
+            (key, PublishedTarget { endpoint, ..target })
+        };
+        program.published = program.published.iter().map(follow).collect();
     })?;
     fixture.expect_flows(&[])?;
     ensure!(fixture.halves()? == 0, "half a flow is left");
@@ -362,7 +363,7 @@ pub(crate) fn other_ports_changes_leave_a_flow_alone(fixture: &mut Fixture) -> R
     asks(fixture, Kind::Syn, 4000, true)?;
     let family = fixture.family;
     fixture.apply(|program| {
-        program.published.remove(&PublishedKey {
+        program.published.remove(PublishedKey {
             address: family.address(Ipv4Addr::UNSPECIFIED),
             port: 8081,
             protocol: Protocol::Tcp,

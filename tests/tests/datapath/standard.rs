@@ -12,6 +12,7 @@ use netdp::{
         SubnetProgram, Uplink,
     },
     model::{GatewayMode, MacAddress, NatBehaviour, Protocol},
+    runs::Runs,
 };
 
 use crate::{
@@ -89,7 +90,7 @@ pub(crate) fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Progr
         nat_ports: NatPorts::default(),
         networks: networks.into(),
         endpoints: endpoints.into(),
-        published: BTreeMap::new(),
+        published: Runs::default(),
         uplinks: uplinks.collect(),
         needs_stack: false,
         local,

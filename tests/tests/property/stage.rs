@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use netdp::{
-    dataplane::{Dataplane, NatPorts, Program},
+    dataplane::{Dataplane, NatPorts, Program, PublishedTarget},
     model::{Action, EndpointId, NetworkId, Protocol, Rule},
 };
 use netdp_common::{
@@ -398,11 +398,11 @@ impl Stage {
             if let Some(endpoint) = program.endpoints.remove(&old) {
                 program.endpoints.insert(new, endpoint);
             }
-            for target in program.published.values_mut() {
-                if target.endpoint == old {
-                    target.endpoint = new;
-                }
-            }
+            let follow = |(key, target): (_, PublishedTarget)| {
+                let endpoint = if target.endpoint == old { new } else { target.endpoint };
+                (key, PublishedTarget { endpoint, ..target })
+            };
+            program.published = program.published.iter().map(follow).collect();
         })?;
         self.model.replace(container, new.0);
         Ok(())

@@ -1,15 +1,17 @@
 //! Differences between what the maps should hold and what they do, in words.
 
-use std::{collections::BTreeMap, fmt::Debug, net::SocketAddr};
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use netdp_common::policy::PREFIX_BASE;
 
 use super::{
     family::{Wired, show},
     image::{Image, Side},
+    tables::Contents,
 };
 use crate::{
     dataplane::{Drift, protocol_name},
+    difference::Step,
     family::{V4, V6},
 };
 
@@ -34,7 +36,8 @@ pub(super) fn between(wanted: &Image, found: &Image) -> Vec<Drift> {
     );
     compare.sides::<V4>(&wanted.ipv4, &found.ipv4);
     compare.sides::<V6>(&wanted.ipv6, &found.ipv6);
-    let hooks = |image: &Image| image.hooks.iter().map(|&hook| (hook, ())).collect();
+    let hooks =
+        |image: &Image| -> BTreeMap<_, _> { image.hooks.iter().map(|&hook| (hook, ())).collect() };
     compare.tables("program", &hooks(wanted), &hooks(found), |(hook, ifindex)| {
         format!("{} on ifindex {ifindex}", hook.program())
     });
@@ -66,11 +69,11 @@ impl Comparison<'_> {
         });
     }
 
-    fn tables<K: Ord, V: PartialEq + Debug>(
+    fn tables<K: Copy, V: Copy, C: Contents<K, V>>(
         &mut self,
         noun: &str,
-        wanted: &BTreeMap<K, V>,
-        found: &BTreeMap<K, V>,
+        wanted: &C,
+        found: &C,
         describe: impl Fn(&K) -> String,
     ) {
         let mut report = |key: &K, what: &str| {
@@ -86,15 +89,12 @@ impl Comparison<'_> {
             );
             self.drifts.push(Drift { what });
         };
-        for (key, value) in wanted {
-            match found.get(key) {
-                None => report(key, "is missing"),
-                Some(other) if other != value => report(key, "differs"),
-                Some(_) => {}
+        for step in found.steps(wanted) {
+            match step {
+                Step::Put(key, _) if found.has(key) => report(&key, "differs"),
+                Step::Put(key, _) => report(&key, "is missing"),
+                Step::Remove(key) => report(&key, "should not be there"),
             }
-        }
-        for key in found.keys().filter(|key| !wanted.contains_key(key)) {
-            report(key, "should not be there");
         }
     }
 }

@@ -5,6 +5,7 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr},
 };
 
+use bytemuck::{Pod, Zeroable};
 use netdp_common::{
     addr::{Address, Be16, Be32, Be128},
     config::Config,
@@ -26,6 +27,7 @@ use crate::{
     difference::{Step, steps},
     family::{V4, V6},
     model::{Action, GatewayMode, NatBehaviour},
+    runs::{Along, Ported, Runs},
 };
 
 /// Where a program is attached.
@@ -76,7 +78,7 @@ pub(super) struct Image {
     /// INTERFACE_SLOT.
     pub(super) slots: BTreeMap<u32, Slot>,
     /// PUBLISHED_PORT.
-    pub(super) published_ports: BTreeMap<PublishedPort, u32>,
+    pub(super) published_ports: Runs<PublishedPort, Mark>,
     /// Programs by ifindex.
     pub(super) hooks: BTreeSet<(Hook, u32)>,
     /// Maps of IPv4.
@@ -85,13 +87,58 @@ pub(super) struct Image {
     pub(super) ipv6: Side<Be128>,
 }
 
+/// A value that says no more than that its key is there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(transparent)]
+pub(super) struct Mark(u32);
+
+impl Mark {
+    const SET: Self = Self(1);
+}
+
+impl Along for Mark {
+    fn along(self, _ports: u16) -> Self {
+        self
+    }
+}
+
+impl<A: Address> Ported for PublishedKey<A> {
+    type Line = (A, u8);
+
+    fn split(self) -> ((A, u8), u16) {
+        ((self.address, self.proto), self.port.get())
+    }
+
+    fn join((address, proto): (A, u8), port: u16) -> Self {
+        Self { address, port: Be16::new(port), proto, pad: 0 }
+    }
+}
+
+impl<A: Address> Along for Published<A> {
+    fn along(self, ports: u16) -> Self {
+        Self { port: Be16::new(self.port.get().along(ports)), ..self }
+    }
+}
+
+impl Ported for PublishedPort {
+    type Line = (u8, u8);
+
+    fn split(self) -> ((u8, u8), u16) {
+        ((self.proto, self.family), self.port.get())
+    }
+
+    fn join((proto, family): (u8, u8), port: u16) -> Self {
+        Self { port: Be16::new(port), proto, family }
+    }
+}
+
 /// The maps of one family.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Side<A: Address> {
     /// ENDPOINT4, ENDPOINT6.
     pub(super) endpoints: BTreeMap<A, Endpoint>,
     /// PUBLISHED4, PUBLISHED6.
-    pub(super) published: BTreeMap<PublishedKey<A>, Published<A>>,
+    pub(super) published: Runs<PublishedKey<A>, Published<A>>,
     /// SUBNET4, SUBNET6.
     pub(super) subnets: BTreeMap<Prefix<A>, u32>,
     /// LOCAL4, LOCAL6.
@@ -113,8 +160,8 @@ impl Image {
             ephemeral_last: ports.ephemeral.1,
             is_nat_published: program
                 .published
-                .keys()
-                .any(|key| (ports.reserved.0..=ports.reserved.1).contains(&key.port))
+                .runs()
+                .any(|(key, last, _)| key.port <= ports.reserved.1 && last >= ports.reserved.0)
                 .into(),
             has_mappings: program.networks.values().any(|network| network.nat.maps()).into(),
             fast_path: (host.fast_path && !program.needs_stack).into(),
@@ -221,7 +268,7 @@ impl Image {
 impl<A: Address> Side<A> {
     /// Where a published port leads.
     fn target(&self, address: A, port: Be16, proto: u8) -> Option<(A, Be16)> {
-        let at = |address| self.published.get(&PublishedKey { address, port, proto, pad: 0 });
+        let at = |address| self.published.get(PublishedKey { address, port, proto, pad: 0 });
         let target = at(address).or_else(|| at(A::default()))?;
         Some((target.address, target.port))
     }
@@ -284,7 +331,7 @@ impl<A: Address> Footing<'_, A> {
         let (from, to) = (&key.tuple, &half.to);
         let at = |address| {
             let key = PublishedKey { address, port: from.dport, proto: key.proto, pad: 0 };
-            self.side.published.get(&key)
+            self.side.published.get(key)
         };
         let came_by_mapping = flow_flag::INBOUND | flow_flag::MAPPED;
         if half.flags & came_by_mapping == came_by_mapping {
@@ -293,7 +340,7 @@ impl<A: Address> Footing<'_, A> {
                 || !self.side.endpoints.contains_key(&to.dst);
         }
         if from.dst != to.dst || from.dport != to.dport {
-            let leads_there = |target: Option<&Published<A>>| {
+            let leads_there = |target: Option<Published<A>>| {
                 target.is_some_and(|target| (target.address, target.port) == (to.dst, to.dport))
             };
             return !leads_there(at(from.dst).or_else(|| at(A::default())));
@@ -320,9 +367,11 @@ impl<A: Address> Side<A> {
                 Step::Remove(_) => true,
             })
         }
-        lost(&self.published, &next.published)
-            || lost(&self.endpoints, &next.endpoints)
-            || lost(&self.local, &next.local)
+        let lost_ports = self.published.steps(&next.published).any(|step| match step {
+            Step::Put(key, _) => self.published.contains_key(key),
+            Step::Remove(_) => true,
+        });
+        lost_ports || lost(&self.endpoints, &next.endpoints) || lost(&self.local, &next.local)
     }
 }
 
@@ -366,9 +415,9 @@ fn side<F: Wired>(program: &Program) -> Side<F::Wire> {
 }
 
 /// Where published ports lead.
-fn published<F: Wired>(program: &Program) -> BTreeMap<PublishedKey<F::Wire>, Published<F::Wire>> {
-    let mut entries = BTreeMap::new();
-    for (key, target) in &program.published {
+fn published<F: Wired>(program: &Program) -> Runs<PublishedKey<F::Wire>, Published<F::Wire>> {
+    let mut entries = Runs::default();
+    for (key, last, target) in program.published.runs() {
         let Some(endpoint) = program.endpoints.get(&target.endpoint) else { continue };
         let Some(network) = program.networks.get(&endpoint.network) else { continue };
         let (Some(host), Some(container)) = (F::of(key.address), F::of(target.address)) else {
@@ -377,13 +426,14 @@ fn published<F: Wired>(program: &Program) -> BTreeMap<PublishedKey<F::Wire>, Pub
         let routed = network.gateway_mode == GatewayMode::Routed;
         // A routed network is dialled at the container's own address.
         let (address, port) = if routed { (container, target.port) } else { (host, key.port) };
-        entries.insert(
+        entries.insert_run(
             PublishedKey {
                 address: F::Wire::from(address),
                 port: Be16::new(port),
                 proto: key.protocol.number(),
                 pad: 0,
             },
+            port.along(last - key.port),
             Published {
                 address: F::Wire::from(container),
                 port: Be16::new(target.port),
@@ -397,7 +447,7 @@ fn published<F: Wired>(program: &Program) -> BTreeMap<PublishedKey<F::Wire>, Pub
 
 /// Ports that are published on some addresses only. Those of routed networks are no ports of the
 /// host.
-fn published_ports(program: &Program) -> BTreeMap<PublishedPort, u32> {
+fn published_ports(program: &Program) -> Runs<PublishedPort, Mark> {
     let is_of_host = |target: &PublishedTarget| {
         let endpoint = program.endpoints.get(&target.endpoint);
         let network = endpoint.and_then(|endpoint| program.networks.get(&endpoint.network));
@@ -405,16 +455,18 @@ fn published_ports(program: &Program) -> BTreeMap<PublishedPort, u32> {
     };
     let somewhere = program
         .published
-        .iter()
-        .filter(|(key, target)| !key.address.is_unspecified() && is_of_host(target));
-    somewhere
-        .map(|(key, _)| PublishedPort {
+        .runs()
+        .filter(|(key, _, target)| !key.address.is_unspecified() && is_of_host(target));
+    let mut ports = Runs::default();
+    for (key, last, _) in somewhere {
+        let first = PublishedPort {
             port: Be16::new(key.port),
             proto: key.protocol.number(),
             family: if key.address.is_ipv4() { AF_INET } else { AF_INET6 },
-        })
-        .map(|port| (port, 1))
-        .collect()
+        };
+        ports.insert_run(first, last, Mark::SET);
+    }
+    ports
 }
 
 /// A family's part of a network; zeros where there is none.

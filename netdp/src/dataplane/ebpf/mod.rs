@@ -26,7 +26,7 @@ use tracing::{debug, info, warn};
 use self::{
     family::Wired,
     flows::{Flows, Survey},
-    image::{Footing, Host, Image, Side},
+    image::{Footing, Host, Image, Mark, Side},
     object::Object,
     origins::Origins,
     pins::Pins,
@@ -112,7 +112,7 @@ struct Tables {
     networks: Table<Indexed<Network>>,
     interfaces: Table<Hash<u32, Interface>>,
     slots: Table<Slots>,
-    published_ports: Table<Batched<PublishedPort, u32>>,
+    published_ports: Table<Batched<PublishedPort, Mark>>,
     ipv4: SideTables<V4>,
     ipv6: SideTables<V6>,
 }

@@ -17,7 +17,10 @@ use super::{
     image::Prefix,
     sys::{Wire, delete_batch, update_batch},
 };
-use crate::difference::{Step, steps};
+use crate::{
+    difference::{Step, steps},
+    runs::{Along, Ported, Runs},
+};
 
 /// A map whose whole contents the agent decides.
 pub(super) struct Table<M> {
@@ -60,6 +63,57 @@ pub(super) trait Backing<K: Copy, V: Copy> {
             }
         }
         (keys.len(), Ok(()))
+    }
+}
+
+/// What a map holds, as a table keeps it in mind.
+pub(super) trait Contents<K, V>: Extend<(K, V)> {
+    /// What leads to other contents.
+    fn steps<'a>(&'a self, next: &'a Self) -> impl Iterator<Item = Step<K, V>>
+    where
+        K: 'a,
+        V: 'a;
+
+    /// Whether there is an entry.
+    fn has(&self, key: K) -> bool;
+
+    /// Takes an entry out.
+    fn take(&mut self, key: K);
+}
+
+impl<K: Copy + Ord, V: Copy + PartialEq> Contents<K, V> for BTreeMap<K, V> {
+    fn steps<'a>(&'a self, next: &'a Self) -> impl Iterator<Item = Step<K, V>>
+    where
+        K: 'a,
+        V: 'a,
+    {
+        steps(self, next).map(Step::copied)
+    }
+
+    fn has(&self, key: K) -> bool {
+        self.contains_key(&key)
+    }
+
+    fn take(&mut self, key: K) {
+        self.remove(&key);
+    }
+}
+
+impl<K: Ported, V: Along> Contents<K, V> for Runs<K, V> {
+    fn steps<'a>(&'a self, next: &'a Self) -> impl Iterator<Item = Step<K, V>>
+    where
+        K: 'a,
+        V: 'a,
+    {
+        Self::steps(self, next)
+    }
+
+    fn has(&self, key: K) -> bool {
+        self.contains_key(key)
+    }
+
+    fn take(&mut self, key: K) {
+        self.remove(key);
     }
 }
 
@@ -217,28 +271,27 @@ impl<M> Table<M> {
     }
 
     /// Reads everything.
-    pub(super) fn entries<K: Copy, V: Copy>(&self) -> Result<BTreeMap<K, V>>
+    pub(super) fn entries<K: Copy, V: Copy, C: FromIterator<(K, V)>>(&self) -> Result<C>
     where
         M: Backing<K, V>,
     {
-        self.map.entries().with_context(|| format!("read map {}", self.name))
+        let entries = self.map.entries().with_context(|| format!("read map {}", self.name))?;
+        Ok(entries.into_iter().collect())
     }
 
     /// Writes what is new or changed in `wanted`; `current` follows. Returns the number of
     /// writes.
-    pub(super) fn write<K, V>(
-        &mut self,
-        current: &mut BTreeMap<K, V>,
-        wanted: &BTreeMap<K, V>,
-    ) -> Result<usize>
+    pub(super) fn write<K, V, C>(&mut self, current: &mut C, wanted: &C) -> Result<usize>
     where
         M: Backing<K, V>,
-        K: Copy + Ord + Debug,
-        V: Copy + PartialEq,
+        K: Copy + Debug,
+        V: Copy,
+        C: Contents<K, V>,
     {
-        let new: Vec<(K, V)> = steps(current, wanted)
+        let new: Vec<(K, V)> = current
+            .steps(wanted)
             .filter_map(|step| match step {
-                Step::Put(&key, &value) => Some((key, value)),
+                Step::Put(key, value) => Some((key, value)),
                 Step::Remove(_) => None,
             })
             .collect();
@@ -250,25 +303,23 @@ impl<M> Table<M> {
     }
 
     /// Deletes what is not in `wanted`; `current` follows. Returns the number of writes.
-    pub(super) fn delete<K, V>(
-        &mut self,
-        current: &mut BTreeMap<K, V>,
-        wanted: &BTreeMap<K, V>,
-    ) -> Result<usize>
+    pub(super) fn delete<K, V, C>(&mut self, current: &mut C, wanted: &C) -> Result<usize>
     where
         M: Backing<K, V>,
-        K: Copy + Ord + Debug,
-        V: Copy + PartialEq,
+        K: Copy + Debug,
+        V: Copy,
+        C: Contents<K, V>,
     {
-        let gone: Vec<K> = steps(current, wanted)
+        let gone: Vec<K> = current
+            .steps(wanted)
             .filter_map(|step| match step {
-                Step::Remove(&key) => Some(key),
+                Step::Remove(key) => Some(key),
                 Step::Put(..) => None,
             })
             .collect();
         let (deleted, outcome) = self.map.delete_all(&gone);
-        for key in gone.iter().take(deleted) {
-            current.remove(key);
+        for &key in gone.iter().take(deleted) {
+            current.take(key);
         }
         let next = || gone.get(deleted);
         outcome.with_context(|| format!("delete {:?} from map {}", next(), self.name))?;

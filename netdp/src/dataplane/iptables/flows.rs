@@ -79,7 +79,7 @@ impl<'a> Judge<'a> {
         }
         // What came to the host before the port was published would go on to come there.
         if !self.is_of_network(server) && self.now.local.contains(&server) {
-            return self.key(tracked).is_some_and(|key| self.now.published.contains_key(&key));
+            return self.key(tracked).is_some_and(|key| self.now.published.contains_key(key));
         }
         // A source that the host does not have any more.
         let seen_as = tracked.reply.destination.0;
@@ -102,7 +102,7 @@ impl<'a> Judge<'a> {
 
     /// Whether a translated connection leads where its published port leads now.
     fn is_published(&self, tracked: &Tracked) -> bool {
-        let target = self.key(tracked).and_then(|key| self.now.published.get(&key));
+        let target = self.key(tracked).and_then(|key| self.now.published.get(key));
         target.is_some_and(|target| (target.address, target.port) == tracked.reply.source)
     }
 
@@ -115,7 +115,7 @@ impl<'a> Judge<'a> {
         let own = PublishedKey { address, port, protocol };
         let any = SocketAddr::new(unspecified(address), port).ip();
         let on_all = PublishedKey { address: any, ..own };
-        Some(if self.now.published.contains_key(&own) { own } else { on_all })
+        Some(if self.now.published.contains_key(own) { own } else { on_all })
     }
 
     fn is_source(&self, address: IpAddr) -> bool {

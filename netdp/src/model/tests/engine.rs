@@ -31,7 +31,7 @@ fn offer(id: &str) -> OfferSpec {
 
 fn published(model: &Model, id: &str) -> Vec<String> {
     let endpoint = model.endpoint_of_engine(id).unwrap();
-    endpoint.published.iter().map(ToString::to_string).collect()
+    endpoint.ports().map(|port| port.to_string()).collect()
 }
 
 #[test]

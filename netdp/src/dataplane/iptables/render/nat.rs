@@ -44,7 +44,7 @@ pub(super) fn render<F: Filtered>(view: &View<'_, F>, rules: &mut RuleSet) {
 fn published<F: Filtered>(view: &View<'_, F>, ports: &str, rules: &mut RuleSet) {
     rules.chain(Table::Nat, ports);
     let mut shards: BTreeMap<(Protocol, u16), Vec<Run<F>>> = BTreeMap::new();
-    for (key, target) in &view.program.published {
+    for (key, target) in view.program.published.iter() {
         let Some(run) = translation(view, key, target) else { continue };
         let runs = shards.entry((key.protocol, key.port >> SHARD_BITS)).or_default();
         match runs.last_mut() {
@@ -112,8 +112,8 @@ impl<F: Filtered> Run<F> {
 /// What a published port is in this family; nothing where no packet is translated for it.
 fn translation<F: Filtered>(
     view: &View<'_, F>,
-    key: &PublishedKey,
-    target: &PublishedTarget,
+    key: PublishedKey,
+    target: PublishedTarget,
 ) -> Option<Run<F>> {
     let on = F::of(key.address).filter(|&address| F::is_translated(address))?;
     let endpoint = view.program.endpoints.get(&target.endpoint)?;
@@ -172,10 +172,10 @@ fn leaving<F: Filtered>(view: &View<'_, F>, net: &Net<'_, F>, rules: &mut RuleSe
 
 /// Addresses of a network's members that have published ports.
 fn publishing<F: Filtered>(view: &View<'_, F>, net: &Net<'_, F>) -> BTreeSet<F::Address> {
-    let of_net = |target: &&PublishedTarget| {
+    let of_net = |target: &PublishedTarget| {
         let endpoint = view.program.endpoints.get(&target.endpoint);
         endpoint.is_some_and(|endpoint| endpoint.network == net.id)
     };
-    let targets = view.program.published.values().filter(of_net);
+    let targets = view.program.published.runs().map(|(_, _, target)| target).filter(of_net);
     targets.filter_map(|target| F::of(target.address)).collect()
 }
