@@ -28,7 +28,8 @@ use self::{
 use crate::{
     config::Config,
     dataplane::{
-        Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program, PublishedKey,
+        Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Nature, Program,
+        PublishedKey,
     },
     facts::HostFacts,
     loopback::{self, Loopback},
@@ -92,6 +93,8 @@ struct State {
     facts: HostFacts,
     setting: Setting,
     program: Arc<Program>,
+    /// Of the backend, as it was when that was last told what to do.
+    nature: Nature,
     troubles: Vec<String>,
     /// As of the last collection.
     flow_tables: Vec<FlowTable>,
@@ -158,6 +161,7 @@ impl Controller {
         let store = Blocking::new(store);
         let model = store.call(|store| store.load()).await??;
         let originals = store.call(|store| store.remembered_sysctls()).await??;
+        let nature = dataplane.nature();
         let dataplane = Arc::new(Blocking::new(dataplane));
         let (snapshot, readable) = watch::channel(Snapshot::default());
         let mut state = State {
@@ -169,6 +173,7 @@ impl Controller {
                 filters_bridges: false,
             },
             program: Arc::default(),
+            nature,
             troubles: Vec::new(),
             flow_tables: Vec::new(),
             heard: BTreeSet::new(),
@@ -325,20 +330,19 @@ impl Drop for Shared {
 impl State {
     /// Takes the host ports that a change wants and that are not held yet.
     async fn prepare_ports(&mut self, target: &Target) -> Result<Result<Prepared, PortError>> {
-        let (wanted, keeper) = (Arc::clone(&target.ports), self.port_keeper().await?);
+        let (wanted, keeper) = (Arc::clone(&target.ports), self.port_keeper());
         self.reservations.call(move |reservations| reservations.prepare(&wanted, keeper)).await
     }
 
     /// Who keeps programs of the host off published ports.
-    async fn port_keeper(&self) -> Result<Keeper> {
-        let is_backend = self.dataplane.call(|dataplane| dataplane.keeps_ports()).await?;
-        Ok(if is_backend { Keeper::Backend } else { Keeper::Sockets })
+    fn port_keeper(&self) -> Keeper {
+        if self.nature.keeps_ports { Keeper::Backend } else { Keeper::Sockets }
     }
 
     /// Serves published ports at loopback addresses, where the backend can't; what could not be.
     async fn serve_loopback(&self) -> Result<Vec<String>> {
-        let is_backend = self.dataplane.call(|dataplane| dataplane.reaches_loopback()).await?;
-        let wanted = match is_backend {
+        let wanted = match self.nature.reaches_loopback {
+            true if self.loopback.is_idle() => return Ok(Vec::new()),
             true => BTreeMap::new(),
             false => loopback::wanted(self.program.published.iter()),
         };
@@ -356,9 +360,9 @@ impl State {
         if target.model == before {
             return Ok(());
         }
-        match self.enforce_and_store(&target, &before, facts).await {
+        match self.enforce_and_store(&target, prepared.is_doubtful(), &before, facts).await {
             Ok(failures) => {
-                let (keeper, wanted) = (self.port_keeper().await?, target.ports);
+                let (keeper, wanted) = (self.port_keeper(), target.ports);
                 let refused = self.reservations.call(move |reservations| {
                     reservations.commit(prepared, &wanted);
                     // The backend may have found out that it can't.
@@ -386,12 +390,17 @@ impl State {
     async fn enforce_and_store(
         &mut self,
         Target { model, ports }: &Target,
+        is_doubtful: bool,
         before: &Arc<Model>,
         facts: HostFacts,
     ) -> Result<Vec<Failure>> {
         let failures = self.converge(model, Some(before), facts).await?;
-        let (wanted, keeper) = (Arc::clone(ports), self.port_keeper().await?);
-        self.reservations.call(move |reservations| reservations.check(&wanted, keeper)).await??;
+        if is_doubtful {
+            let (wanted, keeper) = (Arc::clone(ports), self.port_keeper());
+            self.reservations
+                .call(move |reservations| reservations.check(&wanted, keeper))
+                .await??;
+        }
         // The kernel first: killed in between, the next start takes back what nobody was told of.
         let (old, new) = (Arc::clone(before), Arc::clone(model));
         self.store
@@ -463,7 +472,7 @@ impl State {
         }
         let model = Arc::clone(&self.model);
         let failures = self.converge(&model, None, facts).await?;
-        let (wanted, keeper) = (reservations(&model), self.port_keeper().await?);
+        let (wanted, keeper) = (reservations(&model), self.port_keeper());
         let refused = self.reservations.call(move |ports| ports.hold(&wanted, keeper)).await?;
         let mut troubles = troubles(&failures, refused);
         troubles.extend(self.serve_loopback().await?);

@@ -94,6 +94,11 @@ pub fn wanted(
 }
 
 impl Loopback {
+    /// Whether nothing is served.
+    pub fn is_idle(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     /// Serves exactly these from now on, as far as they can be had, and says which could not. To be
     /// called where a tokio runtime is, on a thread that may block.
     pub fn follow(

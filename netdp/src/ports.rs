@@ -35,6 +35,9 @@ const OPEN_FILES: u64 = 262_144 + 4096;
 /// Files that published ports leave for requests, the store, the kernel's tables and other programs.
 const SPARE_FILES: u64 = 128;
 
+/// Most ports that are had for a moment, one by one.
+const FEW: usize = 64;
+
 /// Most ports in use that an error names with their holders.
 const NAMED: usize = 16;
 
@@ -68,6 +71,17 @@ pub struct Reservations {
 pub struct Prepared {
     taken: Vec<PublishedKey>,
     sockets: BTreeMap<PublishedKey, OwnedFd>,
+    /// Keep ports free until the backend does.
+    meanwhile: Vec<OwnedFd>,
+    /// Whether some were only looked for.
+    is_doubtful: bool,
+}
+
+impl Prepared {
+    /// Whether others could have taken a port since: [`Reservations::check`] tells.
+    pub fn is_doubtful(&self) -> bool {
+        self.is_doubtful
+    }
 }
 
 /// A port that somebody else has.
@@ -213,7 +227,7 @@ impl Reservations {
         failures
     }
 
-    fn add(&mut self, Prepared { taken, sockets }: Prepared) {
+    fn add(&mut self, Prepared { taken, sockets, .. }: Prepared) {
         self.held.extend(taken.into_iter().map(|key| (key, ())));
         self.sockets.extend(sockets);
     }
@@ -306,10 +320,24 @@ fn take(wanted: Vec<PublishedKey>, keeper: Keeper) -> (Prepared, Vec<PortError>)
             Err(error) => failures.push(error),
         }
     }
-    match taken_by_others(&backends) {
+    // To have a few for a moment is faster than to look at all sockets of the host, and sure. One that
+    // can't be had is not always somebody's: a closed connection keeps its port for a minute.
+    let mut doubtful = backends;
+    if doubtful.len() <= FEW {
+        doubtful.retain(|&key| match bound_socket(key) {
+            Ok(socket) => {
+                prepared.taken.push(key);
+                prepared.meanwhile.push(socket);
+                false
+            }
+            Err(_) => true,
+        });
+    }
+    prepared.is_doubtful = !doubtful.is_empty();
+    match taken_by_others(&doubtful) {
         Ok(in_use) => {
             let others: BTreeSet<_> = in_use.iter().map(|port| port.key).collect();
-            prepared.taken.extend(backends.into_iter().filter(|key| !others.contains(key)));
+            prepared.taken.extend(doubtful.into_iter().filter(|key| !others.contains(key)));
             failures.extend((!in_use.is_empty()).then_some(PortError::InUse(in_use)));
         }
         Err(error) => failures.push(error),

@@ -12,6 +12,7 @@ use tracing::{debug, info, warn};
 
 use super::State;
 use crate::{
+    dataplane::Dataplane,
     facts::HostFacts,
     model::{EndpointId, Model, Netns, NetworkId},
     netlink::{Netlink, namespace::Namespace},
@@ -156,7 +157,7 @@ impl State {
         facts: HostFacts,
     ) -> Result<Vec<Failure>> {
         let mut pass = Pass { model, before, failures: Vec::new(), dressed: Vec::new() };
-        self.setting.filters_bridges = self.filters_bridges().await?;
+        self.setting.filters_bridges = self.nature.needs_bridge_filter;
         self.follow_renames(&facts).await?;
         let settled = self.settled.take();
         let outgoing = plan::plan(model, &facts, &self.setting);
@@ -166,7 +167,7 @@ impl State {
         {
             self.apply(&mut pass, &outgoing).await?;
             // Unless the backend has given way to another one just now.
-            if self.filters_bridges().await? == self.setting.filters_bridges {
+            if self.nature.needs_bridge_filter == self.setting.filters_bridges {
                 self.settled = Some(Settled::of(outgoing));
                 return Ok(pass.failures);
             }
@@ -309,7 +310,7 @@ impl State {
         facts: HostFacts,
         present: Plan,
     ) -> Result<(HostFacts, Plan)> {
-        let filters = self.filters_bridges().await?;
+        let filters = self.nature.needs_bridge_filter;
         if filters == self.setting.filters_bridges {
             return Ok((facts, present));
         }
@@ -321,16 +322,16 @@ impl State {
         Ok((facts, present))
     }
 
-    /// Whether the backend of now has to see what bridges switch.
-    async fn filters_bridges(&self) -> Result<bool> {
-        self.dataplane.call(|dataplane| dataplane.needs_bridge_filter()).await
-    }
-
     /// `true` if the backend enforces the plan's program now.
     async fn apply(&mut self, pass: &mut Pass<'_>, plan: &Plan) -> Result<bool> {
         let wanted = Arc::clone(&plan.program);
-        let applied = self.dataplane.call(move |dataplane| dataplane.apply(&wanted)).await;
-        let applied = applied.flatten().context("apply the program to the dataplane");
+        let apply = move |dataplane: &mut Box<dyn Dataplane>| {
+            let applied = dataplane.apply(&wanted);
+            (applied, dataplane.nature())
+        };
+        let (applied, nature) = self.dataplane.call(apply).await?;
+        self.nature = nature;
+        let applied = applied.context("apply the program to the dataplane");
         let Some(applied) = pass.note(Subject::Backend, applied)? else { return Ok(false) };
         if applied.writes > 0 {
             debug!(writes = applied.writes, "applied the program to the dataplane");

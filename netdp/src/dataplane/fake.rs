@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Result, bail};
 
 use super::{
-    Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program,
+    Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Nature, Program,
 };
 
 /// The backend; clones share what they remember, so a test keeps one and gives one away.
@@ -103,16 +103,8 @@ impl Dataplane for Fake {
         self.record().flow_tables.clone()
     }
 
-    fn keeps_ports(&self) -> bool {
-        false
-    }
-
-    fn reaches_loopback(&self) -> bool {
-        true
-    }
-
-    fn needs_bridge_filter(&self) -> bool {
-        false
+    fn nature(&self) -> Nature {
+        Nature { keeps_ports: false, reaches_loopback: true, needs_bridge_filter: false }
     }
 
     fn features(&self) -> Vec<KernelFeature> {

@@ -239,6 +239,19 @@ pub struct KernelFeature {
     pub without: &'static str,
 }
 
+/// What a backend does by itself, and what has to be done for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Nature {
+    /// It keeps programs of the host from binding the published ports of TCP and UDP, from `apply` on
+    /// and whether the agent is there or not. Where it does not, somebody else has to.
+    pub keeps_ports: bool,
+    /// Programs of the host reach published ports at loopback addresses by it. Where they do not, the
+    /// agent has to serve them.
+    pub reaches_loopback: bool,
+    /// Bridged packets have to meet the rules of iptables, and leave by the port they came by.
+    pub needs_bridge_filter: bool,
+}
+
 /// Name of an IP protocol, for people; its number where it is none that flows are made of often.
 pub fn protocol_name(number: u8) -> Cow<'static, str> {
     match number {
@@ -311,16 +324,8 @@ pub trait Dataplane: Send {
     /// How full the flow tables are, as the last collection left them; none before the first.
     fn flow_tables(&self) -> Vec<FlowTable>;
 
-    /// Whether it keeps programs of the host from binding the published ports of TCP and UDP, from
-    /// `apply` on and whether the agent is there or not. Where it does not, somebody else has to.
-    fn keeps_ports(&self) -> bool;
-
-    /// Whether programs of the host reach published ports at loopback addresses by it. Where they do
-    /// not, the agent has to serve them.
-    fn reaches_loopback(&self) -> bool;
-
-    /// Whether bridged packets have to meet the rules of iptables, and leave by the port they came by.
-    fn needs_bridge_filter(&self) -> bool;
+    /// What it leaves to others; may be another answer after each `apply`.
+    fn nature(&self) -> Nature;
 
     /// What the backend asks of a kernel, and whether this one has it.
     fn features(&self) -> Vec<KernelFeature>;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use tracing::{info, warn};
 
 use super::{
-    Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program,
+    Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Nature, Program,
     ebpf::{Ebpf, EbpfOptions},
     iptables::Iptables,
 };
@@ -148,16 +148,8 @@ impl Dataplane for Selected {
         self.backend.flow_tables()
     }
 
-    fn keeps_ports(&self) -> bool {
-        self.backend.keeps_ports()
-    }
-
-    fn reaches_loopback(&self) -> bool {
-        self.backend.reaches_loopback()
-    }
-
-    fn needs_bridge_filter(&self) -> bool {
-        self.backend.needs_bridge_filter()
+    fn nature(&self) -> Nature {
+        self.backend.nature()
     }
 
     fn features(&self) -> Vec<KernelFeature> {

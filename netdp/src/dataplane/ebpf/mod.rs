@@ -34,7 +34,7 @@ use self::{
     tables::{Batched, Hash, Indexed, Lpm, Slots, Table, absent_is_fine},
 };
 use super::{
-    Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program,
+    Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Nature, Program,
 };
 use crate::{
     family::{Family, V4, V6},
@@ -611,16 +611,12 @@ impl Dataplane for Ebpf {
         self.flow_tables.clone()
     }
 
-    fn keeps_ports(&self) -> bool {
-        self.object.keeps_ports()
-    }
-
-    fn reaches_loopback(&self) -> bool {
-        true
-    }
-
-    fn needs_bridge_filter(&self) -> bool {
-        false
+    fn nature(&self) -> Nature {
+        Nature {
+            keeps_ports: self.object.keeps_ports(),
+            reaches_loopback: true,
+            needs_bridge_filter: false,
+        }
     }
 
     fn features(&self) -> Vec<KernelFeature> {

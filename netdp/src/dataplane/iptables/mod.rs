@@ -21,7 +21,7 @@ use self::{
     tool::Tool,
 };
 use super::{
-    Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Program,
+    Applied, Count, Dataplane, Drift, FlowRecord, FlowTable, KernelFeature, Lanes, Nature, Program,
 };
 use crate::{
     family::{V4, V6},
@@ -411,16 +411,8 @@ impl Dataplane for Iptables {
         Vec::new()
     }
 
-    fn keeps_ports(&self) -> bool {
-        false
-    }
-
-    fn reaches_loopback(&self) -> bool {
-        false
-    }
-
-    fn needs_bridge_filter(&self) -> bool {
-        true
+    fn nature(&self) -> Nature {
+        Nature { keeps_ports: false, reaches_loopback: false, needs_bridge_filter: true }
     }
 
     fn features(&self) -> Vec<KernelFeature> {
