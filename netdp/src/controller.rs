@@ -154,7 +154,7 @@ impl Controller {
         store: Store,
         dataplane: Box<dyn Dataplane>,
     ) -> Result<Self> {
-        let netlink = Netlink::open()?;
+        let netlink = Netlink::open_watching()?;
         // Before the first reading: what changes after it must not go unnoticed.
         let events = Events::subscribe()?;
         let facts = netlink.read_facts().await?;
@@ -297,6 +297,7 @@ impl Controller {
     /// Fails where the kernel can't be read.
     pub async fn check(&self) -> Result<Vec<Drift>> {
         let state = self.lock().await;
+        state.netlink.forget_facts();
         let facts = state.netlink.read_facts().await?;
         let plan = plan(&state.model, &facts, &state.setting);
         let mut drift = link_drift(&plan, &facts);
@@ -587,6 +588,8 @@ async fn keep(state: Weak<Mutex<State>>, mut events: Events) {
         let Some(state) = state.upgrade() else { return };
         let mut state = state.lock().await;
         if is_tick {
+            // Not all that there is to see is told of.
+            state.netlink.forget_facts();
             match state.dataplane.call(|dataplane| dataplane.collect()).await.flatten() {
                 Ok(0) => {}
                 Ok(flows) => debug!(flows, "collected idle flows"),

@@ -6,6 +6,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     ops::Deref,
+    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -37,8 +38,12 @@ pub struct HostFacts {
 }
 
 /// Links by ifindex, which are found by name, too: there may be a thousand of ours.
+/// Copies share what they hold until one changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Links {
+pub struct Links(Arc<Index>);
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Index {
     by_index: BTreeMap<u32, Link>,
     by_name: HashMap<String, u32>,
 }
@@ -110,7 +115,7 @@ pub struct Route {
 impl HostFacts {
     /// The link with this name.
     pub fn link(&self, name: &str) -> Option<(u32, &Link)> {
-        let ifindex = *self.links.by_name.get(name)?;
+        let ifindex = *self.links.0.by_name.get(name)?;
         Some((ifindex, self.links.get(&ifindex)?))
     }
 
@@ -128,7 +133,7 @@ impl HostFacts {
 impl Links {
     /// A link to be changed; its name stays.
     pub fn get_mut(&mut self, ifindex: u32) -> Option<&mut Link> {
-        self.by_index.get_mut(&ifindex)
+        Arc::make_mut(&mut self.0).by_index.get_mut(&ifindex)
     }
 }
 
@@ -136,15 +141,16 @@ impl Deref for Links {
     type Target = BTreeMap<u32, Link>;
 
     fn deref(&self) -> &Self::Target {
-        &self.by_index
+        &self.0.by_index
     }
 }
 
 impl Extend<(u32, Link)> for Links {
     fn extend<T: IntoIterator<Item = (u32, Link)>>(&mut self, links: T) {
+        let Index { by_index, by_name } = Arc::make_mut(&mut self.0);
         for (ifindex, link) in links {
-            self.by_name.insert(link.name.clone(), ifindex);
-            self.by_index.insert(ifindex, link);
+            by_name.insert(link.name.clone(), ifindex);
+            by_index.insert(ifindex, link);
         }
     }
 }

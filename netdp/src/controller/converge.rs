@@ -194,6 +194,8 @@ impl State {
             self.redirect(&mut pass, &present, &facts).await?;
         }
 
+        // Sysctls were written, which the kernel does not tell of.
+        self.netlink.forget_facts();
         self.facts = self.netlink.read_facts().await?;
         let settled = plan::plan(model, &self.facts, &self.setting);
         // Addresses, and the peers of veths, that went with the orphans.

@@ -2,7 +2,7 @@
 //!
 //! Owns the socket, reading facts ([`read`]), making links and what hangs on them agree with a
 //! plan ([`link`]), work inside a container's namespace ([`namespace`]), the event stream
-//! ([`events`]), ending sockets ([`sockets`]), netfilter's connections ([`conntrack`]), filters
+//! ([`events`]), whether to read again ([`watch`]), ending sockets ([`sockets`]), netfilter's connections ([`conntrack`]), filters
 //! ([`tc`]), sysctls ([`sysctl`]) and whether there is IPsec ([`xfrm`]). Decides
 //! nothing: what has to exist comes from the planner.
 
@@ -10,6 +10,8 @@ use std::io;
 
 use anyhow::{Context, Result};
 use tokio::task::AbortHandle;
+
+use self::watch::Watch;
 
 pub mod conntrack;
 pub mod events;
@@ -19,6 +21,7 @@ mod read;
 pub mod sockets;
 pub mod sysctl;
 pub mod tc;
+mod watch;
 mod xfrm;
 
 /// A routing socket of the network namespace that the opening thread was in; it stays with that
@@ -27,6 +30,8 @@ pub struct Netlink {
     handle: rtnetlink::Handle,
     /// The task that moves messages between the handle and the socket.
     connection: AbortHandle,
+    /// Where facts are read more than once.
+    watch: Option<Watch>,
 }
 
 impl Netlink {
@@ -37,7 +42,17 @@ impl Netlink {
     pub fn open() -> Result<Self> {
         let (connection, handle, _) =
             rtnetlink::new_connection().context("open a routing netlink socket")?;
-        Ok(Self { handle, connection: tokio::spawn(connection).abort_handle() })
+        Ok(Self { handle, connection: tokio::spawn(connection).abort_handle(), watch: None })
+    }
+
+    /// The same for who reads facts often: what has not changed is not read again.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_watching() -> Result<Self> {
+        let mut netlink = Self::open()?;
+        netlink.watch = Some(Watch::open()?);
+        Ok(netlink)
     }
 }
 

@@ -23,7 +23,7 @@ use rtnetlink::{
     },
 };
 
-use super::{Netlink, kernel_error, link::UNFINISHED_GROUP, sysctl, xfrm};
+use super::{Netlink, kernel_error, link::UNFINISHED_GROUP, sysctl, watch::Watch, xfrm};
 use crate::{
     facts::{HostFacts, Ipv6Mode, Link, LinkAddress, Links, Route},
     model::MacAddress,
@@ -37,17 +37,14 @@ impl Netlink {
     /// # Errors
     /// Fails where the kernel refuses a dump.
     pub async fn read_facts(&self) -> Result<HostFacts> {
-        let links = self.links_with_addresses().await?;
+        let links = self.known_links().await?;
         // The loopback interface goes with its namespace.
         let loopback = links.values().find(|link| link.loopback);
         let can_force_forwarding = match loopback {
             Some(link) => sysctl::read(&force_forwarding_sysctl(&link.name))?.is_some(),
             None => false,
         };
-        let mut routes = Vec::new();
-        for found in [self.routes::<Ipv4Addr>().await?, self.routes::<Ipv6Addr>().await?] {
-            routes.extend(found.iter().filter_map(route));
-        }
+        let routes = self.known_routes().await?;
         let is_on = |value: Option<String>| value.as_deref() == Some("1");
         Ok(HostFacts {
             links,
@@ -60,6 +57,38 @@ impl Netlink {
             ephemeral_ports: sysctl::ephemeral_ports()?,
             ports_in_use: BTreeSet::new(),
         })
+    }
+
+    /// Has everything read anew next time, whether the kernel has said that it changed or not.
+    pub fn forget_facts(&self) {
+        if let Some(watch) = &self.watch {
+            watch.forget();
+        }
+    }
+
+    async fn known_links(&self) -> Result<Links> {
+        if let Some(links) = self.watch.as_ref().and_then(Watch::links) {
+            return Ok(links);
+        }
+        let links = self.links_with_addresses().await?;
+        if let Some(watch) = &self.watch {
+            watch.note_links(&links);
+        }
+        Ok(links)
+    }
+
+    async fn known_routes(&self) -> Result<Vec<Route>> {
+        if let Some(routes) = self.watch.as_ref().and_then(Watch::routes) {
+            return Ok(routes);
+        }
+        let mut routes = Vec::new();
+        for found in [self.routes::<Ipv4Addr>().await?, self.routes::<Ipv6Addr>().await?] {
+            routes.extend(found.iter().filter_map(route));
+        }
+        if let Some(watch) = &self.watch {
+            watch.note_routes(&routes);
+        }
+        Ok(routes)
     }
 
     /// Every link. Opens no file: one below `/proc/sys/net` takes longer to find the more namespaces
