@@ -400,7 +400,8 @@ mod tests {
 
     use super::*;
     use crate::model::{
-        GatewayMode, NatBehaviour, NetworkSpec, OfferSpec, policy, tests as fixture,
+        GatewayMode, NatBehaviour, NetworkSpec, OfferSpec, Protocol, PublishedKey, policy,
+        tests as fixture,
     };
 
     /// A model that uses every field.
@@ -601,6 +602,50 @@ mod tests {
         assert_eq!(ports, ["tcp 127.0.0.1:8080"]);
         // And once more, as what it is now.
         assert_eq!(reopen(dir.path()).unwrap().load().unwrap(), upgraded);
+    }
+
+    /// As [`ENDPOINTS`] has them, in the shape of schema 2: each port for itself.
+    #[test]
+    fn ports_that_follow_each_other_are_one_entry_and_were_not_before() {
+        let mut model = full_model();
+        let id = model.endpoint("a", "A1").unwrap().id;
+        let endpoint = model.endpoints.get_mut(&id).unwrap();
+        let first = PublishedKey {
+            address: "0.0.0.0".parse().unwrap(),
+            port: 3000,
+            protocol: Protocol::Tcp,
+        };
+        endpoint.published.insert_run(first, 3999, 80);
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = Store::open(dir.path()).unwrap();
+        store.save(&Model::default(), &model).unwrap();
+        let raw = || -> Map<String, Value> {
+            let records = store.records(ENDPOINTS, "endpoint").unwrap();
+            records.into_iter().find(|(found, _)| *found == id.0).unwrap().1
+        };
+        let entry = |port: u16, more: Option<u16>| {
+            let mut entry = serde_json::json!({
+                "protocol": "tcp", "host_address": "0.0.0.0", "host_port": 3000 + port,
+                "container_port": 80 + port,
+            });
+            if let Some(more) = more {
+                entry["more"] = more.into();
+            }
+            entry
+        };
+        let mut record = raw();
+        let ports = record["published"].as_array_mut().unwrap();
+        assert!(ports.contains(&entry(0, Some(999))), "{ports:?}");
+
+        ports.retain(|port| *port != entry(0, Some(999)));
+        ports.extend((0..1000).map(|port| entry(port, None)));
+        let transaction = store.database.begin_write().unwrap();
+        transaction.open_table(NUMBERS).unwrap().insert("schema", 2).unwrap();
+        let record = encode(&record).unwrap();
+        transaction.open_table(ENDPOINTS).unwrap().insert(id.0, record.as_slice()).unwrap();
+        transaction.commit().unwrap();
+        drop(store);
+        assert_eq!(reopen(dir.path()).unwrap().load().unwrap(), model);
     }
 
     #[test]
