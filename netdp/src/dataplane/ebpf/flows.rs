@@ -16,7 +16,6 @@ use aya::{
     maps::{Map, MapData, MapError},
     programs::SchedClassifier,
 };
-use bytemuck::Zeroable;
 use netdp_common::{
     addr::{Address, Be16},
     aging::{KEYS_AT, KEYS_MAX, order},
@@ -28,13 +27,10 @@ use nix::time::{ClockId, clock_gettime};
 use super::{
     family::{Wired, show},
     image::Footing,
-    sys::{Wire, lookup_batch},
+    sys::{Wire, for_each_batch},
     tables::Hash,
 };
 use crate::{dataplane::FlowRecord, model::NetworkId};
-
-/// Entries read in one system call at first.
-const BATCH: usize = 4096;
 
 /// FLOW4 or FLOW6.
 pub(super) struct Flows<F: Wired> {
@@ -86,30 +82,13 @@ impl<F: Wired> Flows<F> {
     /// Shows every half to `visit`, a batch at a time. One that moves within the table meanwhile
     /// may be missed, or shown twice.
     fn for_each(&self, mut visit: impl FnMut(&[Half<F::Wire>]) -> Result<()>) -> Result<()> {
-        let mut keys = vec![FlowKey::zeroed(); BATCH];
-        let mut values = vec![Flow::zeroed(); BATCH];
-        let mut batch = Vec::with_capacity(BATCH);
-        let mut place = None;
-        loop {
-            match lookup_batch(self.fd.as_fd(), place, &mut keys, &mut values) {
-                Ok((count, next)) => {
-                    batch.clear();
-                    batch.extend(keys.iter().copied().zip(values.iter().copied()).take(count));
-                    visit(&batch)?;
-                    place = next;
-                    if place.is_none() {
-                        return Ok(());
-                    }
-                }
-                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
-                    keys.resize(keys.len() * 2, FlowKey::zeroed());
-                    values.resize(values.len() * 2, Flow::zeroed());
-                }
-                Err(error) => {
-                    return Err(error).with_context(|| format!("read map {}", F::MAPS.flow));
-                }
-            }
-        }
+        let mut batch = Vec::new();
+        let read = for_each_batch(self.fd.as_fd(), |keys, values| {
+            batch.clear();
+            batch.extend(keys.iter().copied().zip(values.iter().copied()));
+            visit(&batch)
+        });
+        read.with_context(|| format!("read map {}", F::MAPS.flow))?
     }
 
     /// Every flow.

@@ -14,6 +14,9 @@ use std::{
 use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
 use bytemuck::Pod;
 
+/// Entries read in one system call at first.
+const BATCH: usize = 4096;
+
 /// A key or value of a map, for aya.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
@@ -61,6 +64,38 @@ pub(super) fn lookup_batch<K: Pod, V: Pod>(
         Ok(_) => Ok((count, Some(next))),
         Err(end) if end.raw_os_error() == Some(libc::ENOENT) => Ok((count, None)),
         Err(error) => Err(error),
+    }
+}
+
+/// Shows all entries of a hash map to `visit`, some at a time. One that moves within the map meanwhile
+/// may be missed, or shown twice.
+///
+/// # Errors
+/// The kernel's; within, those of `visit`, which end it.
+pub(super) fn for_each_batch<K: Pod, V: Pod, E>(
+    map: BorrowedFd<'_>,
+    mut visit: impl FnMut(&[K], &[V]) -> Result<(), E>,
+) -> io::Result<Result<(), E>> {
+    let (mut keys, mut values) = (vec![K::zeroed(); BATCH], vec![V::zeroed(); BATCH]);
+    let mut place = None;
+    loop {
+        match lookup_batch(map, place, &mut keys, &mut values) {
+            Ok((count, next)) => {
+                if let Err(error) = visit(&keys[..count], &values[..count]) {
+                    return Ok(Err(error));
+                }
+                place = next;
+                if place.is_none() {
+                    return Ok(Ok(()));
+                }
+            }
+            // A bucket has more.
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
+                keys.resize(keys.len() * 2, K::zeroed());
+                values.resize(values.len() * 2, V::zeroed());
+            }
+            Err(error) => return Err(error),
+        }
     }
 }
 

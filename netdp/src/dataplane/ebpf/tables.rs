@@ -15,7 +15,7 @@ use netdp_common::interface::Slot;
 
 use super::{
     image::Prefix,
-    sys::{Wire, delete_batch, update_batch},
+    sys::{Wire, delete_batch, for_each_batch, update_batch},
 };
 use crate::{
     difference::{Step, steps},
@@ -158,7 +158,13 @@ impl<K: Pod, V: Pod> TryFrom<Map> for Batched<K, V> {
 
 impl<K: Pod + Ord, V: Pod> Backing<K, V> for Batched<K, V> {
     fn entries(&self) -> Result<BTreeMap<K, V>, MapError> {
-        self.map.entries()
+        let mut entries = BTreeMap::new();
+        let read = for_each_batch(self.fd.as_fd(), |keys: &[K], values: &[V]| {
+            entries.extend(keys.iter().copied().zip(values.iter().copied()));
+            Ok::<_, MapError>(())
+        });
+        read.map_err(MapError::IoError)??;
+        Ok(entries)
     }
 
     fn write(&mut self, key: K, value: V) -> Result<(), MapError> {
