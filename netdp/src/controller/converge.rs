@@ -15,7 +15,7 @@ use crate::{
     facts::HostFacts,
     model::{EndpointId, Model, Netns, NetworkId},
     netlink::{Netlink, namespace::Namespace},
-    plan::{self, BridgePlan, Plan, SysctlPlan, VethPlan, own},
+    plan::{self, BridgePlan, Plan, SysctlPlan, VethPlan, blank::Blank, own},
 };
 
 /// How many containers are looked into at the same time.
@@ -157,6 +157,7 @@ impl State {
     ) -> Result<Vec<Failure>> {
         let mut pass = Pass { model, before, failures: Vec::new(), dressed: Vec::new() };
         self.setting.filters_bridges = self.filters_bridges().await?;
+        self.setting.keeps_blank = self.keeps_blank().await?;
         self.follow_renames(&facts).await?;
         let settled = self.settled.take();
         let outgoing = plan::plan(model, &facts, &self.setting);
@@ -236,8 +237,9 @@ impl State {
             pass.note(Subject::Network(id), result)?;
         }
         self.dressed.retain(|id, _| plan.veths.contains_key(id));
+        let mut blank = plan.blank;
         for (&id, veth) in plan.veths.iter().filter(|(_, veth)| veth.netns.is_none()) {
-            let result = self.offer_veth(pass, id, veth, facts).await;
+            let result = self.offer_veth(pass, id, veth, &mut blank, facts).await;
             pass.note(Subject::Endpoint(id), result)?;
         }
         self.make_veths(pass, plan.veths.iter(), facts).await
@@ -271,17 +273,25 @@ impl State {
         Ok(())
     }
 
-    /// Makes a pair whose container's end an engine takes. Only the change that adds the endpoint
-    /// does: an engine that has taken the end does not come for another one.
+    /// Makes a pair whose container's end an engine takes, of the blank if there is one. Only the change
+    /// that adds the endpoint does: an engine that has taken the end does not come for another one.
     async fn offer_veth(
         &self,
         pass: &Pass<'_>,
         id: EndpointId,
         veth: &VethPlan,
+        blank: &mut Option<Blank>,
         facts: &HostFacts,
     ) -> Result<()> {
         let is_new = pass.before.is_some_and(|before| !before.endpoints.contains_key(&id));
-        if is_new || facts.link(&veth.name).is_some() {
+        let is_there = facts.link(&veth.name).is_some();
+        if is_new
+            && !is_there
+            && let Some(blank) = blank.take()
+        {
+            return self.netlink.give_blank(blank, veth).await;
+        }
+        if is_new || is_there {
             self.netlink.ensure_veth(veth, None, facts).await?;
         }
         Ok(())
@@ -314,6 +324,7 @@ impl State {
             return Ok((facts, present));
         }
         self.setting.filters_bridges = filters;
+        self.setting.keeps_blank = self.keeps_blank().await?;
         let present = plan::plan(pass.model, &facts, &self.setting);
         self.make_links(pass, &present, &facts).await?;
         let facts = self.netlink.read_facts().await?;
@@ -324,6 +335,11 @@ impl State {
     /// Whether the backend of now has to see what bridges switch.
     async fn filters_bridges(&self) -> Result<bool> {
         self.dataplane.call(|dataplane| dataplane.needs_bridge_filter()).await
+    }
+
+    /// Whether a blank makes the backend of now faster.
+    async fn keeps_blank(&self) -> Result<bool> {
+        self.dataplane.call(|dataplane| dataplane.keeps_blank()).await
     }
 
     /// `true` if the backend enforces the plan's program now.

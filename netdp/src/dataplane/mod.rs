@@ -34,6 +34,8 @@ pub struct Program {
     pub networks: BTreeMap<NetworkId, NetworkProgram>,
     /// Endpoints whose host interface exists.
     pub endpoints: BTreeMap<EndpointId, EndpointProgram>,
+    /// Host interface of the endpoint to come, by ifindex: nothing passes it yet.
+    pub blank: Option<u32>,
     /// Published ports and where they lead; no two entries collide.
     pub published: BTreeMap<PublishedKey, PublishedTarget>,
     /// Interfaces to the outside, by ifindex.
@@ -331,6 +333,9 @@ pub trait Dataplane: Send {
 
     /// Whether bridged packets have to meet the rules of iptables, and leave by the port they came by.
     fn needs_bridge_filter(&self) -> bool;
+
+    /// Whether an endpoint is sooner in effect if its host interface was [blank](Program::blank) before.
+    fn keeps_blank(&self) -> bool;
 
     /// What the backend asks of a kernel, and whether this one has it.
     fn features(&self) -> Vec<KernelFeature>;

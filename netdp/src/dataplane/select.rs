@@ -160,6 +160,10 @@ impl Dataplane for Selected {
         self.backend.needs_bridge_filter()
     }
 
+    fn keeps_blank(&self) -> bool {
+        self.backend.keeps_blank()
+    }
+
     fn features(&self) -> Vec<KernelFeature> {
         self.backend.features()
     }

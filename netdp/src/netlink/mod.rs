@@ -1,16 +1,17 @@
 //! Everything that speaks netlink, and the files under `/proc/sys` that complete it.
 //!
 //! Owns the socket, reading facts ([`read`]), making links and what hangs on them agree with a
-//! plan ([`link`]), work inside a container's namespace ([`namespace`]), the event stream
-//! ([`events`]), ending sockets ([`sockets`]), netfilter's connections ([`conntrack`]), filters
-//! ([`tc`]), sysctls ([`sysctl`]) and whether there is IPsec ([`xfrm`]). Decides
-//! nothing: what has to exist comes from the planner.
+//! plan ([`link`]), the pair that is made ahead ([`blank`]), work inside a container's namespace
+//! ([`namespace`]), the event stream ([`events`]), ending sockets ([`sockets`]), netfilter's
+//! connections ([`conntrack`]), filters ([`tc`]), sysctls ([`sysctl`]) and whether there is IPsec
+//! ([`xfrm`]). Decides nothing: what has to exist comes from the planner.
 
 use std::io;
 
 use anyhow::{Context, Result};
 use tokio::task::AbortHandle;
 
+mod blank;
 pub mod conntrack;
 pub mod events;
 mod link;

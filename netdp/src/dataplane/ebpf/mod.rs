@@ -623,6 +623,10 @@ impl Dataplane for Ebpf {
         false
     }
 
+    fn keeps_blank(&self) -> bool {
+        true
+    }
+
     fn features(&self) -> Vec<KernelFeature> {
         self.features.rows()
     }

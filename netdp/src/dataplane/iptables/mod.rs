@@ -423,6 +423,10 @@ impl Dataplane for Iptables {
         true
     }
 
+    fn keeps_blank(&self) -> bool {
+        false
+    }
+
     fn features(&self) -> Vec<KernelFeature> {
         Vec::new()
     }
