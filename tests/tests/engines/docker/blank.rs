@@ -43,7 +43,8 @@ impl Scene {
 
 pub(super) fn the_blank_becomes_the_next_container(scene: &Scene) -> Result<()> {
     let net = scene.lab.net();
-    scene.docker("network create --driver netdp web")?;
+    // Which the world has a route to.
+    scene.docker("network create --driver netdp --subnet 172.20.0.0/24 web")?;
     let first = scene.blank()?;
     let link = scene.link("ndv0")?.context("find the blank")?;
     expect_same("the blank's state", &link["operstate"], &json!("DOWN"))?;
