@@ -57,7 +57,7 @@ impl Netlink {
             .address(plan.mac.0.to_vec())
             .mtu(plan.mtu)
             .name(&plan.interface)
-            .alias(&Link::offer_alias(&plan.interface));
+            .alias(Link::offer_alias(&plan.interface));
         self.change(container_end)
             .await
             .with_context(|| format!("make {} of {CONTAINER_END}", plan.interface))?;
