@@ -504,18 +504,6 @@ impl State {
         blank::is_wanted(&self.model, &self.setting) && self.program.blank.is_none()
     }
 
-    /// Makes the blank, without its program: whoever looks next sees to that.
-    async fn make_blank(&self) {
-        if !self.lacks_blank() {
-            return;
-        }
-        match self.netlink.make_blank().await {
-            Ok(()) => debug!("made a pair for the next endpoint"),
-            // Which will have to wait a little longer for one of its own.
-            Err(error) => debug!("make a pair for the next endpoint: {error:#}"),
-        }
-    }
-
     /// Endpoints whose namespace is gone, or whose path means another one by now; and those of engines
     /// whose interfaces are gone, which only happens along with the namespace that one was taken to.
     fn vanished(&self, facts: &HostFacts) -> BTreeSet<EndpointId> {
@@ -615,9 +603,6 @@ async fn keep(state: Weak<Mutex<State>>, mut events: Events) {
                 Err(error) => warn!("look how full the flow tables are: {error:#}"),
             }
         }
-        if word == Some(Word::Quiet) {
-            state.make_blank().await;
-        }
         if let Err(error) = state.look().await {
             warn!("look for changes of the host: {error:#}");
         }
@@ -627,9 +612,17 @@ async fn keep(state: Weak<Mutex<State>>, mut events: Events) {
         {
             warn!("compare the backend with what it should be: {error:#}");
         }
-        // After an attempt in vain, not before something has happened.
-        let is_due = word != Some(Word::Quiet) && state.lacks_blank();
-        patience = if is_due { QUIET } else { Duration::MAX };
+        patience = Duration::MAX;
+        if state.lacks_blank() {
+            match word {
+                Some(Word::Quiet) => match state.make_blank().await {
+                    Ok(()) => debug!("made a pair for the next endpoint"),
+                    // Which will wait for one of its own. Not again before something has happened.
+                    Err(error) => debug!("make a pair for the next endpoint: {error:#}"),
+                },
+                _ => patience = QUIET,
+            }
+        }
     }
 }
 

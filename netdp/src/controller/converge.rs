@@ -297,6 +297,19 @@ impl State {
         Ok(())
     }
 
+    /// Makes the blank and has the backend see to it. Looks at nothing else, which would take long where
+    /// there is much, and leaves what has changed meanwhile to the next look.
+    pub(super) async fn make_blank(&mut self) -> Result<()> {
+        let ends = self.netlink.make_blank().await?;
+        self.facts.links.extend(ends);
+        let model = Arc::clone(&self.model);
+        let plan = plan::plan(&model, &self.facts, &self.setting);
+        let mut pass =
+            Pass { model: &model, before: None, failures: Vec::new(), dressed: Vec::new() };
+        self.apply(&mut pass, &plan).await?;
+        pass.failures.pop().map_or(Ok(()), |failure| Err(failure.into_error()))
+    }
+
     /// Gives containers the default routes that have gone with an interface of theirs: when theirs
     /// was made right, that one may still have been there.
     async fn redirect(

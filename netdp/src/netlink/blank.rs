@@ -22,11 +22,11 @@ use crate::{
 };
 
 impl Netlink {
-    /// Makes the blank, both ends on the host and down.
+    /// Makes the blank, both ends on the host and down. Returns them.
     ///
     /// # Errors
     /// Names what the kernel refused.
-    pub async fn make_blank(&self) -> Result<()> {
+    pub async fn make_blank(&self) -> Result<Vec<(u32, Link)>> {
         let unfinished = || LinkAttribute::Group(UNFINISHED_GROUP);
         let container_end = LinkMessageBuilder::<LinkUnspec>::new()
             .name(CONTAINER_END)
@@ -44,7 +44,10 @@ impl Netlink {
         refuse_ipv6(HOST_END, None)?;
         self.finish(CONTAINER_END, &Link::offer_alias(CONTAINER_END)).await?;
         self.finish(HOST_END, ALIAS).await?;
-        Ok(())
+        let is_end = |link: &Link| [HOST_END, CONTAINER_END].contains(&link.name.as_str());
+        let links = self.links().await?;
+        let ends = links.iter().filter(|(_, link)| is_end(link));
+        Ok(ends.map(|(&ifindex, link)| (ifindex, link.clone())).collect())
     }
 
     /// Makes the blank the pair that a plan wants, to be taken by an engine. Each end is renamed and
