@@ -34,8 +34,12 @@ use crate::{
     facts::HostFacts,
     loopback::{self, Loopback},
     model::{Endpoint, EndpointId, Model, Netns, Place, Refusal},
-    netlink::{Netlink, events::Events, namespace},
-    plan::{Setting, link_drift, plan, reservations},
+    netlink::{
+        Netlink,
+        events::{Events, Word},
+        namespace,
+    },
+    plan::{Setting, blank, link_drift, plan, reservations},
     ports::{Keeper, PortError, Prepared, Reservations},
     runs::Runs,
     store::Store,
@@ -52,6 +56,10 @@ const TICK: Duration = Duration::from_secs(5);
 /// How many ticks pass between two comparisons of the backend's objects: reading all maps costs
 /// more than a look at the links.
 const TICKS_TO_COMPARE: u64 = 3;
+
+/// How long nobody may have changed a link before a blank is made. It takes the lock that all changes
+/// of links and addresses take, and whoever starts a container makes a dozen of them.
+const QUIET: Duration = Duration::from_millis(50);
 
 /// Handle to the one controller of an agent; clones are the same one. The last one that goes ends
 /// the loop, and leaves the kernel as it is: networks outlive the agent.
@@ -171,6 +179,7 @@ impl Controller {
                 uplinks: config.uplinks.iter().cloned().collect(),
                 originals,
                 filters_bridges: false,
+                keeps_blank: false,
             },
             program: Arc::default(),
             nature,
@@ -501,6 +510,11 @@ impl State {
         Ok(())
     }
 
+    /// Whether there has to be a blank and is none.
+    fn lacks_blank(&self) -> bool {
+        blank::is_wanted(&self.model, &self.setting) && self.program.blank.is_none()
+    }
+
     /// Endpoints whose namespace is gone, or whose path means another one by now; and those of engines
     /// whose interfaces are gone, which only happens along with the namespace that one was taken to.
     fn vanished(&self, facts: &HostFacts) -> BTreeSet<EndpointId> {
@@ -579,11 +593,13 @@ async fn keep(state: Weak<Mutex<State>>, mut events: Events) {
     let mut clock = interval(TICK);
     clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut ticks = 0u64;
+    let mut patience = Duration::MAX;
     loop {
-        let is_tick = select! {
-            _ = clock.tick() => true,
-            Some(()) = events.changed() => false,
+        let word = select! {
+            _ = clock.tick() => None,
+            Some(word) = events.next(patience) => Some(word),
         };
+        let is_tick = word.is_none();
         ticks += u64::from(is_tick);
         let Some(state) = state.upgrade() else { return };
         let mut state = state.lock().await;
@@ -608,6 +624,17 @@ async fn keep(state: Weak<Mutex<State>>, mut events: Events) {
             && let Err(error) = state.compare().await
         {
             warn!("compare the backend with what it should be: {error:#}");
+        }
+        patience = Duration::MAX;
+        if state.lacks_blank() {
+            match word {
+                Some(Word::Quiet) => match state.make_blank().await {
+                    Ok(()) => debug!("made a pair for the next endpoint"),
+                    // Which will wait for one of its own. Not again before something has happened.
+                    Err(error) => debug!("make a pair for the next endpoint: {error:#}"),
+                },
+                _ => patience = QUIET,
+            }
         }
     }
 }

@@ -203,7 +203,8 @@ impl Link {
         match self.kind.as_deref() {
             Some("bridge") => matches!(noun, "network" | "unfinished"),
             Some("veth") => {
-                matches!(noun, "endpoint" | "unfinished") || *alias == Self::offer_alias(&self.name)
+                matches!(noun, "endpoint" | "blank" | "unfinished")
+                    || *alias == Self::offer_alias(&self.name)
             }
             _ => false,
         }

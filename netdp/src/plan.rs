@@ -11,6 +11,7 @@ use std::{
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use self::blank::Blank;
 use crate::{
     dataplane::{
         Drift, EndpointProgram, NatPorts, NetworkProgram, Program, PublishedKey, PublishedTarget,
@@ -25,6 +26,8 @@ use crate::{
     runs::Runs,
 };
 
+pub mod blank;
+
 /// What the operator decides and the model does not hold, and what is known of the host from
 /// before we changed it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,6 +39,8 @@ pub struct Setting {
     /// The backend works with iptables: what our bridges switch meets its rules, and may leave by the
     /// port it came by.
     pub filters_bridges: bool,
+    /// See [`Nature::keeps_blank`](crate::dataplane::Nature::keeps_blank).
+    pub keeps_blank: bool,
 }
 
 /// What has to exist, complete: what is ours and not in it has to go.
@@ -45,6 +50,8 @@ pub struct Plan {
     pub bridges: BTreeMap<NetworkId, BridgePlan>,
     /// One veth pair per endpoint.
     pub veths: BTreeMap<EndpointId, VethPlan>,
+    /// The pair for the next endpoint of an engine's, where there is one and there has to be.
+    pub blank: Option<Blank>,
     /// Links of ours, by ifindex, that nothing in the model names any more.
     pub orphans: BTreeSet<u32>,
     /// Sysctls of the host, by path under `/proc/sys`. What only concerns a link of ours is not
@@ -199,6 +206,7 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
         })
         .collect();
     let uplinks = uplinks(model, facts, setting);
+    let blank = if blank::is_wanted(model, setting) { blank::find(facts) } else { None };
 
     let nat_ports = NatPorts { ephemeral: facts.ephemeral_ports, ..NatPorts::default() };
     let sysctls = sysctls(model, facts, &uplinks, &nat_ports);
@@ -260,14 +268,16 @@ pub fn plan(model: &Model, facts: &HostFacts, setting: &Setting) -> Plan {
         .collect();
 
     Plan {
-        orphans: orphans(facts, &bridges, &veths),
+        orphans: orphans(facts, &bridges, &veths, blank),
         bridges,
         veths,
+        blank,
         sysctls,
         program: Arc::new(Program {
             nat_ports,
             networks,
             endpoints,
+            blank: blank.map(|blank| blank.host_end),
             published,
             uplinks,
             needs_stack: facts.has_ipsec,
@@ -540,6 +550,7 @@ fn orphans(
     facts: &HostFacts,
     bridges: &BTreeMap<NetworkId, BridgePlan>,
     veths: &BTreeMap<EndpointId, VethPlan>,
+    blank: Option<Blank>,
 ) -> BTreeSet<u32> {
     let offers: Vec<(&str, String)> = veths
         .values()
@@ -554,8 +565,9 @@ fn orphans(
     facts
         .links
         .iter()
-        .filter(|(_, link)| {
+        .filter(|&(&ifindex, link)| {
             link.is_ours()
+                && !blank.is_some_and(|blank| blank.has(ifindex))
                 && !wanted.contains(&(&link.name, link.alias.as_deref().unwrap_or_default()))
         })
         .map(|(&ifindex, _)| ifindex)

@@ -271,6 +271,7 @@ impl Host {
             nat_ports: NatPorts::default(),
             networks: BTreeMap::from([(network, network_program)]),
             endpoints: BTreeMap::from([(EndpointId(2), endpoint)]),
+            blank: None,
             published: Default::default(),
             needs_stack: false,
             uplinks: BTreeMap::from([(self.ifindex("up0")?, uplink)]),

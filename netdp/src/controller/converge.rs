@@ -16,7 +16,7 @@ use crate::{
     facts::HostFacts,
     model::{EndpointId, Model, Netns, NetworkId},
     netlink::{Netlink, namespace::Namespace},
-    plan::{self, BridgePlan, Plan, SysctlPlan, VethPlan, own},
+    plan::{self, BridgePlan, Plan, SysctlPlan, VethPlan, blank::Blank, own},
 };
 
 /// How many containers are looked into at the same time.
@@ -158,6 +158,7 @@ impl State {
     ) -> Result<Vec<Failure>> {
         let mut pass = Pass { model, before, failures: Vec::new(), dressed: Vec::new() };
         self.setting.filters_bridges = self.nature.needs_bridge_filter;
+        self.setting.keeps_blank = self.nature.keeps_blank;
         self.follow_renames(&facts).await?;
         let settled = self.settled.take();
         let outgoing = plan::plan(model, &facts, &self.setting);
@@ -239,8 +240,9 @@ impl State {
             pass.note(Subject::Network(id), result)?;
         }
         self.dressed.retain(|id, _| plan.veths.contains_key(id));
+        let mut blank = plan.blank;
         for (&id, veth) in plan.veths.iter().filter(|(_, veth)| veth.netns.is_none()) {
-            let result = self.offer_veth(pass, id, veth, facts).await;
+            let result = self.offer_veth(pass, id, veth, &mut blank, facts).await;
             pass.note(Subject::Endpoint(id), result)?;
         }
         self.make_veths(pass, plan.veths.iter(), facts).await
@@ -274,20 +276,41 @@ impl State {
         Ok(())
     }
 
-    /// Makes a pair whose container's end an engine takes. Only the change that adds the endpoint
-    /// does: an engine that has taken the end does not come for another one.
+    /// Makes a pair whose container's end an engine takes, of the blank if there is one. Only the change
+    /// that adds the endpoint does: an engine that has taken the end does not come for another one.
     async fn offer_veth(
         &self,
         pass: &Pass<'_>,
         id: EndpointId,
         veth: &VethPlan,
+        blank: &mut Option<Blank>,
         facts: &HostFacts,
     ) -> Result<()> {
         let is_new = pass.before.is_some_and(|before| !before.endpoints.contains_key(&id));
-        if is_new || facts.link(&veth.name).is_some() {
+        let is_there = facts.link(&veth.name).is_some();
+        if is_new
+            && !is_there
+            && let Some(blank) = blank.take()
+        {
+            return self.netlink.give_blank(blank, veth).await;
+        }
+        if is_new || is_there {
             self.netlink.ensure_veth(veth, None, facts).await?;
         }
         Ok(())
+    }
+
+    /// Makes the blank and has the backend see to it. Looks at nothing else, which would take long where
+    /// there is much, and leaves what has changed meanwhile to the next look.
+    pub(super) async fn make_blank(&mut self) -> Result<()> {
+        let ends = self.netlink.make_blank().await?;
+        self.facts.links.extend(ends);
+        let model = Arc::clone(&self.model);
+        let plan = plan::plan(&model, &self.facts, &self.setting);
+        let mut pass =
+            Pass { model: &model, before: None, failures: Vec::new(), dressed: Vec::new() };
+        self.apply(&mut pass, &plan).await?;
+        pass.failures.pop().map_or(Ok(()), |failure| Err(failure.into_error()))
     }
 
     /// Gives containers the default routes that have gone with an interface of theirs: when theirs
@@ -317,6 +340,7 @@ impl State {
             return Ok((facts, present));
         }
         self.setting.filters_bridges = filters;
+        self.setting.keeps_blank = self.nature.keeps_blank;
         let present = plan::plan(pass.model, &facts, &self.setting);
         self.make_links(pass, &present, &facts).await?;
         let facts = self.netlink.read_facts().await?;

@@ -19,6 +19,7 @@ struct Record {
     collections: usize,
     failures_ahead: usize,
     flow_tables: Vec<FlowTable>,
+    keeps_blank: bool,
 }
 
 impl Fake {
@@ -45,6 +46,11 @@ impl Fake {
     /// Has flow tables like these from now on.
     pub fn set_flow_tables(&self, tables: Vec<FlowTable>) {
         self.record().flow_tables = tables;
+    }
+
+    /// Gains by blanks from now on.
+    pub fn keep_blank(&self) {
+        self.record().keeps_blank = true;
     }
 
     fn record(&self) -> MutexGuard<'_, Record> {
@@ -104,7 +110,8 @@ impl Dataplane for Fake {
     }
 
     fn nature(&self) -> Nature {
-        Nature { keeps_ports: false, reaches_loopback: true, needs_bridge_filter: false }
+        let keeps_blank = self.record().keeps_blank;
+        Nature { reaches_loopback: true, keeps_blank, ..Nature::default() }
     }
 
     fn features(&self) -> Vec<KernelFeature> {

@@ -35,6 +35,8 @@ pub struct Program {
     pub networks: BTreeMap<NetworkId, NetworkProgram>,
     /// Endpoints whose host interface exists.
     pub endpoints: BTreeMap<EndpointId, EndpointProgram>,
+    /// Host interface of the endpoint to come, by ifindex: nothing passes it yet.
+    pub blank: Option<u32>,
     /// Published ports and where they lead; no two entries collide.
     pub published: Runs<PublishedKey, PublishedTarget>,
     /// Interfaces to the outside, by ifindex.
@@ -250,6 +252,8 @@ pub struct Nature {
     pub reaches_loopback: bool,
     /// Bridged packets have to meet the rules of iptables, and leave by the port they came by.
     pub needs_bridge_filter: bool,
+    /// An endpoint is sooner in effect if its host interface was [blank](Program::blank) before.
+    pub keeps_blank: bool,
 }
 
 /// Name of an IP protocol, for people; its number where it is none that flows are made of often.

@@ -11,10 +11,22 @@ use rtnetlink::{
     MulticastGroup, new_multicast_connection, packet_core::NetlinkMessage,
     packet_route::RouteNetlinkMessage, sys::SocketAddr,
 };
-use tokio::{task::AbortHandle, time::sleep};
+use tokio::{
+    task::AbortHandle,
+    time::{sleep, timeout},
+};
 
 /// Changes come in bursts (a new veth is a dozen of them); what follows this soon is read at once.
 const BURST: Duration = Duration::from_millis(20);
+
+/// What there is to say of links and addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// Some have changed.
+    Changed,
+    /// None has, for as long as somebody wanted to wait.
+    Quiet,
+}
 
 /// Subscription to changes of links and addresses of both families. Routes are not in it: nothing that is
 /// enforced depends on them, and a routing daemon can change thousands a second.
@@ -35,13 +47,19 @@ impl Events {
         Ok(Self { messages, connection: tokio::spawn(connection).abort_handle() })
     }
 
-    /// Waits for a burst of changes to come and go by. `None` when the kernel closed the socket.
-    /// Cancel-safe: an event that was taken but not reported yet is followed by a re-read anyway.
-    pub async fn changed(&mut self) -> Option<()> {
-        self.messages.next().await?;
-        sleep(BURST).await;
-        while self.messages.try_recv().is_ok() {}
-        Some(())
+    /// Waits for a burst of changes to come and go by, or for so long without one. `None` when the
+    /// kernel closed the socket. Cancel-safe: an event that was taken but not reported yet is followed
+    /// by a re-read anyway.
+    pub async fn next(&mut self, patience: Duration) -> Option<Word> {
+        match timeout(patience, self.messages.next()).await {
+            Err(_elapsed) => Some(Word::Quiet),
+            Ok(message) => {
+                message?;
+                sleep(BURST).await;
+                while self.messages.try_recv().is_ok() {}
+                Some(Word::Changed)
+            }
+        }
     }
 }
 

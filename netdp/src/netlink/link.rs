@@ -296,7 +296,7 @@ impl Netlink {
     }
 
     /// Gives a link that was just made its alias.
-    async fn finish(&self, name: &str, alias: &str) -> Result<u32> {
+    pub(super) async fn finish(&self, name: &str, alias: &str) -> Result<u32> {
         let mut found = self.handle.link().get().match_name(name).execute();
         let link = found.try_next().await.map_err(kernel_error)?;
         let ifindex = link.with_context(|| format!("find interface {name}"))?.header.index;

@@ -298,6 +298,7 @@ fn the_program_names_what_exists() {
             },
         )]
         .into(),
+        blank: None,
         published: [(WEB.key(), target)].into(),
         uplinks: [
             (2, uplink(Some([10, 0, 0, 2]), true, false)),
@@ -401,6 +402,82 @@ fn an_offered_end_is_ours_under_its_own_name_only() {
     let facts = host();
     let drift = link_drift(&plan_of(&model, &facts), &facts);
     assert!(!drift.iter().any(|drift| drift.what.contains("ndv1")), "{drift:?}");
+}
+
+/// An end of a pair that carries nothing yet.
+fn unused_end(name: &str, alias: &str) -> Link {
+    Link { alias: Some(alias.into()), kind: Some("veth".into()), up: false, ..link(name) }
+}
+
+/// A host with a blank, 30 and 31, and the model and the setting that want it.
+fn with_blank() -> (Model, HostFacts, Setting) {
+    let mut model = model();
+    model.networks.get_mut(&A).unwrap().engine_id = Some("n".into());
+    let mut facts = host_with_links();
+    facts.links.extend([
+        (30, unused_end("ndv0", "netdp blank")),
+        (31, unused_end("ndc0", "netdp offer ndc0")),
+    ]);
+    let uplinks = ["tun0".to_owned()].into();
+    (model, facts, Setting { keeps_blank: true, uplinks, ..Setting::default() })
+}
+
+#[test]
+fn a_blank_waits_where_an_engine_has_a_network() {
+    let (model, facts, setting) = with_blank();
+    let ready = plan(&model, &facts, &setting);
+    assert_eq!(ready.blank, Some(Blank { host_end: 30, container_end: 31 }));
+    assert_eq!((ready.program.blank, &ready.orphans), (Some(30), &[].into()));
+    let anywhere = plan(&model, &facts, &Setting { uplinks: BTreeSet::new(), ..setting.clone() });
+    assert!(![30, 31].iter().any(|ifindex| anywhere.program.uplinks.contains_key(ifindex)));
+    assert_eq!(link_drift(&ready, &facts), []);
+    // That there is none yet is nothing to repair.
+    let without = host_with_links();
+    let lacking = plan(&model, &without, &setting);
+    assert!(blank::is_wanted(&model, &setting) && lacking.blank.is_none());
+    assert_eq!(link_drift(&lacking, &without), []);
+}
+
+#[test]
+fn a_blank_that_nobody_waits_for_goes() {
+    let (model, facts, setting) = with_blank();
+    let own_networks = self::model();
+    for (model, setting) in
+        [(&model, &Setting::default()), (&own_networks, &setting), (&Model::default(), &setting)]
+    {
+        let plan = plan(model, &facts, setting);
+        assert_eq!((plan.blank, plan.program.blank), (None, None));
+        assert!(plan.orphans.is_superset(&[30, 31].into()), "{:?}", plan.orphans);
+    }
+}
+
+#[test]
+fn what_is_no_whole_blank_goes() {
+    type Damage = fn(&mut Link);
+    let damages: [(u32, Damage); 5] = [
+        (30, |link| link.up = true),
+        (30, |link| link.master = Some(10)),
+        (30, |link| link.alias = Some("netdp unfinished".into())),
+        (31, |link| link.alias = Some("netdp unfinished".into())),
+        (31, |link| link.up = true),
+    ];
+    for (ifindex, damage) in damages {
+        let (model, mut facts, setting) = with_blank();
+        damage(facts.links.get_mut(ifindex).unwrap());
+        let plan = plan(&model, &facts, &setting);
+        assert_eq!((plan.blank, plan.orphans), (None, [30, 31].into()));
+    }
+    // One end is somebody's by now, under another name; or was given, when the agent ended.
+    for (name, alias, orphans) in
+        [("eth0", "netdp offer ndc0", &[30][..]), ("ndc7", "netdp offer ndc7", &[30, 31])]
+    {
+        let (model, mut facts, setting) = with_blank();
+        let others = facts.links.iter().filter(|(ifindex, _)| **ifindex != 31);
+        let others = others.map(|(&ifindex, link)| (ifindex, link.clone()));
+        facts.links = others.chain([(31, unused_end(name, alias))]).collect();
+        let plan = plan(&model, &facts, &setting);
+        assert_eq!((plan.blank, plan.orphans), (None, orphans.iter().copied().collect()));
+    }
 }
 
 #[test]

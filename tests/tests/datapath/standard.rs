@@ -90,6 +90,7 @@ pub(crate) fn standard_program(ifindexes: &BTreeMap<&'static str, u32>) -> Progr
         nat_ports: NatPorts::default(),
         networks: networks.into(),
         endpoints: endpoints.into(),
+        blank: None,
         published: Runs::default(),
         uplinks: uplinks.collect(),
         needs_stack: false,

@@ -20,6 +20,7 @@ use netdp_tests::runtime::poll_until;
 use serde_json::{Value, json};
 
 mod addresses;
+mod blank;
 mod crowd;
 mod guide;
 mod lifecycle;
@@ -59,6 +60,9 @@ const TESTS: &[(&str, Test)] = &[
     ("iptables_serves_docker_as_well", ports::iptables_serves_docker_as_well),
     ("many_containers_leave_nothing", crowd::many_containers_leave_nothing),
     ("start_is_timed_beside_dockers_own_bridge", crowd::start_is_timed_beside_dockers_own_bridge),
+    ("the_blank_becomes_the_next_container", blank::the_blank_becomes_the_next_container),
+    ("the_blank_outlives_the_agent", blank::the_blank_outlives_the_agent),
+    ("the_agent_may_die_while_it_makes_a_blank", blank::the_agent_may_die_while_it_makes_a_blank),
     ("agent_may_restart", lifecycle::agent_may_restart),
     ("containers_start_while_the_agent_dies", lifecycle::containers_start_while_the_agent_dies),
     (

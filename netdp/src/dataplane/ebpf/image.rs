@@ -184,6 +184,8 @@ impl Image {
             image.interfaces.insert(endpoint.ifindex, interface);
             image.hooks.insert((Hook::FromContainer, endpoint.ifindex));
         }
+        // Without an entry: its program lets nothing pass.
+        image.hooks.extend(program.blank.map(|ifindex| (Hook::FromContainer, ifindex)));
         for (&ifindex, uplink) in &program.uplinks {
             let flag = |condition: bool, flag: u8| if condition { flag } else { 0 };
             let interface = Interface {

@@ -616,6 +616,7 @@ impl Dataplane for Ebpf {
             keeps_ports: self.object.keeps_ports(),
             reaches_loopback: true,
             needs_bridge_filter: false,
+            keeps_blank: true,
         }
     }
 

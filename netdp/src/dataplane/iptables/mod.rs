@@ -412,7 +412,7 @@ impl Dataplane for Iptables {
     }
 
     fn nature(&self) -> Nature {
-        Nature { keeps_ports: false, reaches_loopback: false, needs_bridge_filter: true }
+        Nature { needs_bridge_filter: true, ..Nature::default() }
     }
 
     fn features(&self) -> Vec<KernelFeature> {
