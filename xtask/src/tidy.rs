@@ -175,11 +175,16 @@ struct Word<'a> {
 
 fn aya(file: &File) -> Vec<Breach> {
     let agent = file.is_below("netdp/src") && !file.is_module("netdp/src/dataplane", "ebpf");
-    let tests = file.is_below("tests") && !file.is_module("tests/tests", "datapath");
+    let homes = [("tests/tests", "datapath"), ("tests/benches", "bpf")];
+    let tests =
+        file.is_below("tests") && !homes.iter().any(|(parent, name)| file.is_module(parent, name));
     if !agent && !tests {
         return Vec::new();
     }
-    file.words(|word| word.text == "aya", "is for dataplane/ebpf (and the datapath tests) alone")
+    file.words(
+        |word| word.text == "aya",
+        "is for dataplane/ebpf (and the tests of its programs) alone",
+    )
 }
 
 fn netfilter(file: &File) -> Vec<Breach> {
@@ -438,6 +443,7 @@ mod tests {
             check(home, text, &[]);
         }
         check("tests/tests/datapath/main.rs", text, &[]);
+        check("tests/benches/bpf/ends.rs", text, &[]);
         check("netdp/src/plan.rs", "// aya\nlet aya_like = \"aya\";", &[]);
     }
 

@@ -14,6 +14,7 @@ use netdp_tests::{bpf::Rotation, packet::ETHERNET_BYTES};
 
 use crate::{
     datagram::{Datagram, Kind, Wire},
+    ends,
     family::{FAMILIES, Family},
     fixture::{
         A, At, Fixture, HOST, ROUTER_MAC, TCX_NEXT, TCX_REDIRECT, UPLINK_MAC, bridge_mac,
@@ -28,13 +29,40 @@ const ESTABLISHED: u32 = 4096;
 /// end before the scheduler gives the CPU to somebody else.
 const RUNS: u32 = 2 * ESTABLISHED;
 /// Flows that a measurement of new ones opens.
-pub(crate) const NEW: u32 = 8192;
+pub(crate) const NEW: u32 = 4096;
+
+/// What a packet finds in the flow table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Age {
+    /// Its flow.
+    Established,
+    /// No flow, so that it opens one, where others were opened and ended a moment ago: what a host
+    /// has whose connections come and go.
+    New,
+    /// The same where all of the tables has passed through the caches since.
+    NewInCold,
+}
+
+impl Age {
+    /// Whether the packet opens its flow.
+    pub(crate) fn is_new(self) -> bool {
+        self != Self::Established
+    }
+
+    /// Name in tables.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Established => "established",
+            Self::New => "new",
+            Self::NewInCold => "cold new",
+        }
+    }
+}
 
 /// Where a figure was measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Place {
-    /// Whether the packet opens its flow.
-    pub(crate) is_new: bool,
+    pub(crate) age: Age,
     /// What the packet is on its way to.
     pub(crate) way: &'static str,
     /// Name of the family.
@@ -47,15 +75,15 @@ pub(crate) struct Place {
 
 impl Display for Place {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let Self { is_new, way, family, protocol, program } = self;
-        let age = if *is_new { "new" } else { "established" };
-        write!(f, "{age} {way}, {protocol} over {family}, {program}")
+        let Self { age, way, family, protocol, program } = self;
+        write!(f, "{} {way}, {protocol} over {family}, {program}", age.name())
     }
 }
 
 /// One program and the packets it is measured with.
 pub(crate) struct Case {
     place: Place,
+    family: Family,
     at: At,
     packets: Rotation,
     /// The last packet of a measurement as it should leave.
@@ -72,7 +100,7 @@ impl Case {
 
     /// Packets of a measurement.
     pub(crate) fn runs(&self) -> u32 {
-        if self.place.is_new { NEW } else { RUNS }
+        if self.place.age.is_new() { NEW } else { RUNS }
     }
 
     /// Nanoseconds for one packet.
@@ -83,9 +111,19 @@ impl Case {
         let before = fixture.backend().counters()?;
         let halves = fixture.halves()?;
         let context = fixture.context(self.at);
-        if !self.place.is_new {
-            // What the cases before have left in the caches is not what is measured.
-            self.packets.run(fixture.loaded(self.at)?, &context, ESTABLISHED)?;
+        let mut flows = 0;
+        match self.place.age {
+            Age::Established => {
+                // What the cases before have left in the caches is not what is measured.
+                self.packets.run(fixture.loaded(self.at)?, &context, ESTABLISHED)?;
+            }
+            Age::New => {
+                self.packets.run(fixture.loaded(self.at)?, &context, NEW)?;
+                let ended = ends::of_all(fixture, self.family)?;
+                ensure!(ended == NEW as usize, "{ended} of {NEW} flows to be ended");
+                flows += NEW;
+            }
+            Age::NewInCold => {}
         }
         let ran = self.packets.run(fixture.loaded(self.at)?, &context, self.runs())?;
         let nothing = self.packets.run_nothing(&context, self.runs())?;
@@ -93,13 +131,15 @@ impl Case {
         ensure!(ran.verdict == verdict, "verdict {}", ran.verdict);
         let (wanted, seen) = (hex(&self.leaves), hex(&ran.frame));
         ensure!(seen == wanted, "the last packet left as {seen}, wanted {wanted}");
-        let wanted = if self.place.is_new { NEW as usize } else { 0 };
+        let left = if self.place.age.is_new() { NEW } else { 0 };
+        flows += left;
         let after = fixture.backend().counters()?;
         let is_drop = |count: &&Count| count.reason.is_drop();
         ensure!(after.iter().filter(is_drop).eq(before.iter().filter(is_drop)), "packets dropped");
-        ensure!(opened(&after) == opened(&before) + wanted as u64, "not as many flows opened");
-        ensure!(fixture.halves()? == halves + 2 * wanted, "not as many halves in the table");
-        if self.place.is_new {
+        ensure!(opened(&after) == opened(&before) + u64::from(flows), "not as many flows opened");
+        let left = halves + 2 * left as usize;
+        ensure!(fixture.halves()? == left, "not as many halves in the table");
+        if self.place.age.is_new() {
             fixture.remove_halves(|_| true)?;
             fixture.forget_order()?;
         }
@@ -290,7 +330,7 @@ impl Step {
 
     fn case(
         &self,
-        is_new: bool,
+        age: Age,
         (family, protocol, kind): (Family, &'static str, Kind),
         (flows, runs): (u32, u32),
     ) -> Result<Case> {
@@ -301,12 +341,13 @@ impl Step {
         let ttl = leaves.ttl;
         Ok(Case {
             place: Place {
-                is_new,
+                age,
                 way: self.way,
                 family: family.name(),
                 protocol,
                 program: self.program,
             },
+            family,
             at: self.at,
             packets: Rotation::new(&frames, headers)?,
             leaves: leaves.with_ttl(ttl - self.sent.unwrap_or(0)).frame(family),
@@ -325,7 +366,7 @@ pub(crate) fn established(
     for (family, protocol, kind, _) in carriers() {
         let carried: Vec<_> = ways()
             .iter()
-            .map(|step| step.case(false, (family, protocol, kind), (ESTABLISHED, RUNS)))
+            .map(|step| step.case(Age::Established, (family, protocol, kind), (ESTABLISHED, RUNS)))
             .collect::<Result<_>>()?;
         if !carried.iter().any(|case| wanted(&case.place)) {
             continue;
@@ -350,7 +391,9 @@ pub(crate) fn new(wanted: impl Fn(&Place) -> bool) -> Result<Vec<Case>> {
     let mut cases = Vec::new();
     for (family, protocol, _, kind) in carriers() {
         for step in openings() {
-            cases.push(step.case(true, (family, protocol, kind), (NEW, NEW))?);
+            for age in [Age::New, Age::NewInCold] {
+                cases.push(step.case(age, (family, protocol, kind), (NEW, NEW))?);
+            }
         }
     }
     cases.retain(|case| wanted(&case.place));

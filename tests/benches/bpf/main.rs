@@ -26,6 +26,7 @@ mod collection;
 #[expect(dead_code, reason = "the suite that this belongs to uses the rest")]
 #[path = "../../tests/datapath/datagram.rs"]
 mod datagram;
+mod ends;
 #[expect(dead_code, reason = "the suite that this belongs to uses the rest")]
 #[path = "../../tests/datapath/family.rs"]
 mod family;
@@ -73,24 +74,29 @@ fn run() -> Result<()> {
     series.extend(measure(fixture, &cases::new(wanted)?, rounds)?);
     report::print(&series);
     let mut others = pauses;
-    others.push(floor(fixture, rounds)?);
+    others.extend(floors(fixture, rounds)?);
     if let Some(path) = &options.json {
         report::write(path, &series, others)?;
     }
     Ok(())
 }
 
-/// What no program that opens flows of two halves can do without, over IPv4.
-fn floor(fixture: &Fixture, rounds: usize) -> Result<Figure> {
+/// What no program that opens flows of two halves can do without, over IPv4: in a table that was used
+/// a moment ago, and in a cold one.
+fn floors(fixture: &Fixture, rounds: usize) -> Result<[Figure; 2]> {
     let (key, half) = (size_of::<FlowKey<Be32>>() as u32, size_of::<Flow<Be32>>() as u32);
     let bare = BareFlows::new(FLOWS_DEFAULT, key, half)?;
-    let mut nanos = Vec::new();
+    let (mut used, mut cold) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
         // As before each case, and with as little of the table left in the caches.
         fixture.halves()?;
-        nanos.push(bare.measure(cases::NEW)?);
+        cold.push(bare.measure(cases::NEW)?);
+        used.push(bare.measure(cases::NEW)?);
     }
-    Ok(report::floor(&nanos, cases::NEW))
+    Ok([
+        report::floor("bpf_new_floor_ns", &used, cases::NEW),
+        report::floor("bpf_cold_new_floor_ns", &cold, cases::NEW),
+    ])
 }
 
 /// Runs every case once in each round.

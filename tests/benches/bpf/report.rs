@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use netdp_tests::figures::{self, Figure};
 
-use crate::cases::Place;
+use crate::cases::{Age, Place};
 
 /// What is measured here.
 pub(crate) const SYSTEM: &str = "netdp-ebpf";
@@ -48,24 +48,28 @@ impl Series {
 
 const WHOLE_WAY: &str = "whole way";
 
-/// What the kernel takes for a new flow, whoever opens it.
-pub(crate) fn floor(nanos: &[f64], flows: u32) -> Figure {
+/// What the kernel takes for a new flow, whoever opens it, as `metric`.
+pub(crate) fn floor(metric: &str, nanos: &[f64], flows: u32) -> Figure {
     let packets = nanos.len() as u64 * u64::from(flows);
-    let figure = Figure::of("bpf_new_floor_ns", "kernel", "ns", nanos, packets);
+    let figure = Figure::of(metric, "kernel", "ns", nanos, packets);
     let Figure { metric, min, median, .. } = &figure;
     println!("{metric} {median:.0}, at least {min:.0} (a lookup, two insertions, one in a queue)");
     figure
 }
 
 fn metric(place: &Place) -> &'static str {
-    if place.is_new { "bpf_new_ns" } else { "bpf_established_ns" }
+    match place.age {
+        Age::Established => "bpf_established_ns",
+        Age::New => "bpf_new_ns",
+        Age::NewInCold => "bpf_cold_new_ns",
+    }
 }
 
 /// Every figure with its place: programs, and whole ways where they have more than one program.
 fn placed(series: &[Series]) -> Vec<(Place, Figure)> {
     let mut figures = Vec::new();
     let same_way = |a: &Place, b: &Place| {
-        (a.is_new, a.way, a.family, a.protocol) == (b.is_new, b.way, b.family, b.protocol)
+        (a.age, a.way, a.family, a.protocol) == (b.age, b.way, b.family, b.protocol)
     };
     for (index, one) in series.iter().enumerate() {
         let parts: Vec<_> =
@@ -88,12 +92,11 @@ fn placed(series: &[Series]) -> Vec<(Place, Figure)> {
 
 /// The figure that stands for all: the dearest whole way.
 fn headlines(figures: &[(Place, Figure)]) -> Vec<Figure> {
-    [false, true]
+    [Age::Established, Age::New, Age::NewInCold]
         .into_iter()
-        .filter_map(|is_new| {
-            let whole = |(place, _): &&(Place, Figure)| {
-                place.is_new == is_new && place.program == WHOLE_WAY
-            };
+        .filter_map(|age| {
+            let whole =
+                |(place, _): &&(Place, Figure)| place.age == age && place.program == WHOLE_WAY;
             let dearest = figures
                 .iter()
                 .filter(whole)
@@ -119,7 +122,7 @@ pub(crate) fn print(series: &[Series]) {
         ["min", "median", "p99", "95 %", "rounds", "packets"],
     );
     let figures = placed(series);
-    for (Place { is_new, way, family, protocol, program }, figure) in &figures {
+    for (Place { age, way, family, protocol, program }, figure) in &figures {
         let Figure { min, median, p99, ci95: [low, high], rounds, n, .. } = figure;
         let numbers = [
             format!("{min:.0}"),
@@ -129,8 +132,7 @@ pub(crate) fn print(series: &[Series]) {
             rounds.to_string(),
             n.to_string(),
         ];
-        let flow = if *is_new { "new" } else { "established" };
-        row([flow, way, family, protocol, program], numbers.each_ref().map(String::as_str));
+        row([age.name(), way, family, protocol, program], numbers.each_ref().map(String::as_str));
     }
     println!();
     for Figure { metric, median, .. } in headlines(&figures) {

@@ -118,7 +118,7 @@ pub static FEATURES: [Description; 10] = [
         name: "coarse-clock",
         since: (5, 11),
         probe: "loads a program that calls the helper",
-        without: "the exact clock: tens of nanoseconds more for a packet",
+        without: "the exact clock, once in each tick",
         needed: false,
         is_there: has_coarse_clock,
     },
