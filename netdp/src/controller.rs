@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Error, Result, anyhow};
@@ -61,6 +61,10 @@ const TICKS_TO_COMPARE: u64 = 3;
 /// of links and addresses take, and whoever starts a container makes a dozen of them.
 const QUIET: Duration = Duration::from_millis(50);
 
+/// How long no other blank is made after one that nobody was given: it could not be made, or somebody
+/// who sets new links up has spoiled it, and would spoil the next one, too.
+const BLANK_PAUSE: Duration = Duration::from_secs(60);
+
 /// Handle to the one controller of an agent; clones are the same one. The last one that goes ends
 /// the loop, and leaves the kernel as it is: networks outlive the agent.
 #[derive(Clone)]
@@ -110,6 +114,8 @@ struct State {
     heard: BTreeSet<About>,
     /// What the last pass made right; `None` where something was left undone.
     settled: Option<Settled>,
+    /// See [`BLANK_PAUSE`]; `None` once a blank was given.
+    no_blank_before: Option<Instant>,
     /// Endpoints whose container's end was made right by this agent.
     dressed: BTreeMap<EndpointId, Dressed>,
     netlink: Netlink,
@@ -187,6 +193,7 @@ impl Controller {
             flow_tables: Vec::new(),
             heard: BTreeSet::new(),
             settled: None,
+            no_blank_before: None,
             dressed: BTreeMap::new(),
             netlink,
             store,
@@ -370,7 +377,7 @@ impl State {
         if target.model == before {
             return Ok(());
         }
-        match self.enforce_and_store(&target, prepared.is_doubtful(), &before, facts).await {
+        match self.enforce_and_store(&target, prepared.doubtful(), &before, facts).await {
             Ok(failures) => {
                 let (keeper, wanted) = (self.port_keeper(), target.ports);
                 let refused = self.reservations.call(move |reservations| {
@@ -399,17 +406,15 @@ impl State {
 
     async fn enforce_and_store(
         &mut self,
-        Target { model, ports }: &Target,
-        is_doubtful: bool,
+        Target { model, .. }: &Target,
+        doubtful: &[PublishedKey],
         before: &Arc<Model>,
         facts: HostFacts,
     ) -> Result<Vec<Failure>> {
         let failures = self.converge(model, Some(before), facts).await?;
-        if is_doubtful {
-            let (wanted, keeper) = (Arc::clone(ports), self.port_keeper());
-            self.reservations
-                .call(move |reservations| reservations.check(&wanted, keeper))
-                .await??;
+        if !doubtful.is_empty() {
+            let doubtful = doubtful.to_vec();
+            self.reservations.call(move |_| Reservations::check(&doubtful)).await??;
         }
         // The kernel first: killed in between, the next start takes back what nobody was told of.
         let (old, new) = (Arc::clone(before), Arc::clone(model));
@@ -425,6 +430,8 @@ impl State {
     /// and retried later.
     async fn undo(&mut self) -> Option<String> {
         let model = Arc::clone(&self.model);
+        // Sysctls may have been written, which the kernel does not tell of.
+        self.netlink.forget_facts();
         let facts = match self.netlink.read_facts().await {
             Ok(facts) => facts,
             Err(error) => return Some(format!("{error:#}")),
@@ -510,9 +517,14 @@ impl State {
         Ok(())
     }
 
-    /// Whether there has to be a blank and is none.
-    fn lacks_blank(&self) -> bool {
-        blank::is_wanted(&self.model, &self.setting) && self.program.blank.is_none()
+    /// Whether a blank is to be made: there has to be one, and is none.
+    fn lacks_blank(&mut self) -> bool {
+        if !blank::is_wanted(&self.model, &self.setting) {
+            self.no_blank_before = None;
+            return false;
+        }
+        let may_be_made = self.no_blank_before.is_none_or(|moment| moment <= Instant::now());
+        may_be_made && self.program.blank.is_none()
     }
 
     /// Endpoints whose namespace is gone, or whose path means another one by now; and those of engines
@@ -603,6 +615,8 @@ async fn keep(state: Weak<Mutex<State>>, mut events: Events) {
         ticks += u64::from(is_tick);
         let Some(state) = state.upgrade() else { return };
         let mut state = state.lock().await;
+        // It may have taken a while to come to this.
+        let is_quiet = word == Some(Word::Quiet) && events.are_over();
         if is_tick {
             // Not all that there is to see is told of.
             state.netlink.forget_facts();
@@ -627,13 +641,14 @@ async fn keep(state: Weak<Mutex<State>>, mut events: Events) {
         }
         patience = Duration::MAX;
         if state.lacks_blank() {
-            match word {
-                Some(Word::Quiet) => match state.make_blank().await {
+            if is_quiet {
+                match state.make_blank().await {
                     Ok(()) => debug!("made a pair for the next endpoint"),
-                    // Which will wait for one of its own. Not again before something has happened.
-                    Err(error) => debug!("make a pair for the next endpoint: {error:#}"),
-                },
-                _ => patience = QUIET,
+                    // Which will wait for one of its own.
+                    Err(error) => warn!("make a pair for the next endpoint: {error:#}"),
+                }
+            } else {
+                patience = QUIET;
             }
         }
     }

@@ -183,6 +183,9 @@ impl Link {
     /// What the alias of every link of ours begins with.
     pub const ALIAS_PREFIX: &str = "netdp ";
 
+    /// The alias of the host's end of a pair that waits for the next endpoint.
+    pub const BLANK_ALIAS: &str = "netdp blank";
+
     /// The alias of a container's end that waits on the host under this name. Whoever takes it gives
     /// it another: the name is in it so that it is not ours any more then, wherever it is.
     pub fn offer_alias(name: &str) -> String {
@@ -203,7 +206,8 @@ impl Link {
         match self.kind.as_deref() {
             Some("bridge") => matches!(noun, "network" | "unfinished"),
             Some("veth") => {
-                matches!(noun, "endpoint" | "blank" | "unfinished")
+                matches!(noun, "endpoint" | "unfinished")
+                    || alias == Self::BLANK_ALIAS
                     || *alias == Self::offer_alias(&self.name)
             }
             _ => false,

@@ -73,14 +73,14 @@ pub struct Prepared {
     sockets: BTreeMap<PublishedKey, OwnedFd>,
     /// Keep ports free until the backend does.
     meanwhile: Vec<OwnedFd>,
-    /// Whether some were only looked for.
-    is_doubtful: bool,
+    /// Those that were only looked for.
+    doubtful: Vec<PublishedKey>,
 }
 
 impl Prepared {
-    /// Whether others could have taken a port since: [`Reservations::check`] tells.
-    pub fn is_doubtful(&self) -> bool {
-        self.is_doubtful
+    /// Ports that others could have taken since: [`Reservations::check`] tells.
+    pub fn doubtful(&self) -> &[PublishedKey] {
+        &self.doubtful
     }
 }
 
@@ -199,15 +199,13 @@ impl Reservations {
         Ok(prepared)
     }
 
-    /// Looks again whether somebody has one of those of `wanted` that are not held yet: between the
-    /// first look and the backend's word it was free to be had.
+    /// Looks again whether somebody has one of those that are [doubtful](Prepared::doubtful): between
+    /// the first look and the backend's word they were free to be had.
     ///
     /// # Errors
     /// As [`Reservations::prepare`].
-    pub fn check(&self, wanted: &Runs<PublishedKey, ()>, keeper: Keeper) -> Result<(), PortError> {
-        let mut missing = self.missing(wanted, keeper);
-        missing.retain(|&key| !keeper.wants_socket(key));
-        match taken_by_others(&missing)? {
+    pub fn check(doubtful: &[PublishedKey]) -> Result<(), PortError> {
+        match taken_by_others(doubtful)? {
             ports if ports.is_empty() => Ok(()),
             ports => Err(PortError::InUse(ports)),
         }
@@ -215,6 +213,7 @@ impl Reservations {
 
     /// Holds exactly `wanted` from now on, as far as it was prepared or held before.
     pub fn commit(&mut self, prepared: Prepared, wanted: &Runs<PublishedKey, ()>) {
+        // The backend keeps the others from now on.
         self.add(prepared);
         self.give_up_others(wanted);
     }
@@ -333,11 +332,12 @@ fn take(wanted: Vec<PublishedKey>, keeper: Keeper) -> (Prepared, Vec<PortError>)
             Err(_) => true,
         });
     }
-    prepared.is_doubtful = !doubtful.is_empty();
     match taken_by_others(&doubtful) {
         Ok(in_use) => {
             let others: BTreeSet<_> = in_use.iter().map(|port| port.key).collect();
-            prepared.taken.extend(doubtful.into_iter().filter(|key| !others.contains(key)));
+            doubtful.retain(|key| !others.contains(key));
+            prepared.taken.extend(&doubtful);
+            prepared.doubtful = doubtful;
             failures.extend((!in_use.is_empty()).then_some(PortError::InUse(in_use)));
         }
         Err(error) => failures.push(error),
@@ -547,7 +547,8 @@ fn processes_with(inodes: &BTreeSet<u64>) -> HashMap<u64, (String, u32)> {
 #[cfg(test)]
 mod tests {
     use std::{
-        net::{TcpListener, UdpSocket},
+        io::Read,
+        net::{TcpListener, TcpStream, UdpSocket},
         thread,
         time::{Duration, Instant},
     };
@@ -649,6 +650,32 @@ mod tests {
         assert!(becomes_free(port));
         assert!(reservations.hold(&wanted, Keeper::Sockets).is_empty());
         TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap_err();
+    }
+
+    #[test]
+    fn a_port_that_closed_connections_have_is_free_and_looked_for_again() {
+        let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = server.local_addr().unwrap().port();
+        let mut client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
+        // Who closes first has the port for a minute.
+        drop(server.accept().unwrap());
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        drop((client, server));
+        let (closed, other) = (loopback(Protocol::Tcp, port), loopback(Protocol::Udp, port));
+        let wanted = only([closed, other]);
+        let mut reservations = Reservations::default();
+        let prepared = reservations.prepare(&wanted, Keeper::Backend).unwrap();
+        assert_eq!(prepared.doubtful(), [closed]);
+        // The other one is had by a socket of ours, which is no reason against it.
+        Reservations::check(prepared.doubtful()).unwrap();
+        UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).unwrap_err();
+        reservations.commit(prepared, &wanted);
+        assert!(reservations.hold(&wanted, Keeper::Backend).is_empty());
+
+        // Somebody comes between the two looks; servers don't mind closed connections.
+        let prepared = Reservations::default().prepare(&wanted, Keeper::Backend).unwrap();
+        let _server = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
+        Reservations::check(prepared.doubtful()).unwrap_err();
     }
 
     #[test]

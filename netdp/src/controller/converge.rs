@@ -4,13 +4,13 @@
 //! Owns the order of things, which is what keeps a container shut off until its policy is in the
 //! backend. Knows nothing of who asked for the model.
 
-use std::{collections::BTreeMap, fmt, mem, net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, fmt, mem, net::IpAddr, sync::Arc, time::Instant};
 
-use anyhow::{Context, Error, Result};
+use anyhow::{Context, Error, Result, anyhow};
 use futures::{StreamExt, stream};
 use tracing::{debug, info, warn};
 
-use super::State;
+use super::{BLANK_PAUSE, State};
 use crate::{
     dataplane::Dataplane,
     facts::HostFacts,
@@ -279,7 +279,7 @@ impl State {
     /// Makes a pair whose container's end an engine takes, of the blank if there is one. Only the change
     /// that adds the endpoint does: an engine that has taken the end does not come for another one.
     async fn offer_veth(
-        &self,
+        &mut self,
         pass: &Pass<'_>,
         id: EndpointId,
         veth: &VethPlan,
@@ -292,7 +292,15 @@ impl State {
             && !is_there
             && let Some(blank) = blank.take()
         {
-            return self.netlink.give_blank(blank, veth).await;
+            self.no_blank_before = None;
+            match self.netlink.give_blank(blank, veth).await {
+                Ok(()) => return Ok(()),
+                // Somebody has touched it meanwhile. One made anew does as well.
+                Err(error) => {
+                    debug!("give a pair that was made ahead: {error:#}");
+                    self.netlink.discard_blank(blank).await?;
+                }
+            }
         }
         if is_new || is_there {
             self.netlink.ensure_veth(veth, None, facts).await?;
@@ -303,14 +311,23 @@ impl State {
     /// Makes the blank and has the backend see to it. Looks at nothing else, which would take long where
     /// there is much, and leaves what has changed meanwhile to the next look.
     pub(super) async fn make_blank(&mut self) -> Result<()> {
+        self.no_blank_before = Some(Instant::now() + BLANK_PAUSE);
         let ends = self.netlink.make_blank().await?;
         self.facts.links.extend(ends);
         let model = Arc::clone(&self.model);
         let plan = plan::plan(&model, &self.facts, &self.setting);
         let mut pass =
             Pass { model: &model, before: None, failures: Vec::new(), dressed: Vec::new() };
-        self.apply(&mut pass, &plan).await?;
-        pass.failures.pop().map_or(Ok(()), |failure| Err(failure.into_error()))
+        let failure = match self.apply(&mut pass, &plan).await {
+            Ok(true) => return Ok(()),
+            Ok(false) => pass.failures.pop().map(Failure::into_error),
+            Err(error) => Some(error),
+        };
+        // Every change would fail with it.
+        if let Some(blank) = plan.blank {
+            self.netlink.discard_blank(blank).await?;
+        }
+        Err(failure.unwrap_or_else(|| anyhow!("the backend did not take it")))
     }
 
     /// Gives containers the default routes that have gone with an interface of theirs: when theirs

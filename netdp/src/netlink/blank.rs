@@ -11,7 +11,7 @@ use rtnetlink::{
 
 use super::{
     Netlink, kernel_error,
-    link::{UNFINISHED_GROUP, refuse_ipv6},
+    link::{UNFINISHED_GROUP, refuse_ipv6, unless_gone},
 };
 use crate::{
     facts::Link,
@@ -48,6 +48,15 @@ impl Netlink {
         let links = self.links().await?;
         let ends = links.iter().filter(|(_, link)| is_end(link));
         Ok(ends.map(|(&ifindex, link)| (ifindex, link.clone())).collect())
+    }
+
+    /// Deletes the blank, whatever has become of it.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub async fn discard_blank(&self, blank: Blank) -> Result<()> {
+        let deleted = self.handle.link().del(blank.host_end).execute().await;
+        unless_gone(deleted).with_context(|| format!("delete {HOST_END}"))
     }
 
     /// Makes the blank the pair that a plan wants, to be taken by an engine. Each end is renamed and

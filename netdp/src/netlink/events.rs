@@ -47,6 +47,15 @@ impl Events {
         Ok(Self { messages, connection: tokio::spawn(connection).abort_handle() })
     }
 
+    /// Whether nothing has come that was not reported yet; forgets it.
+    pub fn are_over(&mut self) -> bool {
+        let mut are_over = true;
+        while self.messages.try_recv().is_ok() {
+            are_over = false;
+        }
+        are_over
+    }
+
     /// Waits for a burst of changes to come and go by, or for so long without one. `None` when the
     /// kernel closed the socket. Cancel-safe: an event that was taken but not reported yet is followed
     /// by a re-read anyway.

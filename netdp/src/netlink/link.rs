@@ -318,7 +318,7 @@ fn existing<'a>(name: &str, alias: &str, facts: &'a HostFacts) -> Result<Option<
     }
 }
 
-fn unless_gone(result: Result<(), rtnetlink::Error>) -> Result<()> {
+pub(super) fn unless_gone(result: Result<(), rtnetlink::Error>) -> Result<()> {
     match result {
         Err(rtnetlink::Error::NetlinkError(message))
             if message.to_io().raw_os_error() == Some(libc::ENODEV) =>

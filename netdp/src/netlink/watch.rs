@@ -2,8 +2,9 @@
 //! read them costs more than most changes do.
 //!
 //! Owns two multicast sockets and what was read last. The kernel puts its word into them before the
-//! change that it is about is done, so who has found them empty has missed nothing. It says nothing of
-//! sysctls but those for forwarding, which is why [`Watch::forget`] is there.
+//! change that it is about is done, so who has found them empty has missed nothing that it tells of. It
+//! does not tell of sysctls but those for forwarding, nor of alias, group and bridge options of a link
+//! that is down: hence [`Watch::forget`], and nobody reads facts while a link of ours is being made.
 
 use std::{
     io,
@@ -18,8 +19,8 @@ use crate::facts::{Links, Route};
 /// Groups (`enum rtnetlink_groups`, linux/rtnetlink.h) for links, their addresses and whether they
 /// forward.
 const ABOUT_LINKS: [u32; 5] = [1, 5, 9, 24, 25];
-/// Those for routes of IPv4 and IPv6.
-const ABOUT_ROUTES: [u32; 2] = [7, 11];
+/// Those for routes of IPv4 and IPv6, and for next hops (Linux 5.3), which take routes along.
+const ABOUT_ROUTES: [u32; 3] = [7, 11, 32];
 
 /// What was read last, and the kernel's word since.
 pub(super) struct Watch {

@@ -17,7 +17,7 @@ pub const HOST_END: &str = "ndv0";
 pub const CONTAINER_END: &str = "ndc0";
 
 /// Marks the host's end, once all else is done.
-pub const ALIAS: &str = "netdp blank";
+pub const ALIAS: &str = Link::BLANK_ALIAS;
 
 /// A blank that is whole, by its links' ifindexes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

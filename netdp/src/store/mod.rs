@@ -139,8 +139,11 @@ impl Store {
             .collect::<Result<_>>()?;
         let endpoints: BTreeMap<_, _> = endpoints
             .into_iter()
-            .map(|(id, record)| (EndpointId(id), record.into_endpoint(EndpointId(id))))
-            .collect();
+            .map(|(id, record)| {
+                let endpoint = record.into_endpoint(EndpointId(id));
+                Ok((EndpointId(id), endpoint.with_context(|| format!("decode endpoint {id}"))?))
+            })
+            .collect::<Result<_>>()?;
         if let Some(orphan) = endpoints.values().find(|e| !networks.contains_key(&e.network)) {
             bail!(
                 "endpoint {:?} belongs to network {}, which is missing",

@@ -286,14 +286,15 @@ impl From<&Endpoint> for EndpointRecord {
 }
 
 impl EndpointRecord {
-    pub(super) fn into_endpoint(self, id: EndpointId) -> Endpoint {
+    pub(super) fn into_endpoint(self, id: EndpointId) -> Result<Endpoint> {
         let mut published = Runs::default();
         for record in self.published {
-            let last = record.host_port.saturating_add(record.more);
-            let (key, container_port) = (record.key(), record.container_port);
-            published.insert_run(key, last, container_port);
+            let PublishedRecord { host_port, container_port, more, .. } = record;
+            let last = host_port.checked_add(more).filter(|_| container_port <= u16::MAX - more);
+            let last = last.with_context(|| format!("{more} ports after {host_port}"))?;
+            published.insert_run(record.key(), last, container_port);
         }
-        Endpoint {
+        Ok(Endpoint {
             id,
             network: NetworkId(self.network),
             name: self.name,
@@ -304,7 +305,7 @@ impl EndpointRecord {
             ipv6: self.ipv6,
             mac: MacAddress(self.mac),
             published,
-        }
+        })
     }
 }
 

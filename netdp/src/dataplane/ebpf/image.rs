@@ -21,10 +21,11 @@ use netdp_common::{
 use super::{
     family::{Wired, parts},
     policy,
+    tables::Contents,
 };
 use crate::{
     dataplane::{NetworkProgram, Program, PublishedTarget},
-    difference::{Step, steps},
+    difference::Step,
     family::{V4, V6},
     model::{Action, GatewayMode, NatBehaviour},
     runs::{Along, Ported, Runs},
@@ -363,17 +364,15 @@ impl<A: Address> Footing<'_, A> {
 
 impl<A: Address> Side<A> {
     fn loses(&self, next: &Self) -> bool {
-        fn lost<K: Ord, V: PartialEq>(old: &BTreeMap<K, V>, new: &BTreeMap<K, V>) -> bool {
-            steps(old, new).any(|step| match step {
-                Step::Put(key, _) => old.contains_key(key),
+        fn lost<K: Copy, V, C: Contents<K, V>>(old: &C, new: &C) -> bool {
+            old.steps(new).any(|step| match step {
+                Step::Put(key, _) => old.has(key),
                 Step::Remove(_) => true,
             })
         }
-        let lost_ports = self.published.steps(&next.published).any(|step| match step {
-            Step::Put(key, _) => self.published.contains_key(key),
-            Step::Remove(_) => true,
-        });
-        lost_ports || lost(&self.endpoints, &next.endpoints) || lost(&self.local, &next.local)
+        lost(&self.published, &next.published)
+            || lost(&self.endpoints, &next.endpoints)
+            || lost(&self.local, &next.local)
     }
 }
 
