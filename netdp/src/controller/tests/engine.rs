@@ -217,3 +217,32 @@ fn a_blank_outlives_the_agent_and_what_is_left_of_one_does_not() {
         assert!(!ip("link").contains("nd"), "{}", ip("link"));
     });
 }
+
+#[test]
+fn a_blank_that_somebody_sets_up_is_shut_again() {
+    on_a_host(async |host| {
+        host.dataplane.keep_blank();
+        let controller = host.start(&[]).await.unwrap();
+        offer(&controller).await;
+        let first = blank(&host, &controller).await;
+        // As a program does that sets each new link up.
+        ip("link set ndc0 up");
+        eventually("it is down", async || {
+            host.program().blank == Some(first) && ip("link show up dev ndc0").is_empty()
+        })
+        .await;
+        offer_another(&controller, "f").await;
+        assert_eq!(controller.check().await.unwrap(), []);
+        let endpoints = host.program().endpoints;
+        assert!(endpoints.values().any(|endpoint| endpoint.ifindex == first), "{endpoints:?}");
+        // One that has gone without being given is not made again at once.
+        blank(&host, &controller).await;
+        ip("link del ndv0");
+        eventually("that is seen", async || host.program().blank.is_none()).await;
+        offer_another(&controller, "g").await;
+        assert_eq!(controller.check().await.unwrap(), []);
+        assert!(!ip("link").contains("ndv0"), "{}", ip("link"));
+        controller.purge().await.unwrap();
+        assert!(!ip("link").contains("nd"), "{}", ip("link"));
+    });
+}

@@ -91,7 +91,10 @@ pub(super) fn the_agent_may_die_while_it_makes_a_blank(scene: &Scene) -> Result<
     scene.docker("network create --driver netdp web")?;
     for _ in 0..KILLS {
         scene.blank()?;
+        // One that goes while the agent is there is not followed by another for a while.
+        agent.kill9()?;
         scene.lab.host().ip("link delete ndv0\n")?;
+        agent.start()?;
         // As soon as there is something of it.
         poll_until(NOTICED, "a pair", || scene.link("ndv0"))?;
         agent.kill9()?;
