@@ -10,7 +10,7 @@ use rtnetlink::{
 };
 
 use super::{
-    Netlink, kernel_error,
+    Netlink,
     link::{UNFINISHED_GROUP, refuse_ipv6, unless_gone},
 };
 use crate::{
@@ -34,12 +34,8 @@ impl Netlink {
         let link = LinkMessageBuilder::<LinkVeth>::new(HOST_END, CONTAINER_END)
             .set_info_data(InfoData::Veth(InfoVeth::Peer(container_end.build())))
             .append_extra_attribute(unfinished());
-        self.handle
-            .link()
-            .add(link.build())
-            .execute()
+        self.add(link)
             .await
-            .map_err(kernel_error)
             .with_context(|| format!("make veth {HOST_END} with {CONTAINER_END}"))?;
         refuse_ipv6(HOST_END, None)?;
         self.finish(CONTAINER_END, &Link::offer_alias(CONTAINER_END)).await?;

@@ -236,6 +236,10 @@ impl Netlink {
         unless_gone(deleted).with_context(|| format!("delete interface {}", link.name))
     }
 
+    pub(super) async fn add<T>(&self, link: LinkMessageBuilder<T>) -> Result<()> {
+        self.handle.link().add(link.build()).execute().await.map_err(kernel_error)
+    }
+
     pub(super) async fn change<T>(&self, change: LinkMessageBuilder<T>) -> Result<()> {
         self.handle.link().change(change.build()).execute().await.map_err(kernel_error)
     }
@@ -256,13 +260,7 @@ impl Netlink {
         let link = LinkMessageBuilder::<LinkBridge>::new(&plan.name)
             .address(plan.mac.0.to_vec())
             .append_extra_attribute(LinkAttribute::Group(UNFINISHED_GROUP));
-        self.handle
-            .link()
-            .add(link.build())
-            .execute()
-            .await
-            .map_err(kernel_error)
-            .with_context(|| format!("make bridge {}", plan.name))?;
+        self.add(link).await.with_context(|| format!("make bridge {}", plan.name))?;
         self.finish(&plan.name, &plan.alias).await
     }
 
@@ -286,9 +284,9 @@ impl Netlink {
             .set_info_data(InfoData::Veth(InfoVeth::Peer(container_end.build())))
             .mtu(plan.mtu)
             .append_extra_attribute(LinkAttribute::Group(UNFINISHED_GROUP));
-        self.handle.link().add(link.build()).execute().await.map_err(kernel_error).with_context(
-            || format!("make veth {} with {} in {place}", plan.name, plan.interface),
-        )?;
+        self.add(link).await.with_context(|| {
+            format!("make veth {} with {} in {place}", plan.name, plan.interface)
+        })?;
         if let Some(alias) = plan.offer_alias() {
             self.finish(&plan.interface, &alias).await?;
         }
