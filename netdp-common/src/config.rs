@@ -8,7 +8,8 @@ wire! {
         /// Cookie of the host's network namespace (`SO_NETNS_COOKIE`): sockets of other namespaces
         /// are not our business. 0 = not known, no socket is ours.
         pub netns_cookie: u64,
-        /// First port that source NAT may choose; the controller reserves the range.
+        /// First port that source NAT may choose; the controller reserves the range, so that a socket has
+        /// one of it only if it was there before or its program asked for it.
         pub nat_first: u16,
         /// Last one.
         pub nat_last: u16,
@@ -43,6 +44,14 @@ wire! {
         pub icmp: u32,
         /// Other protocols, which are translated by address.
         pub other: u32,
+    }
+}
+
+impl Config {
+    /// Whether source NAT may choose the port, in host byte order.
+    #[inline(always)]
+    pub const fn is_nat_port(&self, port: u16) -> bool {
+        port >= self.nat_first && port <= self.nat_last
     }
 }
 

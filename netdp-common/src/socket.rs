@@ -1,5 +1,5 @@
 //! SOCKET_ORIGIN: what sockets of the host dialled, where the socket hooks chose another
-//! destination.
+//! destination. PORT_CLAIMS: what ports they ask for.
 
 use crate::{
     abi::wire,
@@ -36,6 +36,15 @@ wire! {
         /// Zero.
         pub pad: [u8; 3],
     }
+}
+
+/// Places in PORT_CLAIMS: whether a socket of the host may have a port that source NAT chooses.
+pub mod claim {
+    /// How often a program of the host has asked for one.
+    pub const ASKED: u32 = 0;
+    /// How often one had been asked for when no socket had any, plus one; 0 = nobody has looked. As
+    /// long as it is one more than the number in [`ASKED`], no socket has one.
+    pub const SETTLED: u32 = 1;
 }
 
 impl SocketAddress {

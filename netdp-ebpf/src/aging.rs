@@ -57,9 +57,7 @@ pub(crate) fn collect<F: Family>(skb: *mut __sk_buff) -> i32 {
 }
 
 /// Notes that a flow has begun `now`, and looks after the oldest where nobody else does.
-///
-/// A sub-program of its own, for the stack of its caller.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn begin<F: Family>(key: &FlowKey<F::Address>, now: u32) {
     let Some(collection) = maps::collection() else { return };
     let is_agent_there = now.saturating_sub(collection.at) < AGENT_SECONDS;

@@ -337,7 +337,7 @@ pub(crate) fn begin<F: Family>(
     kind: Reason,
     limit: u32,
 ) -> Decision<&'static Flow<F::Address>> {
-    outcome(begin_counted::<F>(packet.skb(), network, kind as u32, limit), network)?;
+    outcome(F::open(packet.skb(), network, kind as u32, limit), network)?;
     let (Some(new), Some(half)) = (F::new_flow(), F::half()) else {
         return drop(Reason::NotReady, network);
     };
@@ -345,23 +345,27 @@ pub(crate) fn begin<F: Family>(
     Ok(half)
 }
 
-/// See [`begin`]. A sub-program of its own, for the stacks of its callers; returns one of [`Opened`].
-#[inline(never)]
-fn begin_counted<F: Family>(skb: *mut __sk_buff, network: u32, kind: u32, limit: u32) -> u32 {
-    let Some(new) = F::new_flow() else { return Opened::NoRoom as u32 };
+/// Opens and counts the flow that lies in [`crate::maps::Maps::new_flow`]; see [`begin`]. Returns one of
+/// [`Opened`]; where that is good news, `half` is the half in force, which another CPU may have inserted.
+#[inline(always)]
+pub(crate) fn open<F: Family>(skb: *mut __sk_buff, network: u32, kind: u32, limit: u32) -> u32 {
+    let (Some(config), Some(new)) = (maps::config(), F::new_flow()) else {
+        return Opened::NoRoom as u32;
+    };
     let usage = maps::usage(new.half.generation);
     let is_exhausted = limit != 0 && usage.is_some_and(|usage| usage.get() >= u64::from(limit));
-    let opened = if is_exhausted { adopt_whole(new, Opened::TooMany) as u32 } else { F::open(skb) };
-    if opened == Opened::New as u32 {
+    let opened =
+        if is_exhausted { adopt_whole(new, Opened::TooMany) } else { insert(skb, new, config) };
+    if matches!(opened, Opened::New) {
         if let Some(usage) = usage {
             usage.add(1);
         }
         aging::begin::<F>(&new.key, new.half.last_seen);
     }
-    if opened == Opened::New as u32 || opened == Opened::There as u32 {
+    if matches!(opened, Opened::New | Opened::There) {
         maps::count(network, kind, kernel::length(skb));
     }
-    opened
+    opened as u32
 }
 
 /// The end of a packet whose flow could not be opened.
@@ -393,17 +397,7 @@ pub(crate) enum Opened {
     TooMany,
 }
 
-/// Opens the flow that lies in [`crate::maps::Maps::new_flow`]: inserts both halves, the reply
-/// first because it decides whether a port is free. Returns one of [`Opened`]; where that is good
-/// news, `half` is the half in force, which another CPU may have inserted.
-#[inline(always)]
-pub(crate) fn open<F: Family>(skb: *mut __sk_buff) -> u32 {
-    let (Some(config), Some(new)) = (maps::config(), F::new_flow()) else {
-        return Opened::NoRoom as u32;
-    };
-    insert(skb, new, config) as u32
-}
-
+/// Inserts both halves, the reply first because it decides whether a port is free.
 #[inline(always)]
 fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config) -> Opened {
     let ports =
@@ -438,7 +432,7 @@ fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config)
         let is_own_mapping = is_mapped;
         is_mapped = false;
         if matches!(ports, SourcePorts::Host | SourcePorts::Mapped)
-            && (is_the_hosts::<F>(skb, &new.reply_key, is_kept || config.is_nat_published != 0)
+            && (is_the_hosts::<F>(skb, &new.reply_key, is_kept, config)
                 || config.has_mappings != 0
                     && !is_own_mapping
                     && mapping::has_port::<F>(&new.reply_key))
@@ -507,19 +501,24 @@ fn choose_port<F: Family>(
     false
 }
 
-/// Whether the source of packets that are answered at `reply` belongs to the host: published, where
-/// it `may_be_published`, or a socket's.
-///
-/// A sub-program of its own, for the stack of its caller.
-#[inline(never)]
+/// Whether the source of packets that are answered at `reply` belongs to the host: published or a
+/// socket's. Both are looked for only where they can be: of the ports that we choose few hosts have one.
+#[inline(always)]
 fn is_the_hosts<F: Family>(
     skb: *mut __sk_buff,
     reply: &FlowKey<F::Address>,
-    may_be_published: bool,
+    is_kept: bool,
+    config: &Config,
 ) -> bool {
-    let FlowKey { tuple, proto, .. } = reply;
-    may_be_published && publish::is_published::<F>(tuple.dst, tuple.dport, *proto)
-        || kernel::has_socket(skb, tuple, (*proto).into())
+    (is_kept || config.is_nat_published != 0) && is_published::<F>(reply)
+        || (is_kept || maps::are_ports_claimed())
+            && kernel::has_socket(skb, &reply.tuple, reply.proto.into())
+}
+
+/// A sub-program of its own, for the stack of its caller.
+#[inline(never)]
+fn is_published<F: Family>(reply: &FlowKey<F::Address>) -> bool {
+    publish::is_published::<F>(reply.tuple.dst, reply.tuple.dport, reply.proto)
 }
 
 /// Whether the ports of a protocol can be changed with its checksum.
@@ -583,9 +582,7 @@ fn may_keep<F: Family>(ports: SourcePorts, proto: u8, wish: Be16, config: &Confi
         SourcePorts::Kept | SourcePorts::Preferred | SourcePorts::Mapped => true,
         // No lookup tells what identifiers the host pings with, and programs like the same ones:
         // process ids, 1. In our own range they hardly meet.
-        SourcePorts::Host if proto == F::ICMP => {
-            wish >= config.nat_first && wish <= config.nat_last
-        }
+        SourcePorts::Host if proto == F::ICMP => config.is_nat_port(wish),
         SourcePorts::Host => wish < config.ephemeral_first || wish > config.ephemeral_last,
     }
 }

@@ -1,7 +1,7 @@
 //! Every map, and the only code that follows pointers into them.
 //!
-//! The agent pins them by name and writes all but the flow and fragment tables, SOCKET_ORIGIN and the
-//! numbers in COUNTERS. The per-CPU arrays are scratch of one program run: not pinned, and read by nobody
+//! The agent pins them by name and writes all but the flow and fragment tables, SOCKET_ORIGIN, the
+//! requests in PORT_CLAIMS and the numbers in COUNTERS. The per-CPU arrays are scratch of one program run: not pinned, and read by nobody
 //! else.
 
 use core::{arch::asm, ptr::NonNull};
@@ -24,7 +24,7 @@ use netdp_common::{
     network::{NETWORKS_MAX, Network},
     policy::{PREFIX_BASE, PolicyKey, PolicyVerdict},
     publish::{Published, PublishedKey, PublishedPort},
-    socket::{SocketAddress, SocketPeer},
+    socket::{SocketAddress, SocketPeer, claim},
 };
 
 use crate::{
@@ -62,6 +62,10 @@ static SOCKET_ORIGIN: LruHashMap<SocketPeer, SocketAddress> =
 #[map]
 static PUBLISHED_PORT: HashMap<PublishedPort, u32> =
     HashMap::with_max_entries(524_288, BPF_F_NO_PREALLOC);
+
+/// Whether a socket of the host may have a port that source NAT chooses: see [`claim`].
+#[map]
+static PORT_CLAIMS: Array<u64> = Array::with_max_entries(2, 0);
 
 /// The network namespaces of sockets that the agent names by their cookies, while it starts. Full:
 /// the agent can't be asking twice.
@@ -558,11 +562,17 @@ impl Usage {
     /// Adds to it; other CPUs do, too.
     #[inline(always)]
     pub(crate) fn add(self, number: i64) {
-        // The target has this instruction from its first version on, but none that returns a
-        // value (Linux 5.12), so `core` offers no atomics for it.
-        // SAFETY: as in `get`; the kernel's programs touch the word in no other way.
-        unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) self.0.as_ptr(), in(reg) number) };
+        add(self.0, number);
     }
+}
+
+/// Adds to an aligned word of a map, to which the programs write in no other way.
+#[inline(always)]
+fn add(word: NonNull<u64>, number: i64) {
+    // The target has this instruction from its first version on, but none that returns a value
+    // (Linux 5.12), so `core` offers no atomics for it.
+    // SAFETY: checked for null by the lookup.
+    unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) word.as_ptr(), in(reg) number) };
 }
 
 /// See [`Usage`]; `None` where the agent counts for nobody, and for the world, whose generation is 0.
@@ -572,6 +582,27 @@ pub(crate) fn usage(generation: u32) -> Option<Usage> {
         return None;
     }
     USAGE.get_ptr_mut(generation).and_then(NonNull::new).map(Usage)
+}
+
+/// Notes that a program of the host asks for a port that source NAT chooses.
+#[inline(always)]
+pub(crate) fn claim_port() {
+    if let Some(asked) = PORT_CLAIMS.get_ptr_mut(claim::ASKED).and_then(NonNull::new) {
+        add(asked, 1);
+    }
+}
+
+/// Whether a socket of the host may have a port that source NAT chooses.
+#[inline(always)]
+pub(crate) fn are_ports_claimed() -> bool {
+    let claims = |place| {
+        // SAFETY: an aligned word of a map, checked for null by the lookup.
+        PORT_CLAIMS.get_ptr(place).map(|word| unsafe { word.read_volatile() })
+    };
+    let (Some(asked), Some(settled)) = (claims(claim::ASKED), claims(claim::SETTLED)) else {
+        return true;
+    };
+    settled != asked + 1
 }
 
 /// What a socket of the host dialled before it came to talk to this peer.

@@ -31,8 +31,9 @@ const REFUSE: i32 = 0;
 /// asm-generic/errno.h.
 const EADDRINUSE: i32 = 98;
 
-/// A program asks for a port: one that is published is as good as taken. Where it leaves the choice
-/// to the kernel, the kernel does not ask.
+/// A program asks for a port: one that is published is as good as taken, and one that source NAT chooses
+/// is noted. Where it leaves the choice to the kernel, the kernel does not ask, and chooses none of
+/// these.
 #[inline(always)]
 pub(crate) fn bind<F: Form>(ctx: &SockAddrContext) -> i32 {
     let (asked, proto) = (F::read(ctx), sock_addr::protocol(ctx));
@@ -53,6 +54,9 @@ pub(crate) fn bind<F: Form>(ctx: &SockAddrContext) -> i32 {
     if is_taken {
         kernel::fail_with(EADDRINUSE);
         return REFUSE;
+    }
+    if maps::config().is_some_and(|config| config.is_nat_port(asked.port.get())) {
+        maps::claim_port();
     }
     GO_ON
 }

@@ -17,7 +17,7 @@ pub(crate) trait Subprograms {
     /// [`packet::parse`].
     fn parse_headers(skb: *mut __sk_buff, ip: u32, zone: u32) -> u32;
     /// [`flow::open`].
-    fn open(skb: *mut __sk_buff) -> u32;
+    fn open(skb: *mut __sk_buff, network: u32, kind: u32, limit: u32) -> u32;
     /// [`rewrite::apply`].
     fn apply(skb: *mut __sk_buff) -> u32;
     /// [`stroke::take`].
@@ -40,8 +40,8 @@ macro_rules! subprograms {
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $open(skb: *mut __sk_buff) -> u32 {
-            flow::open::<$family>(skb)
+        extern "C" fn $open(skb: *mut __sk_buff, network: u32, kind: u32, limit: u32) -> u32 {
+            flow::open::<$family>(skb, network, kind, limit)
         }
 
         #[unsafe(no_mangle)]
@@ -81,8 +81,8 @@ macro_rules! subprograms {
             }
 
             #[inline(always)]
-            fn open(skb: *mut __sk_buff) -> u32 {
-                $open(skb)
+            fn open(skb: *mut __sk_buff, network: u32, kind: u32, limit: u32) -> u32 {
+                $open(skb, network, kind, limit)
             }
 
             #[inline(always)]

@@ -8,7 +8,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use netdp_common::abi::ABI;
+use netdp::dataplane::ebpf::{Feature, Features};
+use netdp_common::{abi::ABI, socket::claim};
+use netdp_tests::bpf::PinnedMap;
 use netdp_tests::harness::run_tests;
 use netdp_tests::lab::Lab;
 use netdp_tests::namespace::Namespace;
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
         servers_of_the_host_stay_the_hosts,
         a_socket_on_a_loopback_address_is_refused,
         a_published_port_is_taken_where_it_is_published,
+        who_asks_for_a_port_of_source_nats_is_noted,
         other_namespaces_are_left_alone,
         agents_on_one_hierarchy_do_not_meet,
         sockets_outlive_the_agent,
@@ -267,6 +270,36 @@ fn a_published_port_is_taken_where_it_is_published(scene: &Scene) -> Result<()> 
     scene.expect_reached((net.host, 8080))?;
     scene.lab.netdp(&["unpublish", "a1", "-p", "8080:80", "-p", "8080:80/udp", "-p", &there])?;
     expect(net.any, 8080, true, None)
+}
+
+/// What is chosen then is a matter of the suite `datapath`, as ports are chosen by chance.
+fn who_asks_for_a_port_of_source_nats_is_noted(scene: &Scene) -> Result<()> {
+    let pin = scene.lab.bpffs().join(format!("netdp/v{ABI}/maps/PORT_CLAIMS"));
+    let claims = PinnedMap::open(&pin, 4, 8)?;
+    let read = |place: u32| -> Result<u64> {
+        Ok(u64::from_ne_bytes(claims.get(&place.to_ne_bytes())?[..].try_into()?))
+    };
+    if !Features::probe().has(Feature::BoundSockets) {
+        return expect_same("what is known of sockets", &read(claim::SETTLED)?, &0);
+    }
+    // A host that has just come up has no such socket.
+    let settled = || {
+        poll_until(NOTICED, "that nobody has such a port", || {
+            let asked = read(claim::ASKED)?;
+            Ok((read(claim::SETTLED)? == asked + 1).then_some(asked))
+        })
+    };
+    let any = scene.net.any;
+    let before = settled()?;
+    let container = scene.a1.run(|| Ok(UdpSocket::bind((any, 51_820))?))?;
+    bind_both(scene, any, 0, true)?;
+    bind_both(scene, any, 49_999, true)?;
+    bind_both(scene, any, 61_000, true)?;
+    expect_same("requests, none of them for such a port", &read(claim::ASKED)?, &before)?;
+    bind_both(scene, any, 51_820, true)?;
+    expect_same("requests for such a port", &read(claim::ASKED)?, &(before + 2))?;
+    drop(container);
+    expect_same("requests when nobody has the port", &settled()?, &(before + 2))
 }
 
 fn other_namespaces_are_left_alone(scene: &Scene) -> Result<()> {

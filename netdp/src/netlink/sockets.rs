@@ -6,7 +6,9 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV4},
+    ops::RangeInclusive,
+    os::fd::AsRawFd,
 };
 
 use anyhow::{Context, Result};
@@ -15,12 +17,18 @@ use netlink_packet_sock_diag::{
     constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP},
     inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
 };
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockProtocol, SockType, SockaddrIn, bind, getsockname, socket,
+};
 use rtnetlink::{
     packet_core::{
         NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
     },
     sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG},
 };
+
+/// `TCPF_BOUND_INACTIVE` (net/tcp_states.h).
+const BOUND_INACTIVE: StateFlags = StateFlags::from_bits_retain(1 << 13);
 
 /// A socket of the host that is connected to somebody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,32 +99,66 @@ pub struct Bound {
 /// # Errors
 /// The kernel does not list sockets.
 pub fn bound() -> Result<Vec<Bound>> {
-    /// `TCPF_BOUND_INACTIVE` (net/tcp_states.h).
-    const BOUND_INACTIVE: u32 = 1 << 13;
-    let mut diagnosis = Diagnosis::open().context("open a socket diagnosis netlink socket")?;
-    let states = StateFlags::all().difference(StateFlags::TIME_WAIT)
-        | StateFlags::from_bits_retain(BOUND_INACTIVE);
     let mut sockets = Vec::new();
+    each_bound(|protocol, InetResponse { header, nlas }| {
+        let address = header.socket_id.source_address;
+        // The kernel tells of sockets that listen or are not connected; others have an address of
+        // their own.
+        let is_ipv6_only = nlas.iter().any(|nla| matches!(nla, Nla::SkV6Only(true)));
+        sockets.push(Bound {
+            protocol,
+            address: address.to_canonical(),
+            port: header.socket_id.source_port,
+            takes_ipv4: address == Ipv6Addr::UNSPECIFIED && !is_ipv6_only,
+            inode: header.inode.into(),
+        });
+    })?;
+    Ok(sockets)
+}
+
+/// Whether none of these sockets has one of these ports. Blocks for as long as the kernel takes.
+///
+/// # Errors
+/// The kernel does not list sockets.
+pub fn have_none_of(ports: &RangeInclusive<u16>) -> Result<bool> {
+    let mut are_free = true;
+    each_bound(|_, socket| are_free &= !ports.contains(&socket.header.socket_id.source_port))?;
+    Ok(are_free)
+}
+
+/// Whether the kernel shows sockets that are bound and no more: looks for one of ours.
+///
+/// # Errors
+/// The kernel gives no socket, or does not list them.
+pub fn are_all_shown() -> Result<bool> {
+    let example =
+        socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp)
+            .context("open a socket")?;
+    let anywhere = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0));
+    bind(example.as_raw_fd(), &anywhere).context("bind a socket")?;
+    let own = getsockname::<SockaddrIn>(example.as_raw_fd()).context("ask for its port")?.port();
+    let mut is_shown = false;
+    let mut diagnosis = Diagnosis::open().context("open a socket diagnosis netlink socket")?;
+    diagnosis
+        .list(AF_INET, IPPROTO_TCP, BOUND_INACTIVE, |socket| {
+            is_shown |= socket.header.socket_id.source_port == own;
+        })
+        .context("list sockets")?;
+    Ok(is_shown)
+}
+
+/// Shows the sockets that [`bound`] is about, each with its IP protocol number.
+fn each_bound(mut each: impl FnMut(u8, InetResponse)) -> Result<()> {
+    let mut diagnosis = Diagnosis::open().context("open a socket diagnosis netlink socket")?;
+    let states = StateFlags::all().difference(StateFlags::TIME_WAIT) | BOUND_INACTIVE;
     for family in [AF_INET, AF_INET6] {
         for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
-            let listed = diagnosis.list(family, protocol, states.clone(), |socket| {
-                let InetResponse { header, nlas } = socket;
-                let address = header.socket_id.source_address;
-                // The kernel tells of sockets that listen or are not connected; others have an
-                // address of their own.
-                let is_ipv6_only = nlas.iter().any(|nla| matches!(nla, Nla::SkV6Only(true)));
-                sockets.push(Bound {
-                    protocol,
-                    address: address.to_canonical(),
-                    port: header.socket_id.source_port,
-                    takes_ipv4: address == Ipv6Addr::UNSPECIFIED && !is_ipv6_only,
-                    inode: header.inode.into(),
-                });
-            });
-            listed.context("list sockets")?;
+            diagnosis
+                .list(family, protocol, states.clone(), |socket| each(protocol, socket))
+                .context("list sockets")?;
         }
     }
-    Ok(sockets)
+    Ok(())
 }
 
 struct Diagnosis(Socket);
@@ -260,6 +302,17 @@ mod tests {
             assert_eq!(found.takes_ipv4, takes_ipv4, "{found:?}");
             assert_ne!(found.inode, 0);
         }
+    }
+
+    #[test]
+    fn ports_are_free_that_no_socket_has() {
+        let tcp = TcpListener::bind("[::]:0").unwrap();
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+        for port in [tcp.local_addr().unwrap().port(), udp.local_addr().unwrap().port()] {
+            assert!(!have_none_of(&(port..=port)).unwrap(), "{port}");
+        }
+        // Nobody is given port 1 who does not ask for it.
+        assert!(have_none_of(&(1..=1)).unwrap());
     }
 
     #[test]

@@ -30,6 +30,8 @@ const ESTABLISHED: u32 = 4096;
 const RUNS: u32 = 2 * ESTABLISHED;
 /// Flows that a measurement of new ones opens.
 pub(crate) const NEW: u32 = 4096;
+/// Flows of a small table.
+pub(crate) const SMALL: u32 = 2 * NEW;
 
 /// What a packet finds in the flow table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,6 +43,8 @@ pub(crate) enum Age {
     New,
     /// The same where all of the tables has passed through the caches since.
     NewInCold,
+    /// The same as [`Self::New`] in a table of [`SMALL`] flows, whose buckets fit into a CPU's cache.
+    NewInSmall,
 }
 
 impl Age {
@@ -55,6 +59,7 @@ impl Age {
             Self::Established => "established",
             Self::New => "new",
             Self::NewInCold => "cold new",
+            Self::NewInSmall => "small new",
         }
     }
 }
@@ -117,7 +122,7 @@ impl Case {
                 // What the cases before have left in the caches is not what is measured.
                 self.packets.run(fixture.loaded(self.at)?, &context, ESTABLISHED)?;
             }
-            Age::New => {
+            Age::New | Age::NewInSmall => {
                 // It may have keys of flows that have long ended.
                 fixture.forget_order()?;
                 self.packets.run(fixture.loaded(self.at)?, &context, NEW)?;
@@ -388,12 +393,12 @@ pub(crate) fn established(
     Ok(cases)
 }
 
-/// The cases about flows that open and are `wanted`; the table must be empty.
-pub(crate) fn new(wanted: impl Fn(&Place) -> bool) -> Result<Vec<Case>> {
+/// The cases about flows that open, of these ages, that are `wanted`; the table must be empty.
+pub(crate) fn new(ages: &[Age], wanted: impl Fn(&Place) -> bool) -> Result<Vec<Case>> {
     let mut cases = Vec::new();
     for (family, protocol, _, kind) in carriers() {
         for step in openings() {
-            for age in [Age::New, Age::NewInCold] {
+            for &age in ages {
                 cases.push(step.case(age, (family, protocol, kind), (NEW, NEW))?);
             }
         }

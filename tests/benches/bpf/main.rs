@@ -7,7 +7,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use cases::Case;
+use cases::{Age, Case, SMALL};
 use fixture::Fixture;
 use netdp_common::{
     addr::Be32,
@@ -62,23 +62,40 @@ fn run() -> Result<()> {
         Vec::new()
     };
     Cpu::here()?.stay()?;
-    let fixture = &mut Fixture::new(FLOWS_DEFAULT)?;
+    let mut fixture = settled(FLOWS_DEFAULT)?;
     // Whether it runs, TCP over IPv4 tells as well as all of them.
     let is_quick_enough = |place: &cases::Place| {
         !options.is_quick || (place.protocol, place.family) == ("tcp", "ipv4")
     };
     let wanted = |place: &cases::Place| is_quick_enough(place) && options.wants(&place.to_string());
-    let established = cases::established(fixture, wanted)?;
-    let mut series = measure(fixture, &established, rounds)?;
+    let established = cases::established(&mut fixture, wanted)?;
+    let mut series = measure(&mut fixture, &established, rounds)?;
     fixture.remove_halves(|_| true)?;
-    series.extend(measure(fixture, &cases::new(wanted)?, rounds)?);
-    report::print(&series);
+    series.extend(measure(
+        &mut fixture,
+        &cases::new(&[Age::New, Age::NewInCold], wanted)?,
+        rounds,
+    )?);
+    let floors = floors(&fixture, rounds)?;
+    drop(fixture);
+    let small = cases::new(&[Age::NewInSmall], wanted)?;
+    if !small.is_empty() {
+        series.extend(measure(&mut settled(SMALL)?, &small, rounds)?);
+    }
+    report::print(&series, &floors);
     let mut others = pauses;
-    others.extend(floors(fixture, rounds)?);
+    others.extend(floors);
     if let Some(path) = &options.json {
         report::write(path, &series, others)?;
     }
     Ok(())
+}
+
+/// A host with room for so many flows, of which no socket has a port that source NAT chooses.
+fn settled(flows: u32) -> Result<Fixture> {
+    let mut fixture = Fixture::new(flows)?;
+    fixture.settle_claims()?;
+    Ok(fixture)
 }
 
 /// What no program that opens flows of two halves can do without, over IPv4: in a table that was used

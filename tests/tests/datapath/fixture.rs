@@ -23,7 +23,7 @@ use bytemuck::{bytes_of, pod_read_unaligned};
 use netdp::{
     dataplane::{
         Count, Dataplane, Drift, Program,
-        ebpf::{Ebpf, EbpfOptions},
+        ebpf::{Ebpf, EbpfOptions, Feature, Features, cgroup2_mount},
     },
     model::{EndpointId, NetworkId},
 };
@@ -35,6 +35,7 @@ use netdp_common::{
     flow::FlowKey,
     fragment::{FragmentKey, Ports},
     network::Network,
+    socket::claim,
 };
 use netdp_tests::{
     bpf::{self, Checksum, SkbContext},
@@ -369,7 +370,7 @@ impl Fixture {
             None => build_host().map(|ifindexes| built.get_or_init(|| ifindexes).clone()),
         })?;
         let bpffs = Bpffs::mount()?;
-        let mut backend = Ebpf::open(options(bpffs.path(), flows))?;
+        let mut backend = Ebpf::open(options(bpffs.path(), flows)?)?;
         let program = standard_program(&ifindexes);
         backend.apply(&program)?;
         Ok(Self {
@@ -462,6 +463,23 @@ impl Fixture {
         Ok(map.set(0, value, 0)?)
     }
 
+    /// Has the backend find out that no socket of the host has a port that source NAT chooses, where the
+    /// kernel lets it.
+    pub(crate) fn settle_claims(&mut self) -> Result<()> {
+        // One look for what there is, one to see that nothing has come since.
+        self.backend().collect()?;
+        self.backend().collect()?;
+        let is_unknown = !knows_claims() || !self.are_ports_claimed()?;
+        ensure!(is_unknown, "a socket has a port that source NAT chooses");
+        Ok(())
+    }
+
+    /// Whether a socket of the host may have a port that source NAT chooses.
+    pub(crate) fn are_ports_claimed(&self) -> Result<bool> {
+        let map: Array<_, u64> = Map::Array(self.map("PORT_CLAIMS")?).try_into()?;
+        Ok(map.get(&claim::SETTLED, 0)? != map.get(&claim::ASKED, 0)? + 1)
+    }
+
     /// Says how many flows an endpoint of a network may have opened; 0 = any number.
     pub(crate) fn limit_endpoints(&self, network: NetworkId, flows: u32) -> Result<()> {
         const SIZE: usize = size_of::<Network>();
@@ -515,7 +533,7 @@ impl Fixture {
 
     /// Closes the backend as the end of the agent would, and opens it again.
     pub(crate) fn reopen(&mut self) -> Result<()> {
-        let options = options(self.bpffs.path(), FLOWS);
+        let options = options(self.bpffs.path(), FLOWS)?;
         self.backend = None;
         self.backend = Some(Ebpf::open(options)?);
         self.programs = attached_programs()?;
@@ -750,15 +768,21 @@ fn attached_programs() -> Result<BTreeMap<Hook, SchedClassifier>> {
     Ok(programs)
 }
 
+/// Whether this kernel shows all sockets, and what programs bind.
+pub(crate) fn knows_claims() -> bool {
+    let features = Features::probe();
+    features.has(Feature::BindRefusal) && features.has(Feature::BoundSockets)
+}
+
 /// How the backend is opened.
-fn options(bpffs: &Path, flows: u32) -> EbpfOptions {
-    EbpfOptions {
+fn options(bpffs: &Path, flows: u32) -> Result<EbpfOptions> {
+    Ok(EbpfOptions {
         bpffs: bpffs.to_owned(),
         flows,
         timeouts: Timeouts::RFC,
-        cgroup: None,
+        cgroup: cgroup2_mount()?,
         fast_path: false,
-    }
+    })
 }
 
 /// A bpffs of the test's own.

@@ -32,6 +32,8 @@ pub(crate) fn build_host() -> Result<BTreeMap<&'static str, u32>> {
     // IPv6 at all but where the host needs it.
     set("ipv6/conf/default/disable_ipv6", "1")?;
     set("ipv6/conf/default/addr_gen_mode", "1")?;
+    // As the agent reserves them.
+    set("ipv4/ip_local_reserved_ports", "20000-20999,50000-60999")?;
     let mac = |bytes| MacAddress(bytes).to_string();
     // Who joins a multicast group says so: bridges that snoop, routers, whoever has an address.
     const QUIET: &str = "arp off multicast off";

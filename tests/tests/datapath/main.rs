@@ -93,6 +93,7 @@ const TRIALS: &[Promise] = trials! {
         two_containers_with_one_port_get_two,
         a_published_port_is_never_a_source,
         a_port_of_a_host_socket_is_never_a_source,
+        a_port_that_a_program_asks_for_is_not_chosen,
         without_a_free_port_a_new_flow_is_refused,
         what_has_no_ports_is_given_none,
         without_a_source_address_nothing_leaves,

@@ -2,17 +2,18 @@
 
 use std::{
     collections::BTreeSet,
+    fs,
     net::{IpAddr, Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket},
     slice::from_ref,
 };
 
 use anyhow::{Context, Result, ensure};
 use netdp::{
-    dataplane::{Count, NatPorts},
+    dataplane::{Count, Dataplane, NatPorts},
     model::Protocol,
 };
 use netdp_common::counter::Reason;
-use netdp_tests::packet::ETHERNET_BYTES;
+use netdp_tests::{packet::ETHERNET_BYTES, probe::expect_same};
 
 use crate::{
     datagram::{Datagram, Kind, Shape, Wire, verify},
@@ -20,7 +21,8 @@ use crate::{
     fixture::{
         A, FIXED_SOURCE, Fixture, HOST, OUTSIDE, ROUTER_MAC, TCX_REDIRECT, UPLINK_MAC, address,
         bridge_mac, dropped, from_container, from_container_wire, from_outside_wire, from_uplink,
-        gateway, hex, into_network, mac, network_of, pass, pass_as, socket, to_uplink,
+        gateway, hex, into_network, knows_claims, mac, network_of, pass, pass_as, socket,
+        to_uplink,
     },
     standard::published,
 };
@@ -177,6 +179,71 @@ pub(crate) fn a_port_of_a_host_socket_is_never_a_source(fixture: &mut Fixture) -
     drop((listener, socket));
     let source = dial(fixture, Kind::Udp, "a2", 4000, SERVER)?;
     ensure!(source.port() == 4000, "the host's socket is gone, yet {source}");
+    Ok(())
+}
+
+/// What no socket has need not be compared with all of them, and is from the moment on that one may have it.
+pub(crate) fn a_port_that_a_program_asks_for_is_not_chosen(fixture: &mut Fixture) -> Result<()> {
+    const RESERVED: u16 = 20_000;
+    /// Looks after which sockets that have gone are missed at the latest.
+    const LOOKS: usize = 80;
+    /// Flows that leave by all of four ports, but for once in 10⁸ times.
+    const DIALS: u16 = 64;
+    let host = fixture.family.address(HOST);
+    let ports = NatPorts { reserved: (RESERVED, RESERVED + 3), ephemeral: (32_768, 60_999) };
+    fixture.apply(|program| program.nat_ports = ports)?;
+    ensure!(fixture.are_ports_claimed()?, "nobody has looked for sockets of these ports");
+    // There before anybody looked, and two that come afterwards.
+    let (udp, tcp) = (UdpSocket::bind, TcpListener::bind);
+    let first = udp((host, RESERVED)).context("bind a socket of the host")?;
+    let are_known = knows_claims();
+    for _ in 0..LOOKS {
+        fixture.backend().collect()?;
+        ensure!(fixture.are_ports_claimed()?, "a socket has one of the ports");
+    }
+    let mut to = 1000;
+    let mut chosen = |fixture: &mut Fixture, kind| -> Result<BTreeSet<u16>> {
+        let mut ports = BTreeSet::new();
+        for _ in 0..DIALS {
+            to += 1;
+            let source = dial(fixture, kind, "a1", 40_000, SocketAddrV4::new(OUTSIDE, to))?;
+            ports.insert(source.port() - RESERVED);
+        }
+        Ok(ports)
+    };
+    expect_same("UDP's ports", &chosen(fixture, Kind::Udp)?, &BTreeSet::from([1, 2, 3]))?;
+    drop(first);
+    if are_known {
+        for _ in 0..LOOKS {
+            fixture.backend().collect()?;
+        }
+        ensure!(!fixture.are_ports_claimed()?, "nobody has one of the ports any more");
+    }
+    let all = BTreeSet::from([0, 1, 2, 3]);
+    expect_same("UDP's ports", &chosen(fixture, Kind::Udp)?, &all)?;
+    let second = udp((host, RESERVED + 1)).context("bind a socket of the host")?;
+    let third = tcp((host, RESERVED + 2)).context("listen as the host")?;
+    expect_same("UDP's ports", &chosen(fixture, Kind::Udp)?, &BTreeSet::from([0, 2, 3]))?;
+    expect_same("TCP's ports", &chosen(fixture, Kind::Syn)?, &BTreeSet::from([0, 1, 3]))?;
+    drop((second, third));
+    for _ in 0..LOOKS {
+        fixture.backend().collect()?;
+    }
+    ensure!(!are_known || !fixture.are_ports_claimed()?, "the sockets are gone");
+    // What the kernel gives away by itself is not asked for.
+    let reserved = "/proc/sys/net/ipv4/ip_local_reserved_ports";
+    let before = fs::read_to_string(reserved).context("read the reserved ports")?;
+    fs::write(reserved, "50000-60999\n").context("reserve other ports")?;
+    fixture.backend().collect()?;
+    let is_claimed = fixture.are_ports_claimed();
+    fs::write(reserved, before).context("reserve the ports again")?;
+    ensure!(is_claimed?, "the ports are anybody's");
+    if are_known {
+        fixture.settle_claims()?;
+    }
+    // Whoever was away does not know what has happened.
+    fixture.reopen()?;
+    ensure!(fixture.are_ports_claimed()?, "nobody has looked since the backend was opened");
     Ok(())
 }
 

@@ -142,6 +142,11 @@ impl SocketHooks {
         BIND_HOOKS.iter().all(|hook| self.hooks.contains(hook))
     }
 
+    /// Whether what programs of the host bind is seen.
+    pub(super) fn see_binds(&self) -> bool {
+        BIND_HOOKS.iter().all(|hook| self.attached.contains(hook))
+    }
+
     /// `true` where the hook was attached.
     fn adopt(&self, ebpf: &mut Ebpf, hook: &str) -> Result<bool> {
         let path = self.pins.socket_link(hook);

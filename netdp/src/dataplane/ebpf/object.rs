@@ -192,6 +192,11 @@ impl Object {
         self.sockets.as_ref().is_some_and(SocketHooks::keep_ports)
     }
 
+    /// Whether what programs of the host bind is seen.
+    pub(super) fn sees_binds(&self) -> bool {
+        self.sockets.as_ref().is_some_and(SocketHooks::see_binds)
+    }
+
     /// Attaches the socket hooks that are not, as far as the host can have them; returns how many.
     pub(super) fn attach_sockets(&mut self) -> usize {
         let Some(hooks) = &mut self.sockets else { return 0 };

@@ -52,6 +52,8 @@ pub enum Feature {
     BindRefusal,
     /// Ending sockets of the host.
     SocketDestroy,
+    /// Listing sockets that have a port and do nothing with it.
+    BoundSockets,
     /// Forwarding IPv6 by interface.
     Ipv6ForceForwarding,
 }
@@ -75,7 +77,7 @@ pub struct Description {
 }
 
 /// Everything that netdp asks a kernel for before it uses it.
-pub static FEATURES: [Description; 10] = [
+pub static FEATURES: [Description; 11] = [
     Description {
         feature: Feature::Bpf,
         name: "bpf",
@@ -159,6 +161,16 @@ pub static FEATURES: [Description; 10] = [
         without: "connections of the host to a container that has gone end by their own timeouts",
         needed: false,
         is_there: || sockets::can_destroy().unwrap_or(false),
+    },
+    Description {
+        feature: Feature::BoundSockets,
+        name: "bound-sockets",
+        since: (6, 8),
+        probe: "binds a socket and looks for it",
+        without: "a flow that gets a port of source NAT's own is compared with the sockets of the host, \
+                  even where none can have one",
+        needed: false,
+        is_there: || sockets::are_all_shown().unwrap_or(false),
     },
     Description {
         feature: Feature::Ipv6ForceForwarding,

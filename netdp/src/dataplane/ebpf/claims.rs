@@ -1,0 +1,91 @@
+//! PORT_CLAIMS, seen from the agent: when no socket of the host has a port that source NAT chooses.
+//!
+//! The ports are reserved, so the kernel gives none of them to a socket by itself; a program that asks
+//! for one is seen by the hooks of `bind`. What is left are sockets that were there before, and those
+//! whose programs asked: they are looked for until there are none. From then on a flow that gets
+//! such a port need not be compared with all sockets, until a program asks again.
+
+use anyhow::{Context, Result};
+use aya::maps::{Array, Map, MapData};
+use netdp_common::{config::Config, socket::claim};
+
+use crate::{
+    netlink::{sockets, sysctl},
+    plan::RESERVED_PORTS_SYSCTL,
+};
+
+/// Most looks that go by before all sockets are listed again, which takes its time.
+const LONGEST_PAUSE: u32 = 64;
+
+/// PORT_CLAIMS.
+pub(super) struct Claims {
+    map: Array<MapData, u64>,
+    /// Requests that there had been when it was last looked.
+    asked: Option<u64>,
+    /// Looks to go by before sockets are listed ...
+    left: u32,
+    /// ... and after that, if there are some.
+    pause: u32,
+}
+
+impl Claims {
+    /// Nothing is known before the first look: who wrote the map may have been away since.
+    ///
+    /// # Errors
+    /// The map is another one, or can't be written.
+    pub(super) fn new(map: Map) -> Result<Self> {
+        let map = Array::try_from(map).context("open map PORT_CLAIMS")?;
+        let mut claims = Self { map, asked: None, left: 0, pause: 1 };
+        claims.forget()?;
+        Ok(claims)
+    }
+
+    /// From now on any socket may have one of the ports.
+    ///
+    /// # Errors
+    /// The map can't be read or written.
+    pub(super) fn forget(&mut self) -> Result<()> {
+        self.asked = None;
+        if self.get(claim::SETTLED)? != 0 { self.settle(0) } else { Ok(()) }
+    }
+
+    /// Looks whether a socket has one. To be called while the hooks of `bind` are attached, time and
+    /// again: a request counts as answered when it is as old as one call. May block for as long as the
+    /// kernel takes to list its sockets.
+    ///
+    /// # Errors
+    /// The map can't be read or written, or the kernel does not list sockets.
+    pub(super) fn look(&mut self, config: &Config) -> Result<()> {
+        let ports = config.nat_first..=config.nat_last;
+        let reserved = sysctl::read(RESERVED_PORTS_SYSCTL)?.unwrap_or_default();
+        if !sysctl::has_ports(&reserved, *ports.start(), *ports.end()) {
+            // Whoever dials may be given one, and nobody is asked.
+            return self.forget();
+        }
+        let asked = self.get(claim::ASKED)?;
+        let settled = asked.wrapping_add(1);
+        if self.get(claim::SETTLED)? == settled {
+            return Ok(());
+        }
+        if self.asked.replace(asked) != Some(asked) {
+            (self.left, self.pause) = (0, 1);
+        } else if self.left > 0 {
+            self.left -= 1;
+        } else if sockets::have_none_of(&ports)? {
+            // A program that has asked meanwhile has made it another number.
+            self.settle(settled)?;
+        } else {
+            self.left = self.pause;
+            self.pause = LONGEST_PAUSE.min(2 * self.pause);
+        }
+        Ok(())
+    }
+
+    fn get(&self, place: u32) -> Result<u64> {
+        self.map.get(&place, 0).context("read map PORT_CLAIMS")
+    }
+
+    fn settle(&mut self, number: u64) -> Result<()> {
+        self.map.set(claim::SETTLED, number, 0).context("write map PORT_CLAIMS")
+    }
+}
