@@ -59,10 +59,8 @@ pub(crate) fn collect<F: Family>(skb: *mut __sk_buff) -> i32 {
 /// Notes that a flow has begun `now`, and looks after the oldest where nobody else does.
 #[inline(always)]
 pub(crate) fn begin<F: Family>(key: &FlowKey<F::Address>, now: u32) {
-    let Some(collection) = maps::collection() else { return };
-    let is_agent_there = now.saturating_sub(collection.at) < AGENT_SECONDS;
     let is_queued = F::enqueue(key);
-    if is_queued && is_agent_there {
+    if is_queued && is_agent_there(now) {
         return;
     }
     for _ in 0..OLDEST {
@@ -71,6 +69,12 @@ pub(crate) fn begin<F: Family>(key: &FlowKey<F::Address>, now: u32) {
     if !is_queued {
         F::enqueue(key);
     }
+}
+
+/// Whether the agent has been there of late.
+#[inline(always)]
+pub(crate) fn is_agent_there(now: u32) -> bool {
+    maps::collection().is_some_and(|collection| now.saturating_sub(collection.at) < AGENT_SECONDS)
 }
 
 /// Makes room in a full table, where a flow that nobody has answered takes some.

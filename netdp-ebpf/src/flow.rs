@@ -432,7 +432,7 @@ fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config)
         let is_own_mapping = is_mapped;
         is_mapped = false;
         if matches!(ports, SourcePorts::Host | SourcePorts::Mapped)
-            && (is_the_hosts::<F>(skb, &new.reply_key, is_kept, config)
+            && (is_the_hosts(skb, new, is_kept, config)
                 || config.has_mappings != 0
                     && !is_own_mapping
                     && mapping::has_port::<F>(&new.reply_key))
@@ -501,18 +501,26 @@ fn choose_port<F: Family>(
     false
 }
 
-/// Whether the source of packets that are answered at `reply` belongs to the host: published or a
-/// socket's. Both are looked for only where they can be: of the ports that we choose few hosts have one.
+/// Whether the source that a new flow would have belongs to the host: published or a socket's. Both are
+/// looked for only where they can be: of the ports that we choose few hosts have one.
 #[inline(always)]
 fn is_the_hosts<F: Family>(
     skb: *mut __sk_buff,
-    reply: &FlowKey<F::Address>,
+    new: &NewFlow<F>,
     is_kept: bool,
     config: &Config,
 ) -> bool {
+    let reply = &new.reply_key;
     (is_kept || config.is_nat_published != 0) && is_published::<F>(reply)
-        || (is_kept || maps::are_ports_claimed())
+        || (is_kept || may_be_claimed(new.half.last_seen))
             && kernel::has_socket(skb, &reply.tuple, reply.proto.into())
+}
+
+/// Whether a socket of the host may have a port that we choose. Without the agent nobody sees what
+/// becomes of the hooks and of the reservation on which the answer rests.
+#[inline(always)]
+fn may_be_claimed(now: u32) -> bool {
+    maps::are_ports_claimed() || !aging::is_agent_there(now)
 }
 
 /// A sub-program of its own, for the stack of its caller.

@@ -4,6 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    fmt::{self, Display, Formatter},
     net::IpAddr,
     ops::Deref,
     sync::Arc,
@@ -33,8 +34,62 @@ pub struct HostFacts {
     pub has_ipsec: bool,
     /// `net.ipv4.ip_local_port_range`, inclusive.
     pub ephemeral_ports: (u16, u16),
+    /// `net.ipv4.ip_local_reserved_ports`.
+    pub reserved_ports: PortRanges,
     /// Ports that other programs of the host were found to have: none to choose.
     pub ports_in_use: BTreeSet<(Protocol, u16)>,
+}
+
+/// Ports as `ip_local_reserved_ports` has them ("80,1000-1010"): ranges with both ends, in order; those
+/// that meet are one, as when the kernel lists them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PortRanges(Vec<(u16, u16)>);
+
+impl PortRanges {
+    /// From a list; what is no range is left out.
+    pub fn parse(list: &str) -> Self {
+        Self::of(list.split(',').filter_map(|item| {
+            let (first, last) = item.trim().split_once('-').unwrap_or((item.trim(), item.trim()));
+            Some((first.parse().ok()?, last.parse().ok()?))
+        }))
+    }
+
+    fn of(ranges: impl Iterator<Item = (u16, u16)>) -> Self {
+        let mut ranges: Vec<_> = ranges.collect();
+        ranges.sort_unstable();
+        let mut merged: Vec<(u16, u16)> = Vec::new();
+        for (first, last) in ranges {
+            match merged.last_mut() {
+                Some((_, end)) if first <= end.saturating_add(1) => *end = last.max(*end),
+                _ => merged.push((first, last)),
+            }
+        }
+        Self(merged)
+    }
+
+    /// With one more range.
+    #[must_use]
+    pub fn with(&self, first: u16, last: u16) -> Self {
+        Self::of(self.0.iter().copied().chain([(first, last)]))
+    }
+
+    /// Whether all ports of a range are among them.
+    pub fn cover(&self, first: u16, last: u16) -> bool {
+        self.0.iter().any(|range| range.0 <= first && last <= range.1)
+    }
+}
+
+impl Display for PortRanges {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        for (index, (first, last)) in self.0.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            write!(f, "{comma}{first}")?;
+            if first != last {
+                write!(f, "-{last}")?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Links by ifindex, which are found by name, too: there may be a thousand of ours.
@@ -212,5 +267,38 @@ impl Link {
             }
             _ => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(list: &str, first: u16, last: u16) -> String {
+        PortRanges::parse(list).with(first, last).to_string()
+    }
+
+    #[test]
+    fn a_port_list_keeps_what_was_reserved_before() {
+        assert_eq!(with("", 50_000, 60_999), "50000-60999");
+        assert_eq!(with("80,1000-1010", 50_000, 60_999), "80,1000-1010,50000-60999");
+        assert_eq!(with("49999,60000-61000", 50_000, 60_999), "49999-61000");
+        assert_eq!(with("65535", 1, 2), "1-2,65535");
+    }
+
+    #[test]
+    fn a_port_list_has_what_its_ranges_have_together() {
+        for list in ["50000-60999", "7,49999-61000", "55000-60999,50000-54999"] {
+            assert!(PortRanges::parse(list).cover(50_000, 60_999), "{list}");
+        }
+        for list in ["", "50000,60999", "50000-54999,55001-60999", "50001-65535"] {
+            assert!(!PortRanges::parse(list).cover(50_000, 60_999), "{list}");
+        }
+    }
+
+    #[test]
+    fn adding_a_range_twice_changes_nothing() {
+        let once = with("7,55000", 50_000, 60_999);
+        assert_eq!(with(&once, 50_000, 60_999), once);
     }
 }

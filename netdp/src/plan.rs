@@ -373,6 +373,11 @@ pub fn link_drift(plan: &Plan, facts: &HostFacts) -> Vec<Drift> {
     if plan.sysctls.contains_key(IPV6_ROUTER_SYSCTL) && !facts.is_ipv6_router {
         drift.push("the host does not forward IPv6".to_owned());
     }
+    if let Some(&SysctlPlan::Covers(first, last)) = plan.sysctls.get(RESERVED_PORTS_SYSCTL)
+        && !facts.reserved_ports.cover(first, last)
+    {
+        drift.push(format!("the host does not reserve ports {first}-{last}"));
+    }
     for link in plan.orphans.iter().filter_map(|ifindex| facts.links.get(ifindex)) {
         drift.push(format!("interface {} belongs to nothing any more", link.name));
     }

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use netdp::dataplane::ebpf::{Feature, Features};
+use netdp::dataplane::ebpf::{Feature, Features, cgroup2_mount, has_all_processes};
 use netdp_common::{abi::ABI, socket::claim};
 use netdp_tests::bpf::PinnedMap;
 use netdp_tests::harness::run_tests;
@@ -274,13 +274,15 @@ fn a_published_port_is_taken_where_it_is_published(scene: &Scene) -> Result<()> 
 
 /// What is chosen then is a matter of the suite `datapath`, as ports are chosen by chance.
 fn who_asks_for_a_port_of_source_nats_is_noted(scene: &Scene) -> Result<()> {
-    let pin = scene.lab.bpffs().join(format!("netdp/v{ABI}/maps/PORT_CLAIMS"));
-    let claims = PinnedMap::open(&pin, 4, 8)?;
+    let pins = scene.lab.bpffs().join(format!("netdp/v{ABI}"));
+    let claims = PinnedMap::open(&pins.join("maps/PORT_CLAIMS"), 4, 8)?;
     let read = |place: u32| -> Result<u64> {
         Ok(u64::from_ne_bytes(claims.get(&place.to_ne_bytes())?[..].try_into()?))
     };
-    if !Features::probe().has(Feature::BoundSockets) {
-        return expect_same("what is known of sockets", &read(claim::SETTLED)?, &0);
+    let expect_unknown = |why| expect_same(why, &read(claim::SETTLED)?, &0);
+    let sees_all = cgroup2_mount()?.is_some_and(|mount| has_all_processes(&mount));
+    if !sees_all || !Features::probe().has(Feature::BoundSockets) {
+        return expect_unknown("what is known of sockets");
     }
     // A host that has just come up has no such socket.
     let settled = || {
@@ -299,7 +301,19 @@ fn who_asks_for_a_port_of_source_nats_is_noted(scene: &Scene) -> Result<()> {
     bind_both(scene, any, 51_820, true)?;
     expect_same("requests for such a port", &read(claim::ASKED)?, &(before + 2))?;
     drop(container);
-    expect_same("requests when nobody has the port", &settled()?, &(before + 2))
+    expect_same("requests when nobody has the port", &settled()?, &(before + 2))?;
+    // Ports that were anybody's for a moment.
+    let reserved = "/proc/sys/net/ipv4/ip_local_reserved_ports";
+    scene.host().run(|| Ok(fs::write(reserved, "7\n")?))?;
+    poll_until(NOTICED, "that the ports are anybody's", || {
+        Ok((read(claim::SETTLED)? == 0).then_some(()))
+    })?;
+    settled()?;
+    // Requests that nobody has seen.
+    let pin = pins.join(if scene.net.is_ipv4() { "links/bind4" } else { "links/bind6" });
+    fs::remove_file(&pin).context("remove the pin of a hook")?;
+    poll_until(NOTICED, "the hook", || Ok(pin.exists().then_some(())))?;
+    expect_unknown("what is known after a hook was gone")
 }
 
 fn other_namespaces_are_left_alone(scene: &Scene) -> Result<()> {

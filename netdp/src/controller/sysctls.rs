@@ -8,11 +8,11 @@ use anyhow::{Context, Result};
 
 use super::State;
 use crate::{
-    facts::HostFacts,
+    facts::{HostFacts, PortRanges},
     netlink::sysctl,
     plan::{
-        IPV6_CONF, IPV6_ROUTER_SYSCTL, SysctlPlan, forwarding_sysctl, sysctl_interface,
-        sysctl_of_interface,
+        IPV6_CONF, IPV6_ROUTER_SYSCTL, RESERVED_PORTS_SYSCTL, SysctlPlan, forwarding_sysctl,
+        sysctl_interface, sysctl_of_interface,
     },
 };
 
@@ -68,7 +68,9 @@ impl State {
             SysctlPlan::Is(value) => value.clone(),
             SysctlPlan::Replaces(from, to) if present == *from => to.clone(),
             SysctlPlan::Replaces(..) => return Ok(()),
-            SysctlPlan::Covers(first, last) => sysctl::with_ports(&present, *first, *last),
+            SysctlPlan::Covers(first, last) => {
+                PortRanges::parse(&present).with(*first, *last).to_string()
+            }
         };
         if present == value {
             return Ok(());
@@ -77,7 +79,12 @@ impl State {
             self.remember_overwritten(&present).await?;
         }
         self.remember(path, present).await?;
-        sysctl::write(path, &value)
+        sysctl::write(path, &value)?;
+        if path == RESERVED_PORTS_SYSCTL {
+            // Until now they were anybody's.
+            self.dataplane.call(|dataplane| dataplane.forget_host_ports()).await.flatten()?;
+        }
+        Ok(())
     }
 
     /// Remembers the switches of single interfaces that a write to the one for all would change for

@@ -323,6 +323,7 @@ fn networks_carry_traffic_and_purge_leaves_the_host_byte_for_byte_as_it_was() {
         assert_eq!(program.uplinks.len(), 2);
         let reserved = fs::read_to_string(Path::new("/proc/sys").join(RESERVED_PORTS_SYSCTL));
         assert_eq!(reserved.unwrap().trim(), "7000,50000-60999");
+        assert_eq!(host.dataplane.forgotten_ports(), 1, "who had one before may have it still");
         let neighbours = ip("neigh show dev nd-1 nud permanent");
         assert!(neighbours.contains("172.20.0.3 lladdr 02:42:ac:14:00:03"), "{neighbours}");
         let inside = a1.run(|| ip("addr") + &ip("route"));

@@ -17,6 +17,7 @@ struct Record {
     applied: Vec<Program>,
     purges: usize,
     collections: usize,
+    forgotten_ports: usize,
     failures_ahead: usize,
     flow_tables: Vec<FlowTable>,
     keeps_blank: bool,
@@ -36,6 +37,11 @@ impl Fake {
     /// How often flows were collected.
     pub fn collections(&self) -> usize {
         self.record().collections
+    }
+
+    /// How often it was told that ports of source NAT's were anybody's.
+    pub fn forgotten_ports(&self) -> usize {
+        self.record().forgotten_ports
     }
 
     /// Makes the next `times` calls of `apply` fail.
@@ -103,6 +109,11 @@ impl Dataplane for Fake {
     fn collect(&mut self) -> Result<usize> {
         self.record().collections += 1;
         Ok(0)
+    }
+
+    fn forget_host_ports(&mut self) -> Result<()> {
+        self.record().forgotten_ports += 1;
+        Ok(())
     }
 
     fn flow_tables(&self) -> Vec<FlowTable> {

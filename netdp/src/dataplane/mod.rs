@@ -325,6 +325,13 @@ pub trait Dataplane: Send {
     /// Fails where the kernel can't be read.
     fn collect(&mut self) -> Result<usize>;
 
+    /// The kernel may have given ports that source NAT chooses to sockets of the host by itself: what was
+    /// known of these is to be found out anew.
+    ///
+    /// # Errors
+    /// It can't be forgotten.
+    fn forget_host_ports(&mut self) -> Result<()>;
+
     /// How full the flow tables are, as the last collection left them; none before the first.
     fn flow_tables(&self) -> Vec<FlowTable>;
 

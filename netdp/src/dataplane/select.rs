@@ -144,6 +144,10 @@ impl Dataplane for Selected {
         self.backend.collect()
     }
 
+    fn forget_host_ports(&mut self) -> Result<()> {
+        self.backend.forget_host_ports()
+    }
+
     fn flow_tables(&self) -> Vec<FlowTable> {
         self.backend.flow_tables()
     }

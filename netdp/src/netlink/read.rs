@@ -55,6 +55,7 @@ impl Netlink {
             can_force_forwarding,
             has_ipsec: xfrm::has_policies()?,
             ephemeral_ports: sysctl::ephemeral_ports()?,
+            reserved_ports: sysctl::reserved_ports()?,
             ports_in_use: BTreeSet::new(),
         })
     }

@@ -50,7 +50,8 @@ pub fn destroy(is_doomed: impl Fn(&Connected) -> bool) -> Result<usize> {
     let mut destroyed = 0;
     for family in [AF_INET, AF_INET6] {
         for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
-            let sockets = diagnosis.connected(family, protocol).context("list sockets")?;
+            let mut sockets = Vec::new();
+            is_listed(diagnosis.connected(family, protocol, &mut sockets))?;
             for id in sockets {
                 let cookie = u64::from_ne_bytes(id.cookie);
                 let peer = id.destination_address.to_canonical();
@@ -116,14 +117,17 @@ pub fn bound() -> Result<Vec<Bound>> {
     Ok(sockets)
 }
 
-/// Whether none of these sockets has one of these ports. Blocks for as long as the kernel takes.
+/// Whether none of these sockets has one of these ports; `false`, too, where the kernel does not list
+/// both protocols. Who begins to listen in the middle may be missed. Blocks for as long as the
+/// kernel takes.
 ///
 /// # Errors
 /// The kernel does not list sockets.
 pub fn have_none_of(ports: &RangeInclusive<u16>) -> Result<bool> {
     let mut are_free = true;
-    each_bound(|_, socket| are_free &= !ports.contains(&socket.header.socket_id.source_port))?;
-    Ok(are_free)
+    let is_complete =
+        each_bound(|_, socket| are_free &= !ports.contains(&socket.header.socket_id.source_port))?;
+    Ok(are_free && is_complete)
 }
 
 /// Whether the kernel shows sockets that are bound and no more: looks for one of ours.
@@ -147,18 +151,29 @@ pub fn are_all_shown() -> Result<bool> {
     Ok(is_shown)
 }
 
-/// Shows the sockets that [`bound`] is about, each with its IP protocol number.
-fn each_bound(mut each: impl FnMut(u8, InetResponse)) -> Result<()> {
+/// Shows the sockets that [`bound`] is about, each with its IP protocol number. Returns whether the kernel
+/// lists sockets of both protocols: `CONFIG_INET_UDP_DIAG` is an option of its own.
+fn each_bound(mut each: impl FnMut(u8, InetResponse)) -> Result<bool> {
     let mut diagnosis = Diagnosis::open().context("open a socket diagnosis netlink socket")?;
     let states = StateFlags::all().difference(StateFlags::TIME_WAIT) | BOUND_INACTIVE;
+    let mut is_complete = true;
     for family in [AF_INET, AF_INET6] {
         for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
-            diagnosis
-                .list(family, protocol, states.clone(), |socket| each(protocol, socket))
-                .context("list sockets")?;
+            let listed =
+                diagnosis.list(family, protocol, states.clone(), |socket| each(protocol, socket));
+            is_complete &= is_listed(listed)?;
         }
     }
-    Ok(())
+    Ok(is_complete)
+}
+
+/// Whether there was a list; a kernel that has none of a protocol is no error.
+fn is_listed(listed: io::Result<()>) -> Result<bool> {
+    match listed {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error).context("list sockets"),
+    }
 }
 
 struct Diagnosis(Socket);
@@ -171,14 +186,12 @@ impl Diagnosis {
         Ok(Self(socket))
     }
 
-    /// Ids of all connected sockets of a family and a protocol.
-    fn connected(&mut self, family: u8, protocol: u8) -> io::Result<Vec<SocketId>> {
+    /// Adds the ids of all connected sockets of a family and a protocol.
+    fn connected(&mut self, family: u8, protocol: u8, ids: &mut Vec<SocketId>) -> io::Result<()> {
         // Neither listening nor unconnected nor a mere memory of one.
         let states = StateFlags::all()
             .difference(StateFlags::LISTEN | StateFlags::CLOSE | StateFlags::TIME_WAIT);
-        let mut ids = Vec::new();
-        self.list(family, protocol, states, |socket| ids.push(socket.header.socket_id))?;
-        Ok(ids)
+        self.list(family, protocol, states, |socket| ids.push(socket.header.socket_id))
     }
 
     /// Shows all sockets of a family and a protocol in these states.
@@ -241,6 +254,10 @@ impl Diagnosis {
                 match message.payload {
                     NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(socket)) => {
                         each(*socket);
+                    }
+                    // A list that could not be made ends like one that is empty, but for this.
+                    NetlinkPayload::Done(end) if end.code < 0 => {
+                        return Err(io::Error::from_raw_os_error(-end.code));
                     }
                     NetlinkPayload::Done(_) => return Ok(()),
                     NetlinkPayload::Error(error) if error.code.is_none() => return Ok(()),
@@ -313,6 +330,16 @@ mod tests {
         }
         // Nobody is given port 1 who does not ask for it.
         assert!(have_none_of(&(1..=1)).unwrap());
+    }
+
+    #[test]
+    fn a_list_that_the_kernel_has_not_is_no_empty_one() {
+        /// For experiments (RFC 3692): no protocol of the kernel's.
+        const NOBODY: u8 = 254;
+        let mut diagnosis = Diagnosis::open().unwrap();
+        let listed = diagnosis.list(AF_INET, NOBODY, StateFlags::all(), drop);
+        assert_eq!(listed.as_ref().unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(!is_listed(listed).unwrap());
     }
 
     #[test]

@@ -7,6 +7,8 @@ use std::{fs, io, path::Path};
 
 use anyhow::{Context, Result};
 
+use crate::{facts::PortRanges, plan::RESERVED_PORTS_SYSCTL};
+
 /// Reads a value without the line end; `None` where the kernel has no such file (the interface is
 /// gone, or the kernel was built without it).
 ///
@@ -59,80 +61,15 @@ pub(super) fn ephemeral_ports() -> Result<(u16, u16)> {
     Ok(ports.unwrap_or(EPHEMERAL_PORTS))
 }
 
-/// Adds a range, both ends included, to a list of ports as `ip_local_reserved_ports` has it
-/// ("80,1000-1010"). Neighbours are merged as the kernel does when the list is read back.
-pub fn with_ports(list: &str, first: u16, last: u16) -> String {
-    let merged = merged(ranges(list).chain([(first, last)]));
-    let items: Vec<String> = merged
-        .into_iter()
-        .map(
-            |(first, last)| {
-                if first == last { first.to_string() } else { format!("{first}-{last}") }
-            },
-        )
-        .collect();
-    items.join(",")
-}
-
-/// Whether such a list has all ports of a range, both ends included.
-pub fn has_ports(list: &str, first: u16, last: u16) -> bool {
-    merged(ranges(list)).iter().any(|range| range.0 <= first && last <= range.1)
-}
-
-/// The ranges of such a list.
-fn ranges(list: &str) -> impl Iterator<Item = (u16, u16)> {
-    list.split(',').filter_map(|item| {
-        let (first, last) = item.trim().split_once('-').unwrap_or((item.trim(), item.trim()));
-        Some((first.parse().ok()?, last.parse().ok()?))
-    })
-}
-
-/// In order, those that meet as one.
-fn merged(ranges: impl Iterator<Item = (u16, u16)>) -> Vec<(u16, u16)> {
-    let mut ranges: Vec<_> = ranges.collect();
-    ranges.sort_unstable();
-    let mut merged: Vec<(u16, u16)> = Vec::new();
-    for (first, last) in ranges {
-        match merged.last_mut() {
-            Some((_, end)) if first <= end.saturating_add(1) => *end = last.max(*end),
-            _ => merged.push((first, last)),
-        }
-    }
-    merged
+/// `ip_local_reserved_ports`.
+///
+/// # Errors
+/// As [`read`].
+pub fn reserved_ports() -> Result<PortRanges> {
+    Ok(PortRanges::parse(&read(RESERVED_PORTS_SYSCTL)?.unwrap_or_default()))
 }
 
 /// No such file, by the time it was opened.
 fn is_absent(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{has_ports, with_ports};
-
-    #[test]
-    fn a_port_list_keeps_what_was_reserved_before() {
-        assert_eq!(with_ports("", 50_000, 60_999), "50000-60999");
-        assert_eq!(with_ports("80,1000-1010", 50_000, 60_999), "80,1000-1010,50000-60999");
-        assert_eq!(with_ports("49999,60000-61000", 50_000, 60_999), "49999-61000");
-        assert_eq!(with_ports("65535", 1, 2), "1-2,65535");
-    }
-
-    #[test]
-    fn a_port_list_has_what_its_ranges_have_together() {
-        for list in
-            ["50000-60999", "7,49999-61000", "55000-60999,50000-54999", "5-50000,50001-65535"]
-        {
-            assert!(has_ports(list, 50_000, 60_999), "{list}");
-        }
-        for list in ["", "50000,60999", "50000-54999,55001-60999", "50001-65535"] {
-            assert!(!has_ports(list, 50_000, 60_999), "{list}");
-        }
-    }
-
-    #[test]
-    fn adding_a_range_twice_changes_nothing() {
-        let once = with_ports("7,55000", 50_000, 60_999);
-        assert_eq!(with_ports(&once, 50_000, 60_999), once);
-    }
 }

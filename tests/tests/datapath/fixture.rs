@@ -23,7 +23,7 @@ use bytemuck::{bytes_of, pod_read_unaligned};
 use netdp::{
     dataplane::{
         Count, Dataplane, Drift, Program,
-        ebpf::{Ebpf, EbpfOptions, Feature, Features, cgroup2_mount},
+        ebpf::{Ebpf, EbpfOptions, Feature, Features, cgroup2_mount, has_all_processes},
     },
     model::{EndpointId, NetworkId},
 };
@@ -466,12 +466,20 @@ impl Fixture {
     /// Has the backend find out that no socket of the host has a port that source NAT chooses, where the
     /// kernel lets it.
     pub(crate) fn settle_claims(&mut self) -> Result<()> {
-        // One look for what there is, one to see that nothing has come since.
-        self.backend().collect()?;
-        self.backend().collect()?;
+        // Once to see what there is, twice to see that it stays.
+        for _ in 0..3 {
+            self.backend().collect()?;
+        }
         let is_unknown = !knows_claims() || !self.are_ports_claimed()?;
         ensure!(is_unknown, "a socket has a port that source NAT chooses");
         Ok(())
+    }
+
+    /// Says in the backend's place that no socket has such a port.
+    pub(crate) fn pretend_nobody_claims(&self) -> Result<()> {
+        let mut map: Array<_, u64> = Map::Array(self.map("PORT_CLAIMS")?).try_into()?;
+        let asked = map.get(&claim::ASKED, 0)?;
+        Ok(map.set(claim::SETTLED, asked + 1, 0)?)
     }
 
     /// Whether a socket of the host may have a port that source NAT chooses.
@@ -768,10 +776,12 @@ fn attached_programs() -> Result<BTreeMap<Hook, SchedClassifier>> {
     Ok(programs)
 }
 
-/// Whether this kernel shows all sockets, and what programs bind.
+/// Whether this kernel shows all sockets, and us what all programs bind.
 pub(crate) fn knows_claims() -> bool {
     let features = Features::probe();
-    features.has(Feature::BindRefusal) && features.has(Feature::BoundSockets)
+    features.has(Feature::BindRefusal)
+        && features.has(Feature::BoundSockets)
+        && cgroup2_mount().is_ok_and(|mount| mount.is_some_and(|mount| has_all_processes(&mount)))
 }
 
 /// How the backend is opened.

@@ -12,7 +12,7 @@ use netdp::{
     dataplane::{Count, Dataplane, NatPorts},
     model::Protocol,
 };
-use netdp_common::counter::Reason;
+use netdp_common::{config::Timeouts, counter::Reason};
 use netdp_tests::{packet::ETHERNET_BYTES, probe::expect_same};
 
 use crate::{
@@ -187,10 +187,11 @@ pub(crate) fn a_port_that_a_program_asks_for_is_not_chosen(fixture: &mut Fixture
     const RESERVED: u16 = 20_000;
     /// Looks after which sockets that have gone are missed at the latest.
     const LOOKS: usize = 80;
-    /// Flows that leave by all of four ports, but for once in 10⁸ times.
+    /// Flows that leave by all of four ports, but for once in 10⁷ times.
     const DIALS: u16 = 64;
     let host = fixture.family.address(HOST);
     let ports = NatPorts { reserved: (RESERVED, RESERVED + 3), ephemeral: (32_768, 60_999) };
+    fixture.settle_claims()?;
     fixture.apply(|program| program.nat_ports = ports)?;
     ensure!(fixture.are_ports_claimed()?, "nobody has looked for sockets of these ports");
     // There before anybody looked, and two that come afterwards.
@@ -225,6 +226,14 @@ pub(crate) fn a_port_that_a_program_asks_for_is_not_chosen(fixture: &mut Fixture
     let third = tcp((host, RESERVED + 2)).context("listen as the host")?;
     expect_same("UDP's ports", &chosen(fixture, Kind::Udp)?, &BTreeSet::from([0, 2, 3]))?;
     expect_same("TCP's ports", &chosen(fixture, Kind::Syn)?, &BTreeSet::from([0, 1, 3]))?;
+    // Without the agent every flow looks for itself, whatever was known.
+    if are_known {
+        fixture.pretend_nobody_claims()?;
+        expect_same("UDP's ports, unseen", &chosen(fixture, Kind::Udp)?, &all)?;
+        fixture.set_collection(Timeouts::RFC, false)?;
+        expect_same("UDP's ports", &chosen(fixture, Kind::Udp)?, &BTreeSet::from([0, 2, 3]))?;
+        fixture.set_collection(Timeouts::RFC, true)?;
+    }
     drop((second, third));
     for _ in 0..LOOKS {
         fixture.backend().collect()?;
@@ -234,10 +243,10 @@ pub(crate) fn a_port_that_a_program_asks_for_is_not_chosen(fixture: &mut Fixture
     let reserved = "/proc/sys/net/ipv4/ip_local_reserved_ports";
     let before = fs::read_to_string(reserved).context("read the reserved ports")?;
     fs::write(reserved, "50000-60999\n").context("reserve other ports")?;
-    fixture.backend().collect()?;
-    let is_claimed = fixture.are_ports_claimed();
+    let looked = fixture.backend().collect();
     fs::write(reserved, before).context("reserve the ports again")?;
-    ensure!(is_claimed?, "the ports are anybody's");
+    looked?;
+    ensure!(fixture.are_ports_claimed()?, "the ports are anybody's");
     if are_known {
         fixture.settle_claims()?;
     }

@@ -84,6 +84,15 @@ pub(super) fn remove_pins(pins: &Pins) -> Result<()> {
     hooks.try_for_each(|hook| remove_pin(&pins.socket_link(hook)))
 }
 
+/// The kernel's name of the cgroup that all others are in (Linux 5.5). In a cgroup namespace of its own a
+/// process takes another one for that.
+const ROOT: u64 = 1;
+
+/// Whether a cgroup has all processes of the host in it.
+pub fn has_all_processes(cgroup: &Path) -> bool {
+    fs::metadata(cgroup).is_ok_and(|metadata| metadata.st_ino() == ROOT)
+}
+
 /// The socket hooks, loaded for one cgroup.
 pub(super) struct SocketHooks {
     cgroup: File,
@@ -142,9 +151,9 @@ impl SocketHooks {
         BIND_HOOKS.iter().all(|hook| self.hooks.contains(hook))
     }
 
-    /// Whether what programs of the host bind is seen.
+    /// Whether what programs of the host bind is seen, all of them.
     pub(super) fn see_binds(&self) -> bool {
-        BIND_HOOKS.iter().all(|hook| self.attached.contains(hook))
+        self.id == ROOT && BIND_HOOKS.iter().all(|hook| self.attached.contains(hook))
     }
 
     /// `true` where the hook was attached.

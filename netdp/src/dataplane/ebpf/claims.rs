@@ -9,19 +9,22 @@ use anyhow::{Context, Result};
 use aya::maps::{Array, Map, MapData};
 use netdp_common::{config::Config, socket::claim};
 
-use crate::{
-    netlink::{sockets, sysctl},
-    plan::RESERVED_PORTS_SYSCTL,
-};
+use crate::netlink::{sockets, sysctl};
 
-/// Most looks that go by before all sockets are listed again, which takes its time.
-const LONGEST_PAUSE: u32 = 64;
+/// Lists without such a socket, one after the other, before it is taken for true: none shows a moment, and a
+/// socket that begins to listen meanwhile may be in neither half of one.
+const EMPTY_LISTS: u32 = 2;
+
+/// Most looks that go by before all sockets are listed again, which takes the kernel its time.
+const LONGEST_PAUSE: u32 = 59;
 
 /// PORT_CLAIMS.
 pub(super) struct Claims {
     map: Array<MapData, u64>,
     /// Requests that there had been when it was last looked.
     asked: Option<u64>,
+    /// Lists without such a socket since then.
+    empty: u32,
     /// Looks to go by before sockets are listed ...
     left: u32,
     /// ... and after that, if there are some.
@@ -35,7 +38,7 @@ impl Claims {
     /// The map is another one, or can't be written.
     pub(super) fn new(map: Map) -> Result<Self> {
         let map = Array::try_from(map).context("open map PORT_CLAIMS")?;
-        let mut claims = Self { map, asked: None, left: 0, pause: 1 };
+        let mut claims = Self { map, asked: None, empty: 0, left: 0, pause: 1 };
         claims.forget()?;
         Ok(claims)
     }
@@ -50,15 +53,14 @@ impl Claims {
     }
 
     /// Looks whether a socket has one. To be called while the hooks of `bind` are attached, time and
-    /// again: a request counts as answered when it is as old as one call. May block for as long as the
-    /// kernel takes to list its sockets.
+    /// again: a request counts as carried out when it is as old as one call. May block for as long as
+    /// the kernel takes to list its sockets.
     ///
     /// # Errors
     /// The map can't be read or written, or the kernel does not list sockets.
     pub(super) fn look(&mut self, config: &Config) -> Result<()> {
         let ports = config.nat_first..=config.nat_last;
-        let reserved = sysctl::read(RESERVED_PORTS_SYSCTL)?.unwrap_or_default();
-        if !sysctl::has_ports(&reserved, *ports.start(), *ports.end()) {
+        if !sysctl::reserved_ports()?.cover(*ports.start(), *ports.end()) {
             // Whoever dials may be given one, and nobody is asked.
             return self.forget();
         }
@@ -68,15 +70,27 @@ impl Claims {
             return Ok(());
         }
         if self.asked.replace(asked) != Some(asked) {
-            (self.left, self.pause) = (0, 1);
-        } else if self.left > 0 {
+            self.empty = 0;
+            self.left = self.left.saturating_sub(1);
+            return Ok(());
+        }
+        if self.left > 0 {
             self.left -= 1;
-        } else if sockets::have_none_of(&ports)? {
+            return Ok(());
+        }
+        // Whatever comes of it, the next list waits longer, unless this one is empty.
+        let pause = self.pause;
+        (self.left, self.pause) = (pause, LONGEST_PAUSE.min(2 * pause));
+        if !sockets::have_none_of(&ports)? {
+            self.empty = 0;
+            return Ok(());
+        }
+        (self.left, self.pause) = (0, pause);
+        self.empty += 1;
+        if self.empty >= EMPTY_LISTS {
             // A program that has asked meanwhile has made it another number.
             self.settle(settled)?;
-        } else {
-            self.left = self.pause;
-            self.pause = LONGEST_PAUSE.min(2 * self.pause);
+            self.pause = 1;
         }
         Ok(())
     }

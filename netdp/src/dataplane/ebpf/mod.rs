@@ -24,7 +24,6 @@ use netdp_common::{
 use tracing::{debug, info, warn};
 
 use self::{
-    claims::Claims,
     family::Wired,
     flows::{Flows, Survey},
     image::{Footing, Host, Image, Mark, Side},
@@ -59,7 +58,7 @@ mod sys;
 mod tables;
 
 pub use self::{
-    cgroup::cgroup2_mount,
+    cgroup::{cgroup2_mount, has_all_processes},
     probe::{Description, FEATURES, Feature, Features},
 };
 
@@ -93,7 +92,6 @@ pub struct Ebpf {
     flows4: Flows<V4>,
     flows6: Flows<V6>,
     origins: Origins,
-    claims: Claims,
     counters: PerCpuHashMap<MapData, Wire<CounterKey>, Wire<Counter>>,
     lanes: PerCpuArray<MapData, u64>,
     collection: Array<MapData, Wire<Collection>>,
@@ -161,7 +159,6 @@ impl Ebpf {
         let flows4 = Flows::new(object.take_map(V4::MAPS.flow)?)?;
         let flows6 = Flows::new(object.take_map(V6::MAPS.flow)?)?;
         let origins = Origins::new(object.take_map("SOCKET_ORIGIN")?)?;
-        let claims = Claims::new(object.take_map("PORT_CLAIMS")?)?;
         let counters =
             PerCpuHashMap::try_from(object.take_map("COUNTERS")?).context("open map COUNTERS")?;
         let lanes = PerCpuArray::try_from(object.take_map("LANES")?).context("open map LANES")?;
@@ -177,7 +174,6 @@ impl Ebpf {
             flows4,
             flows6,
             origins,
-            claims,
             counters,
             lanes,
             collection,
@@ -283,15 +279,6 @@ impl Ebpf {
         Ok(removed4 + removed6)
     }
 
-    /// Looks whether a socket of the host has a port that source NAT chooses, where that can be known.
-    fn look_for_claims(&mut self) -> Result<()> {
-        let are_known = self.features.has(Feature::BoundSockets) && self.object.sees_binds();
-        match self.current.config.get(&0) {
-            Some(config) if are_known => self.claims.look(config),
-            _ => self.claims.forget(),
-        }
-    }
-
     /// The programs know how long to keep flows before the first collection.
     fn ensure_timeouts(&mut self) -> Result<()> {
         let there = self.collection.get(&0, 0).context("read map COLLECTION")?.0;
@@ -352,7 +339,7 @@ impl Ebpf {
         let mut writes = 0;
         if current.config != wanted.config {
             // Other ports are others' ports.
-            self.claims.forget()?;
+            self.object.forget_claims()?;
         }
         writes += tables.config.write(&mut current.config, &wanted.config)?;
         writes += tables.ipv4.write_policies(&mut current.ipv4, &wanted.ipv4)?;
@@ -377,12 +364,7 @@ impl Ebpf {
         writes += tables.ipv6.write_published(&mut current.ipv6, &wanted.ipv6)?;
         // A host without networks is left as it is.
         if !wanted.networks.is_empty() {
-            let attached = self.object.attach_sockets();
-            if attached > 0 {
-                // Before that nobody has seen what programs ask for.
-                self.claims.forget()?;
-            }
-            writes += attached;
+            writes += self.object.attach_sockets()?;
         }
         Ok(writes)
     }
@@ -627,11 +609,15 @@ impl Dataplane for Ebpf {
     }
 
     fn collect(&mut self) -> Result<usize> {
-        if let Err(error) = self.look_for_claims() {
+        if let Err(error) = self.object.look_for_claims(self.current.config.get(&0)) {
             // Each new flow looks for itself.
             debug!("look for sockets that have ports of source NAT's: {error:#}");
         }
         self.collect_flows()
+    }
+
+    fn forget_host_ports(&mut self) -> Result<()> {
+        self.object.forget_claims()
     }
 
     fn flow_tables(&self) -> Vec<FlowTable> {

@@ -9,6 +9,7 @@ use aya::{
     programs::{Program, ProgramError, SchedClassifier},
 };
 use aya_obj::{Object as Elf, generated::bpf_map_type};
+use netdp_common::config::Config;
 use nix::{
     ifaddrs::getifaddrs,
     net::if_::{InterfaceFlags, if_indextoname},
@@ -18,6 +19,7 @@ use tracing::{debug, warn};
 use super::{
     attach::{Place, TcHooks},
     cgroup::{self, SocketHooks},
+    claims::Claims,
     family::Wired,
     image::Hook,
     pins::Pins,
@@ -120,6 +122,9 @@ pub(super) struct Object {
     pub(super) attached: BTreeSet<Place>,
     /// `None` where the host can't have them.
     sockets: Option<SocketHooks>,
+    claims: Claims,
+    /// Whether the kernel shows all sockets of the host.
+    shows_sockets: bool,
 }
 
 impl Object {
@@ -160,6 +165,9 @@ impl Object {
             loader.map_max_entries(family.pending, flows);
         }
         let mut ebpf = loader.load(OBJECT).context("create the maps")?;
+        // Before anything is done that could end what was known.
+        let claims = ebpf.take_map("PORT_CLAIMS").context("find map PORT_CLAIMS in the object")?;
+        let claims = Claims::new(claims)?;
         load_classifiers(&mut ebpf)?;
         let hooks =
             cgroup.map(|cgroup| SocketHooks::load(&mut ebpf, cgroup, &pins, features)).transpose();
@@ -174,7 +182,8 @@ impl Object {
         let mut hooks = TcHooks::new(pins, features);
         let attached = hooks.adopt(&mut ebpf)?;
         sys::return_free_memory();
-        Ok(Self { ebpf, hooks, attached, sockets })
+        let shows_sockets = features.has(Feature::BoundSockets);
+        Ok(Self { ebpf, hooks, attached, sockets, claims, shows_sockets })
     }
 
     /// Attaches a program to the loopback interface of a namespace that ends with it.
@@ -192,15 +201,34 @@ impl Object {
         self.sockets.as_ref().is_some_and(SocketHooks::keep_ports)
     }
 
-    /// Whether what programs of the host bind is seen.
-    pub(super) fn sees_binds(&self) -> bool {
-        self.sockets.as_ref().is_some_and(SocketHooks::see_binds)
+    /// Looks whether a socket of the host has a port that source NAT chooses, where that can be known: see
+    /// [`Claims::look`].
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn look_for_claims(&mut self, config: Option<&Config>) -> Result<()> {
+        let sees_binds = self.sockets.as_ref().is_some_and(SocketHooks::see_binds);
+        match config {
+            Some(config) if sees_binds && self.shows_sockets => self.claims.look(config),
+            _ => self.claims.forget(),
+        }
+    }
+
+    /// From now on any socket of the host may have a port that source NAT chooses.
+    ///
+    /// # Errors
+    /// As [`Claims::forget`].
+    pub(super) fn forget_claims(&mut self) -> Result<()> {
+        self.claims.forget()
     }
 
     /// Attaches the socket hooks that are not, as far as the host can have them; returns how many.
-    pub(super) fn attach_sockets(&mut self) -> usize {
-        let Some(hooks) = &mut self.sockets else { return 0 };
-        match hooks.attach(&mut self.ebpf) {
+    ///
+    /// # Errors
+    /// As [`Claims::forget`].
+    pub(super) fn attach_sockets(&mut self) -> Result<usize> {
+        let Some(hooks) = &mut self.sockets else { return Ok(0) };
+        let writes = match hooks.attach(&mut self.ebpf) {
             Ok(writes) => writes,
             Err(error) => {
                 cgroup::warn_unavailable(&error);
@@ -209,16 +237,23 @@ impl Object {
                     warn!("detach the socket hooks: {error:#}");
                 }
                 self.sockets = None;
-                0
+                self.claims.forget()?;
+                return Ok(0);
             }
+        };
+        if writes > 0 {
+            // Until now nobody has seen what programs ask for.
+            self.claims.forget()?;
         }
+        Ok(writes)
     }
 
     /// Detaches the socket hooks; returns how many there were.
     ///
     /// # Errors
-    /// A pin can't be removed.
+    /// A pin can't be removed, or as [`Claims::forget`].
     pub(super) fn detach_sockets(&mut self) -> Result<usize> {
+        self.claims.forget()?;
         self.sockets.as_mut().map_or(Ok(0), SocketHooks::detach)
     }
 

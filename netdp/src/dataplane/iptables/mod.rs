@@ -406,6 +406,11 @@ impl Dataplane for Iptables {
         Ok(0)
     }
 
+    /// Netfilter asks for no sockets.
+    fn forget_host_ports(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// Netfilter's table is the whole host's.
     fn flow_tables(&self) -> Vec<FlowTable> {
         Vec::new()
