@@ -34,8 +34,8 @@ pub struct HostFacts {
     pub has_ipsec: bool,
     /// `net.ipv4.ip_local_port_range`, inclusive.
     pub ephemeral_ports: (u16, u16),
-    /// `net.ipv4.ip_local_reserved_ports`.
-    pub reserved_ports: PortRanges,
+    /// `net.ipv4.ip_local_reserved_ports`; `None` where it can't be seen.
+    pub reserved_ports: Option<PortRanges>,
     /// Ports that other programs of the host were found to have: none to choose.
     pub ports_in_use: BTreeSet<(Protocol, u16)>,
 }

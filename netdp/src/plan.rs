@@ -374,7 +374,7 @@ pub fn link_drift(plan: &Plan, facts: &HostFacts) -> Vec<Drift> {
         drift.push("the host does not forward IPv6".to_owned());
     }
     if let Some(&SysctlPlan::Covers(first, last)) = plan.sysctls.get(RESERVED_PORTS_SYSCTL)
-        && !facts.reserved_ports.cover(first, last)
+        && facts.reserved_ports.as_ref().is_some_and(|ports| !ports.cover(first, last))
     {
         drift.push(format!("the host does not reserve ports {first}-{last}"));
     }

@@ -48,16 +48,18 @@ pub fn ensure_root() -> Result<()> {
     Ok(())
 }
 
-/// The mount point of the cgroup v2 hierarchy, if there is one.
+/// The mount point of the whole cgroup v2 hierarchy, if there is one.
 ///
 /// # Errors
 /// When the mount table can't be read.
 pub fn cgroup2_mount() -> Result<Option<String>> {
     let table = fs::read_to_string("/proc/self/mountinfo").context("read the mount table")?;
     Ok(table.lines().find_map(|line| {
-        // proc(5): the mount point is field 5, the type follows a lone dash.
+        // proc(5): what is mounted is field 4, and where field 5; the type follows a lone dash.
         let (mount, filesystem) = line.split_once(" - ")?;
-        filesystem.starts_with("cgroup2 ").then(|| mount.split(' ').nth(4).map(String::from))?
+        let mut fields = mount.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        (filesystem.starts_with("cgroup2 ") && root == "/").then(|| point.to_owned())
     }))
 }
 

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use netdp::dataplane::ebpf::{Feature, Features, cgroup2_mount, has_all_processes};
+use netdp::dataplane::ebpf::{Features, can_know_ports, cgroup2_mount};
 use netdp_common::{abi::ABI, socket::claim};
 use netdp_tests::bpf::PinnedMap;
 use netdp_tests::harness::run_tests;
@@ -280,8 +280,7 @@ fn who_asks_for_a_port_of_source_nats_is_noted(scene: &Scene) -> Result<()> {
         Ok(u64::from_ne_bytes(claims.get(&place.to_ne_bytes())?[..].try_into()?))
     };
     let expect_unknown = |why| expect_same(why, &read(claim::SETTLED)?, &0);
-    let sees_all = cgroup2_mount()?.is_some_and(|mount| has_all_processes(&mount));
-    if !sees_all || !Features::probe().has(Feature::BoundSockets) {
+    if !can_know_ports(&Features::probe(), cgroup2_mount()?.as_deref()) {
         return expect_unknown("what is known of sockets");
     }
     // A host that has just come up has no such socket.

@@ -79,9 +79,15 @@ impl State {
             self.remember_overwritten(&present).await?;
         }
         self.remember(path, present).await?;
-        sysctl::write(path, &value)?;
+        // Until now the ports were anybody's.
+        self.forget_host_ports(path).await?;
+        sysctl::write(path, &value)
+    }
+
+    /// Has the backend know that other sockets may have ports of source NAT's, if the sysctl is the one
+    /// that keeps them from it.
+    async fn forget_host_ports(&self, path: &str) -> Result<()> {
         if path == RESERVED_PORTS_SYSCTL {
-            // Until now they were anybody's.
             self.dataplane.call(|dataplane| dataplane.forget_host_ports()).await.flatten()?;
         }
         Ok(())
@@ -113,6 +119,7 @@ impl State {
         let is_overruled = self.facts.is_router
             && sysctl_interface(&path).is_some_and(|name| path == forwarding_sysctl(name));
         if !is_overruled {
+            self.forget_host_ports(&path).await?;
             sysctl::ensure(&path, &original)?;
         }
         self.forget(path).await

@@ -149,11 +149,14 @@ fn on_a_bare_host(test: impl FnOnce(Host) + Send + 'static) {
             thread::yield_now();
         }
         fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
-        fs::write("/proc/sys/net/ipv4/ip_local_reserved_ports", "7000,55000-55010").unwrap();
+        fs::write("/proc/sys/net/ipv4/ip_local_reserved_ports", RESERVED_BEFORE).unwrap();
         let state = TempDir::new().unwrap();
         test(Host { state, dataplane: Fake::default() });
     });
 }
+
+/// What the host has reserved before us: more than a reader of files asks for at first.
+const RESERVED_BEFORE: &str = "7000,7100-7109,7200-7209,7300-7309,7400-7409,55000-55010";
 
 struct Host {
     state: TempDir,
@@ -321,8 +324,8 @@ fn networks_carry_traffic_and_purge_leaves_the_host_byte_for_byte_as_it_was() {
         assert_eq!((program.networks.len(), program.endpoints.len()), (2, 3));
         assert!(!program.uplinks.values().any(|uplink| uplink.forwarded_before4));
         assert_eq!(program.uplinks.len(), 2);
-        let reserved = fs::read_to_string(Path::new("/proc/sys").join(RESERVED_PORTS_SYSCTL));
-        assert_eq!(reserved.unwrap().trim(), "7000,50000-60999");
+        let reserved = sysctl::read(RESERVED_PORTS_SYSCTL).unwrap().unwrap();
+        assert_eq!(reserved, RESERVED_BEFORE.replace("55000-55010", "50000-60999"));
         assert_eq!(host.dataplane.forgotten_ports(), 1, "who had one before may have it still");
         let neighbours = ip("neigh show dev nd-1 nud permanent");
         assert!(neighbours.contains("172.20.0.3 lladdr 02:42:ac:14:00:03"), "{neighbours}");

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, net::IpAddr};
 
 use super::*;
-use crate::facts::{HostFacts, Ipv6Mode, Link, LinkAddress, Links, PortRanges, Route};
+use crate::facts::{HostFacts, Ipv6Mode, Link, LinkAddress, Links, Route};
 
 mod engine;
 mod families;
@@ -59,7 +59,7 @@ pub(crate) fn host() -> HostFacts {
             route("2000::/3", 3),
         ],
         ephemeral_ports: (32_768, 60_999),
-        reserved_ports: PortRanges::default(),
+        reserved_ports: None,
         has_ipsec: false,
         ports_in_use: BTreeSet::new(),
     }

@@ -3,7 +3,11 @@
 //! Owns reading and writing. Paths are relative to `/proc/sys` with slashes, because interface
 //! names may contain dots. Files under `net` belong to the network namespace of the calling thread.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+    path::Path,
+};
 
 use anyhow::{Context, Result};
 
@@ -15,10 +19,25 @@ use crate::{facts::PortRanges, plan::RESERVED_PORTS_SYSCTL};
 /// # Errors
 /// Fails where the file is there and can't be read.
 pub fn read(path: &str) -> Result<Option<String>> {
-    match fs::read_to_string(Path::new("/proc/sys").join(path)) {
+    match read_whole(&Path::new("/proc/sys").join(path)) {
         Ok(value) => Ok(Some(value.trim_end().to_owned())),
         Err(error) if is_absent(&error) => Ok(None),
         Err(error) => Err(error).with_context(|| format!("read sysctl {path}")),
+    }
+}
+
+/// Reads a file by one read(2). Of a list of ports the kernel has no more to say at the next
+/// (`proc_do_large_bitmap`), so of one that is longer than the buffer the rest would be lost.
+fn read_whole(path: &Path) -> io::Result<String> {
+    let mut value = vec![0; 4096];
+    loop {
+        let length = File::open(path)?.read(&mut value)?;
+        if length < value.len() {
+            value.truncate(length);
+            return String::from_utf8(value)
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error));
+        }
+        value.resize(2 * length, 0);
     }
 }
 
@@ -61,12 +80,12 @@ pub(super) fn ephemeral_ports() -> Result<(u16, u16)> {
     Ok(ports.unwrap_or(EPHEMERAL_PORTS))
 }
 
-/// `ip_local_reserved_ports`.
+/// `ip_local_reserved_ports`; `None` as for [`read`].
 ///
 /// # Errors
-/// As [`read`].
-pub fn reserved_ports() -> Result<PortRanges> {
-    Ok(PortRanges::parse(&read(RESERVED_PORTS_SYSCTL)?.unwrap_or_default()))
+/// As there.
+pub fn reserved_ports() -> Result<Option<PortRanges>> {
+    Ok(read(RESERVED_PORTS_SYSCTL)?.map(|list| PortRanges::parse(&list)))
 }
 
 /// No such file, by the time it was opened.

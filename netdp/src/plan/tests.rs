@@ -151,7 +151,7 @@ fn host() -> HostFacts {
         has_ipv6: true,
         can_force_forwarding: true,
         ephemeral_ports: (32_768, 60_999),
-        reserved_ports: PortRanges::parse("50000-60999"),
+        reserved_ports: Some(PortRanges::parse("50000-60999")),
         has_ipsec: false,
         ports_in_use: BTreeSet::new(),
     }
@@ -321,7 +321,8 @@ fn the_program_names_what_exists() {
     ];
     assert_eq!(plan.sysctls, sysctls.map(|(path, value)| (path.to_owned(), value)).into());
     assert_eq!(link_drift(&plan, &host_with_links())[0].what, "uplink eth0 does not forward");
-    let anybodys = HostFacts { reserved_ports: PortRanges::parse("7"), ..host_with_links() };
+    let others = Some(PortRanges::parse("7"));
+    let anybodys = HostFacts { reserved_ports: others, ..host_with_links() };
     let drift = link_drift(&plan, &anybodys);
     assert!(drift.iter().any(|it| it.what == "the host does not reserve ports 50000-60999"));
 }

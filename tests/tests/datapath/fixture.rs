@@ -23,7 +23,7 @@ use bytemuck::{bytes_of, pod_read_unaligned};
 use netdp::{
     dataplane::{
         Count, Dataplane, Drift, Program,
-        ebpf::{Ebpf, EbpfOptions, Feature, Features, cgroup2_mount, has_all_processes},
+        ebpf::{Ebpf, EbpfOptions, Features, can_know_ports, cgroup2_mount},
     },
     model::{EndpointId, NetworkId},
 };
@@ -470,7 +470,7 @@ impl Fixture {
         for _ in 0..3 {
             self.backend().collect()?;
         }
-        let is_unknown = !knows_claims() || !self.are_ports_claimed()?;
+        let is_unknown = !knows_claims()? || !self.are_ports_claimed()?;
         ensure!(is_unknown, "a socket has a port that source NAT chooses");
         Ok(())
     }
@@ -776,12 +776,9 @@ fn attached_programs() -> Result<BTreeMap<Hook, SchedClassifier>> {
     Ok(programs)
 }
 
-/// Whether this kernel shows all sockets, and us what all programs bind.
-pub(crate) fn knows_claims() -> bool {
-    let features = Features::probe();
-    features.has(Feature::BindRefusal)
-        && features.has(Feature::BoundSockets)
-        && cgroup2_mount().is_ok_and(|mount| mount.is_some_and(|mount| has_all_processes(&mount)))
+/// Whether a backend can know here what ports sockets of the host have.
+pub(crate) fn knows_claims() -> Result<bool> {
+    Ok(can_know_ports(&Features::probe(), cgroup2_mount()?.as_deref()))
 }
 
 /// How the backend is opened.

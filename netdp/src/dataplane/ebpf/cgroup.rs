@@ -88,9 +88,13 @@ pub(super) fn remove_pins(pins: &Pins) -> Result<()> {
 /// process takes another one for that.
 const ROOT: u64 = 1;
 
-/// Whether a cgroup has all processes of the host in it.
-pub fn has_all_processes(cgroup: &Path) -> bool {
-    fs::metadata(cgroup).is_ok_and(|metadata| metadata.st_ino() == ROOT)
+/// Whether it can be known, with hooks on this cgroup, that no socket of the host has a port: the kernel shows
+/// all sockets, and the hooks see what all programs bind.
+pub fn can_know_ports(features: &Features, cgroup: Option<&Path>) -> bool {
+    let has_all = |cgroup| fs::metadata(cgroup).is_ok_and(|metadata| metadata.st_ino() == ROOT);
+    features.has(Feature::BindRefusal)
+        && features.has(Feature::BoundSockets)
+        && cgroup.is_some_and(has_all)
 }
 
 /// The socket hooks, loaded for one cgroup.
@@ -151,9 +155,14 @@ impl SocketHooks {
         BIND_HOOKS.iter().all(|hook| self.hooks.contains(hook))
     }
 
-    /// Whether what programs of the host bind is seen, all of them.
+    /// Whether all are attached that the kernel has taken.
+    pub(super) fn are_attached(&self) -> bool {
+        self.hooks.iter().all(|hook| self.attached.contains(hook))
+    }
+
+    /// Whether what programs bind is seen.
     pub(super) fn see_binds(&self) -> bool {
-        self.id == ROOT && BIND_HOOKS.iter().all(|hook| self.attached.contains(hook))
+        BIND_HOOKS.iter().all(|hook| self.attached.contains(hook))
     }
 
     /// `true` where the hook was attached.

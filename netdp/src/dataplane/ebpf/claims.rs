@@ -9,7 +9,10 @@ use anyhow::{Context, Result};
 use aya::maps::{Array, Map, MapData};
 use netdp_common::{config::Config, socket::claim};
 
-use crate::netlink::{sockets, sysctl};
+use crate::{
+    facts::PortRanges,
+    netlink::{sockets, sysctl},
+};
 
 /// Lists without such a socket, one after the other, before it is taken for true: none shows a moment, and a
 /// socket that begins to listen meanwhile may be in neither half of one.
@@ -48,7 +51,7 @@ impl Claims {
     /// # Errors
     /// The map can't be read or written.
     pub(super) fn forget(&mut self) -> Result<()> {
-        self.asked = None;
+        (self.asked, self.empty) = (None, 0);
         if self.get(claim::SETTLED)? != 0 { self.settle(0) } else { Ok(()) }
     }
 
@@ -60,7 +63,8 @@ impl Claims {
     /// The map can't be read or written, or the kernel does not list sockets.
     pub(super) fn look(&mut self, config: &Config) -> Result<()> {
         let ports = config.nat_first..=config.nat_last;
-        if !sysctl::reserved_ports()?.cover(*ports.start(), *ports.end()) {
+        let is_reserved = |reserved: PortRanges| reserved.cover(*ports.start(), *ports.end());
+        if !sysctl::reserved_ports()?.is_some_and(is_reserved) {
             // Whoever dials may be given one, and nobody is asked.
             return self.forget();
         }
@@ -69,28 +73,31 @@ impl Claims {
         if self.get(claim::SETTLED)? == settled {
             return Ok(());
         }
-        if self.asked.replace(asked) != Some(asked) {
-            self.empty = 0;
-            self.left = self.left.saturating_sub(1);
-            return Ok(());
+        let is_quiet = self.asked.replace(asked) == Some(asked);
+        if !is_quiet && self.empty > 0 {
+            // In vain: the next list waits as after one that was not empty.
+            (self.empty, self.left) = (0, self.pause);
         }
         if self.left > 0 {
             self.left -= 1;
             return Ok(());
         }
-        // Whatever comes of it, the next list waits longer, unless this one is empty.
-        let pause = self.pause;
-        (self.left, self.pause) = (pause, LONGEST_PAUSE.min(2 * pause));
+        if !is_quiet {
+            return Ok(());
+        }
+        // Until it is settled, each waits longer than the one before.
+        self.left = self.pause;
+        self.pause = LONGEST_PAUSE.min(2 * self.pause);
         if !sockets::have_none_of(&ports)? {
             self.empty = 0;
             return Ok(());
         }
-        (self.left, self.pause) = (0, pause);
         self.empty += 1;
-        if self.empty >= EMPTY_LISTS {
+        self.left = 0;
+        if self.empty == EMPTY_LISTS {
             // A program that has asked meanwhile has made it another number.
             self.settle(settled)?;
-            self.pause = 1;
+            (self.empty, self.pause) = (0, 1);
         }
         Ok(())
     }

@@ -58,7 +58,7 @@ mod sys;
 mod tables;
 
 pub use self::{
-    cgroup::{cgroup2_mount, has_all_processes},
+    cgroup::{can_know_ports, cgroup2_mount},
     probe::{Description, FEATURES, Feature, Features},
 };
 

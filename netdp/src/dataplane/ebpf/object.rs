@@ -123,8 +123,8 @@ pub(super) struct Object {
     /// `None` where the host can't have them.
     sockets: Option<SocketHooks>,
     claims: Claims,
-    /// Whether the kernel shows all sockets of the host.
-    shows_sockets: bool,
+    /// See [`cgroup::can_know_ports`].
+    can_know_ports: bool,
 }
 
 impl Object {
@@ -165,7 +165,7 @@ impl Object {
             loader.map_max_entries(family.pending, flows);
         }
         let mut ebpf = loader.load(OBJECT).context("create the maps")?;
-        // Before anything is done that could end what was known.
+        // It forgets, for what follows may leave hooks that are not attached.
         let claims = ebpf.take_map("PORT_CLAIMS").context("find map PORT_CLAIMS in the object")?;
         let claims = Claims::new(claims)?;
         load_classifiers(&mut ebpf)?;
@@ -182,8 +182,8 @@ impl Object {
         let mut hooks = TcHooks::new(pins, features);
         let attached = hooks.adopt(&mut ebpf)?;
         sys::return_free_memory();
-        let shows_sockets = features.has(Feature::BoundSockets);
-        Ok(Self { ebpf, hooks, attached, sockets, claims, shows_sockets })
+        let can_know_ports = cgroup::can_know_ports(features, cgroup);
+        Ok(Self { ebpf, hooks, attached, sockets, claims, can_know_ports })
     }
 
     /// Attaches a program to the loopback interface of a namespace that ends with it.
@@ -209,7 +209,7 @@ impl Object {
     pub(super) fn look_for_claims(&mut self, config: Option<&Config>) -> Result<()> {
         let sees_binds = self.sockets.as_ref().is_some_and(SocketHooks::see_binds);
         match config {
-            Some(config) if sees_binds && self.shows_sockets => self.claims.look(config),
+            Some(config) if sees_binds && self.can_know_ports => self.claims.look(config),
             _ => self.claims.forget(),
         }
     }
@@ -228,8 +228,13 @@ impl Object {
     /// As [`Claims::forget`].
     pub(super) fn attach_sockets(&mut self) -> Result<usize> {
         let Some(hooks) = &mut self.sockets else { return Ok(0) };
-        let writes = match hooks.attach(&mut self.ebpf) {
-            Ok(writes) => writes,
+        if hooks.are_attached() {
+            return Ok(0);
+        }
+        // Nobody has seen what programs ask for since they were there.
+        self.claims.forget()?;
+        match hooks.attach(&mut self.ebpf) {
+            Ok(writes) => Ok(writes),
             Err(error) => {
                 cgroup::warn_unavailable(&error);
                 // It would fail again: not before the next agent. Some are worse than none.
@@ -237,15 +242,9 @@ impl Object {
                     warn!("detach the socket hooks: {error:#}");
                 }
                 self.sockets = None;
-                self.claims.forget()?;
-                return Ok(0);
+                Ok(0)
             }
-        };
-        if writes > 0 {
-            // Until now nobody has seen what programs ask for.
-            self.claims.forget()?;
         }
-        Ok(writes)
     }
 
     /// Detaches the socket hooks; returns how many there were.
