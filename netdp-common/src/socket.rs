@@ -42,9 +42,15 @@ wire! {
 pub mod claim {
     /// How often a program of the host has asked for one.
     pub const ASKED: u32 = 0;
-    /// How often one had been asked for when no socket had any, plus one; 0 = nobody has looked. As
-    /// long as it is one more than the number in [`ASKED`], no socket has one.
+    /// What [`settled`] makes of the number in [`ASKED`] when no socket had one; 0 = nobody has looked.
+    /// As long as they agree, no socket has one.
     pub const SETTLED: u32 = 1;
+
+    /// What stands at [`SETTLED`] if no socket has had a port since one was asked for so often.
+    #[inline(always)]
+    pub const fn settled(asked: u64) -> u64 {
+        asked.wrapping_add(1)
+    }
 }
 
 impl SocketAddress {

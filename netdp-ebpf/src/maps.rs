@@ -1,8 +1,8 @@
 //! Every map, and the only code that follows pointers into them.
 //!
 //! The agent pins them by name and writes all but the flow and fragment tables, SOCKET_ORIGIN, the
-//! requests in PORT_CLAIMS and the numbers in COUNTERS. The per-CPU arrays are scratch of one program run: not pinned, and read by nobody
-//! else.
+//! requests in PORT_CLAIMS and the numbers in COUNTERS. The per-CPU arrays are scratch of one program
+//! run: not pinned, and read by nobody else.
 
 use core::{arch::asm, ptr::NonNull};
 
@@ -602,7 +602,7 @@ pub(crate) fn are_ports_claimed() -> bool {
     let (Some(asked), Some(settled)) = (claims(claim::ASKED), claims(claim::SETTLED)) else {
         return true;
     };
-    settled != asked + 1
+    settled != claim::settled(asked)
 }
 
 /// What a socket of the host dialled before it came to talk to this peer.

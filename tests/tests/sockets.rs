@@ -287,7 +287,7 @@ fn who_asks_for_a_port_of_source_nats_is_noted(scene: &Scene) -> Result<()> {
     let settled = || {
         poll_until(NOTICED, "that nobody has such a port", || {
             let asked = read(claim::ASKED)?;
-            Ok((read(claim::SETTLED)? == asked + 1).then_some(asked))
+            Ok((read(claim::SETTLED)? == claim::settled(asked)).then_some(asked))
         })
     };
     let any = scene.net.any;

@@ -31,7 +31,7 @@ use crate::{
 };
 
 impl Netlink {
-    /// Reads links, addresses, routes and the ephemeral port range of this socket's namespace,
+    /// Reads links, addresses, routes, and what the kernel does with ports, of this socket's namespace,
     /// which has to be the calling thread's.
     ///
     /// # Errors

@@ -479,13 +479,13 @@ impl Fixture {
     pub(crate) fn pretend_nobody_claims(&self) -> Result<()> {
         let mut map: Array<_, u64> = Map::Array(self.map("PORT_CLAIMS")?).try_into()?;
         let asked = map.get(&claim::ASKED, 0)?;
-        Ok(map.set(claim::SETTLED, asked + 1, 0)?)
+        Ok(map.set(claim::SETTLED, claim::settled(asked), 0)?)
     }
 
     /// Whether a socket of the host may have a port that source NAT chooses.
     pub(crate) fn are_ports_claimed(&self) -> Result<bool> {
         let map: Array<_, u64> = Map::Array(self.map("PORT_CLAIMS")?).try_into()?;
-        Ok(map.get(&claim::SETTLED, 0)? != map.get(&claim::ASKED, 0)? + 1)
+        Ok(map.get(&claim::SETTLED, 0)? != claim::settled(map.get(&claim::ASKED, 0)?))
     }
 
     /// Says how many flows an endpoint of a network may have opened; 0 = any number.

@@ -160,11 +160,6 @@ impl SocketHooks {
         self.hooks.iter().all(|hook| self.attached.contains(hook))
     }
 
-    /// Whether what programs bind is seen.
-    pub(super) fn see_binds(&self) -> bool {
-        BIND_HOOKS.iter().all(|hook| self.attached.contains(hook))
-    }
-
     /// `true` where the hook was attached.
     fn adopt(&self, ebpf: &mut Ebpf, hook: &str) -> Result<bool> {
         let path = self.pins.socket_link(hook);

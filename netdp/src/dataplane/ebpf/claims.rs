@@ -69,7 +69,7 @@ impl Claims {
             return self.forget();
         }
         let asked = self.get(claim::ASKED)?;
-        let settled = asked.wrapping_add(1);
+        let settled = claim::settled(asked);
         if self.get(claim::SETTLED)? == settled {
             return Ok(());
         }

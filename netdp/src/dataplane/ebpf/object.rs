@@ -207,9 +207,9 @@ impl Object {
     /// # Errors
     /// As there.
     pub(super) fn look_for_claims(&mut self, config: Option<&Config>) -> Result<()> {
-        let sees_binds = self.sockets.as_ref().is_some_and(SocketHooks::see_binds);
+        let are_attached = self.sockets.as_ref().is_some_and(SocketHooks::are_attached);
         match config {
-            Some(config) if sees_binds && self.can_know_ports => self.claims.look(config),
+            Some(config) if are_attached && self.can_know_ports => self.claims.look(config),
             _ => self.claims.forget(),
         }
     }
