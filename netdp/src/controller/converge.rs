@@ -386,6 +386,7 @@ impl State {
     /// Lets packets through, now that the backend knows what to do with them.
     async fn open(&mut self, pass: &mut Pass<'_>, plan: &Plan, facts: &HostFacts) -> Result<()> {
         let mut neighbours = BTreeMap::new();
+        let mut opened = Vec::new();
         for (&id, bridge) in &plan.bridges {
             let Some(program) = plan.program.networks.get(&id) else { continue };
             let result = self.netlink.open_bridge(bridge, facts).await;
@@ -396,7 +397,11 @@ impl State {
         for (&id, veth) in &plan.veths {
             let Some(program) = plan.program.endpoints.get(&id) else { continue };
             let result = self.netlink.open_veth(veth, facts).await;
-            pass.note(Subject::Endpoint(id), result)?;
+            let is_new = pass.note(Subject::Endpoint(id), result)?;
+            // An engine sets up its container's end when it pleases.
+            if is_new == Some(true) && veth.netns.is_some() {
+                opened.push(program.ifindex);
+            }
             let bridge = plan.program.networks.get(&program.network);
             if let Some(entries) =
                 bridge.and_then(|bridge| neighbours.get_mut(&bridge.bridge_ifindex))
@@ -411,6 +416,8 @@ impl State {
         for result in self.ensure_sysctls(&plan.sysctls).await {
             pass.note(Subject::Host, result)?;
         }
+        let result = self.netlink.await_carrier(&opened).await;
+        pass.note(Subject::Host, result)?;
         Ok(())
     }
 

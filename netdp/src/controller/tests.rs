@@ -349,6 +349,33 @@ fn networks_carry_traffic_and_purge_leaves_the_host_byte_for_byte_as_it_was() {
     });
 }
 
+#[test]
+fn the_first_packets_of_a_container_that_was_connected_arrive() {
+    on_a_host(async |host| {
+        let controller = host.start(&[]).await.unwrap();
+        create(&controller, "a", "172.20.0.0/24").await;
+        let patience = Some(Duration::from_secs(1));
+        let client = UdpSocket::bind("0.0.0.0:0").unwrap();
+        client.set_read_timeout(patience).unwrap();
+        // The kernel is often ready before anybody could ask.
+        for round in 0..30 {
+            let container = Namespace::new().unwrap();
+            let server = container.run(|| UdpSocket::bind("0.0.0.0:7").unwrap());
+            server.set_read_timeout(patience).unwrap();
+            let address = connect(&controller, "a", "A1", &container.path).await.unwrap();
+            client.send_to(b"there?", (address, 7)).unwrap();
+            let (_, peer) = server.recv_from(&mut [0; 6]).unwrap_or_else(|error| {
+                panic!("round {round}, to the container: {error}\n{}", ip("link"))
+            });
+            server.send_to(b"here!!", peer).unwrap();
+            client.recv(&mut [0; 6]).unwrap_or_else(|error| {
+                panic!("round {round}, from the container: {error}\n{}", ip("link"))
+            });
+            controller.change(|model, _| model.disconnect("a", "A1")).await.unwrap();
+        }
+    });
+}
+
 /// Makes a network of both families.
 async fn create_dual(controller: &Controller, name: &str, ipv4: &str, ipv6: &str) {
     let spec = NetworkSpec {

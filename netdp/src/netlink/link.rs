@@ -129,17 +129,19 @@ impl Netlink {
         Ok(())
     }
 
-    /// Makes the host's end of a veth pair a port of its bridge and lets packets through.
+    /// Makes the host's end of a veth pair a port of its bridge and lets packets through. Returns whether
+    /// it was shut, which [`Netlink::await_carrier`] goes on from.
     ///
     /// # Errors
     /// Names what the kernel refused.
-    pub async fn open_veth(&self, plan: &VethPlan, facts: &HostFacts) -> Result<()> {
+    pub async fn open_veth(&self, plan: &VethPlan, facts: &HostFacts) -> Result<bool> {
         let (Some((ifindex, link)), Some((bridge, _))) =
             (facts.link(&plan.name), facts.link(&plan.bridge))
         else {
             bail!("connect {} to bridge {}: one of them is gone", plan.name, plan.bridge);
         };
-        if !is_port_of(facts, link, &plan.bridge) || !link.up {
+        let was_shut = !is_port_of(facts, link, &plan.bridge) || !link.up;
+        if was_shut {
             self.change(LinkUnspec::new_with_index(ifindex).controller(bridge).up())
                 .await
                 .with_context(|| format!("connect {} to bridge {}", plan.name, plan.bridge))?;
@@ -152,7 +154,7 @@ impl Netlink {
                 .await
                 .with_context(|| format!("let packets turn around at {}", plan.name))?;
         }
-        Ok(())
+        Ok(was_shut)
     }
 
     /// Tells a bridge the MAC address behind its port `ifindex`. It learns from what it forwards,

@@ -1,7 +1,7 @@
 //! Everything that speaks netlink, and the files under `/proc/sys` that complete it.
 //!
 //! Owns the socket, reading facts ([`read`]), making links and what hangs on them agree with a
-//! plan ([`link`]), the pair that is made ahead ([`blank`]), work inside a container's namespace
+//! plan ([`link`]), when they carry packets ([`carrier`]), the pair that is made ahead ([`blank`]), work inside a container's namespace
 //! ([`namespace`]), the event stream ([`events`]), whether to read again ([`watch`]), ending sockets
 //! ([`sockets`]), netfilter's connections ([`conntrack`]), filters ([`tc`]), sysctls ([`sysctl`]) and
 //! whether there is IPsec ([`xfrm`]). Decides nothing: what has to exist comes from the planner.
@@ -14,6 +14,7 @@ use tokio::task::AbortHandle;
 use self::watch::Watch;
 
 mod blank;
+mod carrier;
 pub mod conntrack;
 pub mod events;
 mod link;
