@@ -20,9 +20,9 @@ use crate::{
     family::Family,
     fixture::{
         A, FIXED_SOURCE, Fixture, HOST, OUTSIDE, ROUTER_MAC, TCX_REDIRECT, UPLINK_MAC, address,
-        bridge_mac, dropped, from_container, from_container_wire, from_outside_wire, from_uplink,
-        gateway, hex, into_network, knows_claims, mac, network_of, pass, pass_as, socket,
-        to_uplink,
+        bridge_mac, dropped, dropped_for_nobody, from_container, from_container_wire,
+        from_outside_wire, from_uplink, gateway, hex, into_network, knows_claims, mac, network_of,
+        pass, pass_as, socket, to_uplink,
     },
     standard::published,
 };
@@ -348,6 +348,15 @@ pub(crate) fn without_a_source_address_nothing_leaves(fixture: &mut Fixture) -> 
     // A fixed source needs none of the uplink's.
     let source = dial(fixture, Kind::Syn, "s1", 4000, SERVER)?;
     ensure!(network_of("s1") == FIXED_SOURCE && *source.ip() != HOST, "{source}");
+    // No address is none that anybody dials.
+    let client = SocketAddrV4::new(OUTSIDE, 5000);
+    let nowhere = from_outside_wire(client, SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 8080));
+    let packet = Datagram::new(Kind::Syn, nowhere);
+    let want = dropped_for_nobody(Reason::NotRouted);
+    fixture.expect("to nowhere", from_uplink("up0"), &packet, want)?;
+    // What the host has, it has on every uplink.
+    let dialled = from_outside_wire(client, SocketAddrV4::new(HOST, 8080));
+    open_at(fixture, Kind::Syn, "a1", dialled)?;
     Ok(())
 }
 
