@@ -6,23 +6,16 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use futures::TryStreamExt;
-use rtnetlink::{
-    packet_core::DefaultNla,
-    packet_route::{
-        AddressFamily,
-        link::{LinkAttribute, LinkExtentMask, LinkFlags, LinkMessage, State},
-    },
+use rtnetlink::packet_route::{
+    AddressFamily,
+    link::{LinkAttribute, LinkExtentMask, LinkFlags, LinkMessage, State},
 };
 use tokio::time::{Instant, sleep};
 use tracing::warn;
 
 use super::{Netlink, kernel_error};
-
-/// IFLA_TARGET_NETNSID (include/uapi/linux/if_link.h): the namespace to look into, by the number that
-/// ours has for it (Linux 4.15).
-const TARGET_NETNSID: u16 = 46;
 
 /// Patience with the kernel. Its work is done at once, unless there is much of it.
 const AT_MOST: Duration = Duration::from_secs(1);
@@ -31,55 +24,65 @@ const AT_MOST: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(1);
 
 impl Netlink {
-    /// Waits until the pairs with these host's ends carry packets, both ways. A pair that has no carrier,
-    /// for an end of it is down, is not waited for, nor is one that has gone. A kernel that takes longer
-    /// than a second is not waited for either: that is logged.
-    ///
-    /// # Errors
-    /// The kernel refuses to show a link.
-    pub async fn await_carrier(&self, host_ends: &[u32]) -> Result<()> {
+    /// Waits until the pairs with these host's ends carry packets, both ways, and so do their bridges. A
+    /// pair that has no carrier, for an end of it is down, is not waited for, nor is one that has gone. A
+    /// kernel that takes longer than a second, or does not answer, is not waited for either: that is
+    /// logged, for the pair is as it should be.
+    pub async fn await_carrier(&self, host_ends: &[u32]) {
         let deadline = Instant::now() + AT_MOST;
         for &ifindex in host_ends {
-            while !self.carries_packets(ifindex).await? {
-                if Instant::now() >= deadline {
-                    warn!(ifindex, "the kernel takes long to let packets through an interface");
-                    return Ok(());
-                }
-                sleep(PAUSE).await;
+            if let Err(error) = self.await_one(ifindex, deadline).await {
+                warn!(ifindex, "see whether an interface carries packets: {error:#}");
             }
+        }
+    }
+
+    async fn await_one(&self, host_end: u32, deadline: Instant) -> Result<()> {
+        while !self.carries_packets(host_end).await? {
+            ensure!(Instant::now() < deadline, "the kernel takes long to let them through");
+            sleep(PAUSE).await;
         }
         Ok(())
     }
 
-    /// Whether a pair's ends are as ready as they are going to be. Since Linux 6.8 a kernel that is asked
-    /// for one link does the work for it first.
+    /// Whether a pair's ends and its bridge are as ready as they are going to be. Since Linux 6.8 a kernel
+    /// that is asked for one link does the work for it first. The bridge comes last: it has its carrier
+    /// from its ports.
     async fn carries_packets(&self, host_end: u32) -> Result<bool> {
         let Some(link) = self.single_link(host_end, None).await? else { return Ok(true) };
-        let mut container_end = None;
-        let mut netnsid = None;
+        let (mut container_end, mut namespace, mut bridge) = (None, None, None);
         for attribute in &link.attributes {
             match attribute {
                 LinkAttribute::Link(ifindex) => container_end = Some(*ifindex),
-                LinkAttribute::LinkNetNsId(id) => netnsid = Some(*id),
+                LinkAttribute::LinkNetNsId(id) => namespace = Some(*id),
+                LinkAttribute::Controller(ifindex) => bridge = Some(*ifindex),
                 _ => {}
             }
         }
-        let Some(container_end) = container_end else { return Ok(is_ready(&link)) };
-        let peer = self.single_link(container_end, netnsid).await?;
-        Ok(is_ready(&link) && peer.is_none_or(|peer| is_ready(&peer)))
+        let mut is_whole = is_ready(&link);
+        for (ifindex, namespace) in [(container_end, namespace), (bridge, None)] {
+            let Some(ifindex) = ifindex else { continue };
+            let link = self.single_link(ifindex, namespace).await?;
+            is_whole &= link.is_none_or(|link| is_ready(&link));
+        }
+        Ok(is_whole)
     }
 
-    /// A link of this namespace or another one, `None` if it has gone.
-    async fn single_link(&self, ifindex: u32, netnsid: Option<i32>) -> Result<Option<LinkMessage>> {
+    /// A link of this namespace, or of another one by the number that ours has for it (Linux 4.15); `None` if
+    /// it has gone.
+    async fn single_link(
+        &self,
+        ifindex: u32,
+        namespace: Option<i32>,
+    ) -> Result<Option<LinkMessage>> {
         let mut request = self
             .handle
             .link()
             .get()
             .match_index(ifindex)
             .set_filter_mask(AddressFamily::Unspec, vec![LinkExtentMask::SkipStats]);
-        if let Some(id) = netnsid {
-            let id = DefaultNla::new(TARGET_NETNSID, id.to_ne_bytes().to_vec());
-            request.message_mut().attributes.push(LinkAttribute::Other(id));
+        if let Some(id) = namespace {
+            request.message_mut().attributes.push(LinkAttribute::IfNetnsId(id));
         }
         match request.execute().try_next().await {
             Err(rtnetlink::Error::NetlinkError(message)) if is_gone(&message.to_io()) => Ok(None),
@@ -136,7 +139,10 @@ mod tests {
     async fn open_pairs() {
         let (inside, namespace) = enter_another();
         let (outside, _) = enter_another();
-        outside.add(LinkMessageBuilder::<LinkBridge>::new("bridge").up()).await.unwrap();
+        // As ours are made. Without an address it would have a carrier from the start.
+        let address = vec![2, 0, 0, 0, 0, 1];
+        let bridge = LinkMessageBuilder::<LinkBridge>::new("bridge").address(address).up();
+        outside.add(bridge).await.unwrap();
         let bridge = index_of(&outside, "bridge").await;
         for round in 0..ROUNDS {
             let peer = LinkMessageBuilder::<LinkUnspec>::new()
@@ -147,16 +153,17 @@ mod tests {
                 .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)));
             outside.add(pair).await.unwrap();
             let veth = index_of(&outside, "veth").await;
-            // An end whose other end is down has no carrier to be waited for.
-            outside.await_carrier(&[veth]).await.unwrap();
+            let is_waited_for = async || !outside.carries_packets(veth).await.unwrap();
+            assert!(!is_waited_for().await, "round {round}: without a carrier");
             let peer = index_of(&inside, "peer").await;
             inside.change(LinkUnspec::new_with_index(peer).up()).await.unwrap();
             outside.change(LinkUnspec::new_with_index(veth).controller(bridge).up()).await.unwrap();
-            outside.await_carrier(&[veth]).await.unwrap();
+            outside.await_carrier(&[veth]).await;
+            assert!(is_listed_ready(&outside, bridge).await, "round {round}: the bridge");
             assert!(is_listed_ready(&outside, veth).await, "round {round}: the host's end");
             assert!(is_listed_ready(&inside, peer).await, "round {round}: the container's end");
             outside.handle.link().del(veth).execute().await.unwrap();
-            outside.await_carrier(&[veth]).await.unwrap();
+            assert!(!is_waited_for().await, "round {round}: gone");
         }
     }
 

@@ -1,10 +1,11 @@
 //! Everything that speaks netlink, and the files under `/proc/sys` that complete it.
 //!
 //! Owns the socket, reading facts ([`read`]), making links and what hangs on them agree with a
-//! plan ([`link`]), when they carry packets ([`carrier`]), the pair that is made ahead ([`blank`]), work inside a container's namespace
-//! ([`namespace`]), the event stream ([`events`]), whether to read again ([`watch`]), ending sockets
-//! ([`sockets`]), netfilter's connections ([`conntrack`]), filters ([`tc`]), sysctls ([`sysctl`]) and
-//! whether there is IPsec ([`xfrm`]). Decides nothing: what has to exist comes from the planner.
+//! plan ([`link`]), when they carry packets ([`carrier`]), the pair that is made ahead ([`blank`]),
+//! work inside a container's namespace ([`namespace`]), the event stream ([`events`]), whether to read
+//! again ([`watch`]), ending sockets ([`sockets`]), netfilter's connections ([`conntrack`]), filters
+//! ([`tc`]), sysctls ([`sysctl`]) and whether there is IPsec ([`xfrm`]). Decides nothing: what has to
+//! exist comes from the planner.
 
 use std::io;
 
