@@ -61,7 +61,7 @@ fn decide<F: Family>(packet: &Packet<'_, F>, uplink: &Interface, ifindex: u32) -
         return drop(Reason::OutsideSpoof, network);
     }
     let destination = packet.destination;
-    if is_the_hosts::<F>(destination, uplink) {
+    if is_local::<F>(destination, uplink) {
         return match publish::target(packet) {
             Some(target) => admit(packet, target.address, target.port, target.network, 0),
             None => match mapping::admits(packet) {
@@ -87,10 +87,10 @@ fn decide<F: Family>(packet: &Packet<'_, F>, uplink: &Interface, ifindex: u32) -
     Ok(Verdict::Pass)
 }
 
-/// Whether an address is the host's own. Most packets are for the one that the interface itself has, for
-/// which no table has to be asked.
+/// [`maps::Maps::is_local`], for a packet that arrived at `uplink`: most are for the address that it has
+/// itself, for which no table has to be asked.
 #[inline(always)]
-fn is_the_hosts<F: Family>(address: F::Address, uplink: &Interface) -> bool {
+fn is_local<F: Family>(address: F::Address, uplink: &Interface) -> bool {
     address == *F::address(uplink) && !address.is_unspecified() || F::is_local(address)
 }
 
