@@ -3,7 +3,7 @@
 
 /// Version of every layout in this crate. Pins live under `<bpffs>/netdp/v<ABI>/`, so an agent
 /// with other layouts can't adopt them by mistake.
-pub const ABI: u32 = 3;
+pub const ABI: u32 = 4;
 
 /// Defines a key or value of a map: C layout, no padding the compiler could leave uninitialised,
 /// equal iff the bytes are equal. With `<A>` the shape exists for each family of addresses.
@@ -59,7 +59,7 @@ mod tests {
         config::Config,
         counter::{Counter, CounterKey},
         endpoint::Endpoint,
-        flow::{Flow, FlowKey},
+        flow::{Flow, FlowKey, FlowTable, IndexSet, Place},
         fragment::{FragmentKey, Ports},
         interface::{Interface, Slot},
         network::Network,
@@ -68,7 +68,7 @@ mod tests {
         socket::{SocketAddress, SocketPeer},
     };
 
-    fn sizes_of_family<A: Address>() -> [usize; 7] {
+    fn sizes_of_family<A: Address>() -> [usize; 8] {
         fn size<T: Pod>() -> usize {
             size_of::<T>()
         }
@@ -76,6 +76,7 @@ mod tests {
             size::<Flow<A>>(),
             size::<FlowKey<A>>(),
             size::<FragmentKey<A>>(),
+            size::<Place<A>>(),
             size::<PolicyKey<A>>(),
             size::<Published<A>>(),
             size::<PublishedKey<A>>(),
@@ -85,15 +86,17 @@ mod tests {
 
     /// Pinned maps outlive the agent: whoever changes a size here changes [`super::ABI`] too.
     #[test]
-    fn layouts_of_abi_3() {
-        assert_eq!(sizes_of_family::<Be32>(), [40, 16, 20, 12, 12, 8, 12]);
-        assert_eq!(sizes_of_family::<Be128>(), [64, 40, 44, 24, 24, 20, 36]);
+    fn layouts_of_abi_4() {
+        assert_eq!(sizes_of_family::<Be32>(), [40, 16, 20, 64, 12, 12, 8, 12]);
+        assert_eq!(sizes_of_family::<Be128>(), [64, 40, 44, 112, 24, 24, 20, 36]);
         let sizes = [
             ("Collection", size_of::<Collection>(), 28),
             ("Config", size_of::<Config>(), 24),
             ("Counter", size_of::<Counter>(), 16),
             ("CounterKey", size_of::<CounterKey>(), 8),
             ("Endpoint", size_of::<Endpoint>(), 20),
+            ("FlowTable", size_of::<FlowTable>(), 32),
+            ("IndexSet", size_of::<IndexSet>(), 64),
             ("Interface", size_of::<Interface>(), 40),
             ("Network", size_of::<Network>(), 104),
             ("PolicyVerdict", size_of::<PolicyVerdict>(), 8),
@@ -106,6 +109,6 @@ mod tests {
         for (name, size, expected) in sizes {
             assert_eq!(size, expected, "{name}");
         }
-        assert_eq!(super::ABI, 3);
+        assert_eq!(super::ABI, 4);
     }
 }

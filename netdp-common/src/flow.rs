@@ -1,9 +1,15 @@
-//! FLOW4 and FLOW6: tracked connections, as two halves that find and translate each direction.
+//! FLOW4 and FLOW6: tracked connections, as two halves that find and translate each direction; and
+//! INDEX4 and INDEX6, by which halves are found.
 //!
 //! A half is found by what a packet looks like when it arrives and says what it looks like when it
 //! leaves; the key of the other half is the reverse of that. Each half records only what its own
 //! direction has shown, so that no packet ever writes to two entries; the state of the connection
 //! is what both show together.
+//!
+//! Flow number n has places 2n (the half of the direction that opened it) and 2n + 1 (the answer's) of its
+//! table. The index is an array of sets with [`SLOTS_PER_SET`] slots each, and a key's hash says in which of
+//! them its place stands. Both halves get their numbers at once and give them back at once; a
+//! packet finds one as long as its place stands in the index.
 
 use crate::{
     abi::wire,
@@ -12,7 +18,7 @@ use crate::{
     network::NETWORKS_MAX,
 };
 
-/// Default size of each flow table in flows; the map has two entries for each.
+/// Default size of each flow table in flows; the table has two places for each.
 pub const FLOWS_DEFAULT: u32 = 262_144;
 
 /// Zone of packets that arrive from outside; other zones are network ids.
@@ -72,6 +78,73 @@ wire! {
     }
 }
 
+wire! {
+    /// Value of FLOW4 and FLOW6: a place.
+    pub struct Place<A> {
+        /// How the half is found.
+        pub key: FlowKey<A>,
+        /// The half.
+        pub half: Flow<A>,
+        /// 1 while a flow has it, 0 when it is free.
+        pub is_taken: u32,
+        /// Its own number, while it is taken.
+        pub number: u32,
+    }
+}
+
+// A cache line: packets of both directions write to lines of their own.
+const _: () = assert!(size_of::<Place<Be32>>() == 64);
+
+/// Slots of a set.
+pub const SLOTS_PER_SET: usize = 12;
+
+wire! {
+    /// Value of INDEX4 and INDEX6: the slots of keys whose hashes have the same lower bits; a cache line.
+    pub struct IndexSet {
+        /// [`tag`]s of the first eight slots, the first one's in the lowest byte; 0 where a slot is free.
+        pub first_tags: u64,
+        /// The same of the others.
+        pub last_tags: u32,
+        /// How many CPUs write to the set or want to: who makes it 1 may.
+        pub writers: u32,
+        /// Where the halves lie.
+        pub places: [u32; SLOTS_PER_SET],
+    }
+}
+
+const _: () = assert!(size_of::<IndexSet>() == 64);
+
+wire! {
+    /// The single entry of TABLE4 and TABLE6: what holds for a whole table.
+    pub struct FlowTable {
+        /// Random, so that nobody can tell which keys share a set.
+        pub seed: u64,
+        /// Whose turn it is to be looked at, taken by the number of flows that there have been at once.
+        pub hand: u64,
+        /// Sets of the index, less 1: a mask. 0 before the table may be used.
+        pub mask: u32,
+        /// How many numbers were ever taken at once: flows have lower ones.
+        pub top: u32,
+        /// As [`IndexSet::writers`], of `top`.
+        pub writers: u32,
+        /// Zero.
+        pub pad: u32,
+    }
+}
+
+/// Sets of an index for so many flows, each of which has two slots: a power of two, such that a third of
+/// a full table's slots are taken.
+pub const fn sets(flows: u32) -> u32 {
+    let sets = flows.next_power_of_two() / 2;
+    if sets < 64 { 64 } else { sets }
+}
+
+/// The tag of a hash: seven of its bits that do not choose the set, and one by which it is not 0.
+#[inline(always)]
+pub const fn tag(hash: u64) -> u8 {
+    (hash >> 56) as u8 | 0x80
+}
+
 // A zone is 16 bits of a key: a table has two keys for each flow, so their bytes count.
 const _: () = assert!(NETWORKS_MAX <= ZONE_MAPPING && ZONE_MAPPING < 1 << 16);
 
@@ -125,6 +198,22 @@ impl<A: Address> FlowKey<A> {
         Self { tuple, zone: zone as u16, proto, pad: 0 }
     }
 
+    /// Its hash in a table with this seed.
+    ///
+    /// Words are mixed in by multiplication, which carries upwards, and by shifts, which carry down.
+    #[inline(always)]
+    pub fn hash(&self, seed: u64) -> u64 {
+        let Tuple { src, dst, sport, dport } = &self.tuple;
+        let mut hash = seed;
+        for (src, dst) in src.words().iter().zip(dst.words()) {
+            hash = mix(hash, u64::from(*src) | u64::from(*dst) << 32);
+        }
+        let ports = u64::from(sport.raw) | u64::from(dport.raw) << 16;
+        let rest = u64::from(self.zone) << 32 | u64::from(self.proto) << 48;
+        hash = mix(hash, ports | rest).wrapping_mul(0xd6e8_feb8_6659_fd93);
+        hash ^ hash >> 32
+    }
+
     /// Makes it the key of the mapping that gives the sender of such packets its port outside: in
     /// place, for a caller that has no stack for another.
     #[inline(always)]
@@ -132,13 +221,6 @@ impl<A: Address> FlowKey<A> {
         self.tuple.dst = A::default();
         self.tuple.dport = Be16::default();
         self.zone |= ZONE_MAPPING as u16;
-    }
-
-    /// Key of the mapping, as the world sees it, of the port that such packets are for.
-    #[inline(always)]
-    pub fn mapping_of_destination(&self) -> Self {
-        let nobody = Tuple { src: A::default(), sport: Be16::default(), ..self.tuple };
-        Self::new(ZONE_WORLD | ZONE_MAPPING, nobody, self.proto)
     }
 
     /// The network whose endpoint sends such packets; `None` = they come from the world.
@@ -186,6 +268,12 @@ impl<A: Address> Flow<A> {
         key.proto = proto;
         key.pad = 0;
     }
+}
+
+#[inline(always)]
+const fn mix(hash: u64, word: u64) -> u64 {
+    let hash = (hash ^ word).wrapping_mul(0xc2b2_ae3d_27d4_eb4f);
+    hash ^ hash >> 32
 }
 
 /// Farthest that an end of a connection is taken to be ahead of what the other has acknowledged,
@@ -291,6 +379,8 @@ pub const IPPROTO_SCTP: u8 = 132;
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
     use core::net::Ipv4Addr;
 
     use super::*;
@@ -309,6 +399,42 @@ mod tests {
         let reply_half = Flow { to: arrives.reversed(), reply_zone: 7, ..Flow::default() };
         assert_eq!(reply.tuple.dst, host);
         assert_eq!(reply_half.peer_key(IPPROTO_TCP), original);
+    }
+
+    /// Keys as hosts have them, two for each flow of a full table, and how many would find their
+    /// set full.
+    #[test]
+    fn keys_that_follow_each_other_spread_over_the_index() {
+        const FLOWS: u32 = 8192;
+        type Nth = fn(u32) -> (u32, Tuple<Be32>);
+        fn between(sport: u32, dport: u16) -> Tuple<Be32> {
+            let [src, dst] = [0xac14_0002, 0x0a00_0003].map(Be32::new);
+            Tuple { src, dst, sport: Be16::new(sport as u16), dport: Be16::new(dport) }
+        }
+        let cases: [(&str, Nth); 4] = [
+            ("ports", |n| (7, between(n, 80))),
+            ("clients", |n| (0, Tuple { src: Be32::new(0x0b00_0000 + n), ..between(4000, 80) })),
+            ("servers", |n| (7, Tuple { dst: Be32::new(n << 16), ..between(4000, 443) })),
+            ("networks", |n| (n % 4096, between(n / 4096, 53))),
+        ];
+        let sets = sets(FLOWS);
+        assert_eq!(sets, 4096);
+        for (name, nth) in cases {
+            for seed in [0, 0x1234_5678_9abc_def0, u64::MAX] {
+                let mut taken = std::vec![0_usize; sets as usize];
+                let mut tags = std::collections::BTreeSet::new();
+                for n in 0..2 * FLOWS {
+                    let (zone, tuple) = nth(n);
+                    let hash = FlowKey::new(zone, tuple, IPPROTO_TCP).hash(seed);
+                    taken[(hash as u32 & (sets - 1)) as usize] += 1;
+                    tags.insert(tag(hash));
+                }
+                let left_out: usize =
+                    taken.iter().map(|taken| taken.saturating_sub(SLOTS_PER_SET)).sum();
+                assert!(left_out <= 16, "{name}: {left_out} of {} left out", 2 * FLOWS);
+                assert_eq!(tags.len(), 128, "{name}: tags");
+            }
+        }
     }
 
     #[test]

@@ -2,10 +2,10 @@
 //! without it.
 //!
 //! The agent reads the tables and names candidates; `collect4` and `collect6` look again and remove
-//! both halves at once, so that a packet that comes meanwhile keeps its flow. Besides, each flow
-//! leaves its key in a queue when it is opened. Where the agent is not there or the queue is full,
-//! whoever opens a flow looks after the two oldest; where the table is full, it looks for one that
-//! nobody has answered and takes its place.
+//! both halves at once, so that a packet that comes meanwhile keeps its flow. Where the agent is not
+//! there, whoever opens a flow looks after the two whose turn it is: a hand goes round the table. Where
+//! the table is full, it looks for one that nobody has answered and takes its place; the next in turn
+//! are then those that were opened longest ago.
 
 use aya_ebpf::{bindings::__sk_buff, programs::sk_buff::SkBuff};
 use netdp_common::{
@@ -13,15 +13,16 @@ use netdp_common::{
     flow::{Flow, FlowKey, State, flag},
 };
 
-use crate::{family::Family, flow, kernel, maps, packet};
+use crate::{
+    family::Family,
+    flow, kernel, maps, packet,
+    table::{self, FlowRef},
+};
 
-/// Old flows looked at for each new one while nobody else does.
-const OLDEST: u32 = 2;
-/// Old flows looked at in search of room in a full table.
+/// Flows looked at for each new one while nobody else does.
+const EACH_TIME: u32 = 2;
+/// Flows looked at in search of room in a full table.
 const RECLAIM: u32 = 8;
-/// A reply half without its original is left alone for this many seconds: it may be new, and the
-/// original half on its way.
-const ORPHAN_SECONDS: u32 = 30;
 /// Besides those of [`order`]: remove it if nobody has answered it.
 const MAKE_ROOM: u32 = 2;
 
@@ -56,18 +57,14 @@ pub(crate) fn collect<F: Family>(skb: *mut __sk_buff) -> i32 {
     suspect.removed as i32
 }
 
-/// Notes that a flow has begun `now`, and looks after the oldest where nobody else does.
+/// Notes that a flow has begun `now`: looks after others where nobody else does.
 #[inline(always)]
-pub(crate) fn begin<F: Family>(key: &FlowKey<F::Address>, now: u32) {
-    let is_queued = F::enqueue(key);
-    if is_queued && is_agent_there(now) {
+pub(crate) fn begin<F: Family>(now: u32) {
+    if is_agent_there(now) {
         return;
     }
-    for _ in 0..OLDEST {
-        F::look_at_oldest(order::EXPIRE);
-    }
-    if !is_queued {
-        F::enqueue(key);
+    for _ in 0..EACH_TIME {
+        F::look_at_next(order::EXPIRE);
     }
 }
 
@@ -81,28 +78,23 @@ pub(crate) fn is_agent_there(now: u32) -> bool {
 #[inline(always)]
 pub(crate) fn make_room<F: Family>() -> bool {
     for _ in 0..RECLAIM {
-        if F::look_at_oldest(MAKE_ROOM) == Found::Over as u32 {
+        if F::look_at_next(MAKE_ROOM) == Found::Over as u32 {
             return true;
         }
     }
     false
 }
 
-/// Takes the oldest flow out of the queue, removes it if it should go, and puts it back if not.
-/// Returns one of [`Found`].
+/// Looks at the flow whose turn it is and removes it if it should go. Returns one of [`Found`].
 #[inline(always)]
-pub(crate) fn look_at_oldest<F: Family>(kind: u32) -> u32 {
+pub(crate) fn look_at_next<F: Family>(kind: u32) -> u32 {
     let (Some(collection), Some(suspect)) = (maps::collection(), F::suspect()) else {
         return Found::Nothing as u32;
     };
-    if !F::dequeue(&mut suspect.key) {
-        return Found::Nothing as u32;
-    }
-    let found = look_at::<F>(suspect, kind, collection, kernel::now());
-    if found == Found::Alive {
-        F::enqueue(&suspect.key);
-    }
-    found as u32
+    let next = table::next_in_turn::<F>().and_then(|number| table::at::<F>(2 * number));
+    let Some(next) = next.filter(|next| next.is_taken()) else { return Found::Nothing as u32 };
+    suspect.key = *next.key();
+    look_at::<F>(suspect, kind, collection, kernel::now()) as u32
 }
 
 /// A flow that may have to go. It lies in a map ([`crate::maps::Maps::suspect`]): the stack is too
@@ -110,7 +102,6 @@ pub(crate) fn look_at_oldest<F: Family>(kind: u32) -> u32 {
 pub(crate) struct Suspect<F: Family> {
     key: FlowKey<F::Address>,
     pub(crate) half: Flow<F::Address>,
-    pub(crate) peer_key: FlowKey<F::Address>,
     /// Suspects removed by this order.
     removed: u32,
 }
@@ -123,36 +114,37 @@ fn look_at<F: Family>(
     collection: &Collection,
     now: u32,
 ) -> Found {
-    let Some(found) = F::flow(&suspect.key) else { return Found::Nothing };
-    found.copy_to(&mut suspect.half);
-    suspect.half.write_peer_key(suspect.key.proto, &mut suspect.peer_key);
-    if !is_over(suspect, kind, collection, now) {
+    let Some(found) = table::flow::<F>(&suspect.key) else { return Found::Nothing };
+    if !found.copy_of(&suspect.key, &mut suspect.half) {
+        return Found::Nothing;
+    }
+    if !is_over(suspect, found, kind, collection, now) {
         return Found::Alive;
     }
-    flow::remove_halves::<F>(&suspect.key, &suspect.half, &suspect.peer_key);
-    Found::Over
+    if flow::remove::<F>(&suspect.key) == 0 { Found::Nothing } else { Found::Over }
 }
 
 #[inline(always)]
-fn is_over<F: Family>(suspect: &Suspect<F>, kind: u32, collection: &Collection, now: u32) -> bool {
+fn is_over<F: Family>(
+    suspect: &Suspect<F>,
+    found: FlowRef<F::Address>,
+    kind: u32,
+    collection: &Collection,
+    now: u32,
+) -> bool {
     if kind == order::REMOVE {
         return true;
     }
-    let Suspect { key, half, peer_key, .. } = suspect;
-    let is_original = half.flags & flag::ORIGINAL != 0;
-    let idle = now.saturating_sub(half.last_seen);
-    let Some(peer) = flow::peer::<F>(key, peer_key) else {
-        // Without its reply, which was there first, an original half is no flow: the next packet
-        // opens a whole one.
-        return is_original || idle > ORPHAN_SECONDS;
-    };
+    let Suspect { key, half, .. } = suspect;
+    let Some(peer) = found.peer::<F>() else { return false };
     let (peer_seen, peer_last_seen) = (peer.seen(), peer.last_seen());
+    let is_original = half.flags & flag::ORIGINAL != 0;
     let (original, reply) =
         if is_original { (half.seen, peer_seen) } else { (peer_seen, half.seen) };
     let state = State::new(key.proto, original, reply);
     if kind == MAKE_ROOM && state.is_tentative() {
         return true;
     }
-    let idle = idle.min(now.saturating_sub(peer_last_seen));
+    let idle = now.saturating_sub(half.last_seen).min(now.saturating_sub(peer_last_seen));
     idle > state.timeout(key.proto, &collection.timeouts)
 }

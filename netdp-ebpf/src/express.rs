@@ -20,7 +20,7 @@ use crate::{
     maps::Lane,
     packet,
     rewrite::UDP_CHECKSUM,
-    shortcut, stroke,
+    shortcut, stroke, table,
     verdict::{Decision, drop},
 };
 
@@ -120,10 +120,11 @@ fn take<F: Plain>(
     let Some((key, rest)) = read::<F>(ctx, frame.at(EthHdr::LEN), zone) else {
         return Ok(LEFT);
     };
-    let Some(flow) = F::flow(&key) else { return Ok(LEFT) };
+    let Some(flow) = table::flow_at_once::<F>(&key) else { return Ok(LEFT) };
     // Once: it may change any time.
     let half = *flow.peek();
-    if half.generation != generation
+    if !flow.has_key(&key)
+        || half.generation != generation
         || half.last_seen != kernel::now()
         || half.seen & (rest.shown | seen::RST) != rest.shown
         || !is_approved(&half)

@@ -12,13 +12,14 @@ use crate::{
     aging,
     family::Family,
     kernel, mapping, maps,
-    maps::FlowRef,
     packet::{Headers, Packet},
     policy, publish,
+    table::{self, FlowRef, Linked},
     verdict::{Decision, drop},
 };
 
-const EEXIST: i32 = -17;
+/// Instead of a number that can't be given back, for a slot of the index may still lead there.
+const LOST: u32 = u32::MAX;
 
 /// Ports looked at in search of a free one, each time that one is needed.
 const PORT_TRIES: u32 = 16;
@@ -56,9 +57,13 @@ fn note<F: Family>(
     generation: u32,
     copy: &mut Flow<F::Address>,
 ) -> Decision<bool> {
-    let mut key = FlowKey::new(zone, headers.tuple, headers.proto);
-    let Some(flow) = F::flow(&key) else { return Ok(false) };
-    flow.copy_to(copy);
+    let Some(flow) = table::flow_of::<F>(zone, &headers.tuple, headers.proto) else {
+        return Ok(false);
+    };
+    let Some(key) = F::wanted() else { return Ok(false) };
+    if !flow.copy_of(key, copy) {
+        return Ok(false);
+    }
     let now = kernel::now();
     if copy.exit != 0 && copy.last_seen != now {
         // Good for the second in which it was found, whatever becomes of this packet.
@@ -67,18 +72,18 @@ fn note<F: Family>(
     }
     let half = &*copy;
     if half.generation != generation {
-        remove::<F>(&key, half);
+        remove::<F>(key);
         return Ok(false);
     }
     if half.flags & flag::INBOUND != 0 {
-        judge_again::<F>(&key, flow, half)?;
+        judge_again::<F>(key, flow, half)?;
     }
     // An error shows nothing: it neither refreshes a flow nor ends it (RFC 5508, REQ-6).
     if headers.seen == 0 {
         return Ok(true);
     }
     if headers.proto == IPPROTO_TCP {
-        follow_tcp(headers, &key, flow, half, now);
+        follow_tcp(headers, flow, half, now);
     } else {
         flow.touch(half, half.seen | headers.seen, now);
     }
@@ -86,7 +91,7 @@ fn note<F: Family>(
     // no longer the flow's then.
     let goes_out = half.flags & (flag::MAPPED | flag::INBOUND) == flag::MAPPED;
     if goes_out && headers.seen & seen::RST == 0 && half.last_seen != now {
-        mapping::refresh::<F>(&mut key);
+        mapping::refresh::<F>(key);
     }
     Ok(true)
 }
@@ -95,17 +100,16 @@ fn note<F: Family>(
 #[inline(always)]
 fn follow_tcp<F: Family>(
     headers: &Headers<F>,
-    key: &FlowKey<F::Address>,
     flow: FlowRef<F::Address>,
     half: &Flow<F::Address>,
     now: u32,
 ) {
     let mut shown = headers.seen;
-    if headers.opens && restarts::<F>(key, half) {
+    if headers.opens && restarts::<F>(flow, half) {
         flow.restart(shown, now);
         return;
     }
-    if shown & seen::CLOSING != 0 && !is_plausible_end::<F>(headers, key, half) {
+    if shown & seen::CLOSING != 0 && !is_plausible_end::<F>(headers, flow) {
         // Its receiver judges for itself; somebody who can't see the connection ends nothing here.
         shown &= !seen::CLOSING;
         if headers.seen & seen::RST != 0 {
@@ -127,23 +131,10 @@ fn follow_tcp<F: Family>(
 /// Whether a FIN or RST can come from the end it claims to come from: what it says lies where the
 /// other end has acknowledged. Before that has said anything there is little to end.
 #[inline(always)]
-fn is_plausible_end<F: Family>(
-    headers: &Headers<F>,
-    key: &FlowKey<F::Address>,
-    half: &Flow<F::Address>,
-) -> bool {
-    peer::<F>(key, &half.peer_key(IPPROTO_TCP))
+fn is_plausible_end<F: Family>(headers: &Headers<F>, flow: FlowRef<F::Address>) -> bool {
+    flow.peer::<F>()
         .and_then(FlowRef::acknowledged)
         .is_none_or(|acknowledged| is_in_window(headers.sequence, acknowledged))
-}
-
-/// The other half of a flow. Where it was lost, another flow may stand in its place.
-#[inline(always)]
-pub(crate) fn peer<F: Family>(
-    key: &FlowKey<F::Address>,
-    peer_key: &FlowKey<F::Address>,
-) -> Option<FlowRef<F::Address>> {
-    F::flow(peer_key).filter(|peer| peer.leads_to(key))
 }
 
 /// Judges a flow again after its network's policy has changed.
@@ -154,7 +145,7 @@ fn judge_again<F: Family>(
     half: &Flow<F::Address>,
 ) -> Decision<()> {
     let Some(network) = maps::network(half.network()) else {
-        remove::<F>(key, half);
+        remove::<F>(key);
         return drop(Reason::StaleFlow, half.network());
     };
     // Once, before the verdict: a policy that changes meanwhile must judge the flow again.
@@ -164,7 +155,7 @@ fn judge_again<F: Family>(
     }
     let client = if half.flags & flag::ORIGINAL != 0 { key.tuple.src } else { half.to.dst };
     if !policy::allows::<F>(half.network(), network, client) {
-        remove::<F>(key, half);
+        remove::<F>(key);
         return drop(Reason::Policy, half.network());
     }
     flow.approve(policy_generation);
@@ -175,8 +166,8 @@ fn judge_again<F: Family>(
 /// one may shorten its life (RFC 6191 lets clients reuse a port in TIME_WAIT). Makes the other half
 /// forget what it has seen, and returns whether this half has to.
 #[inline(always)]
-fn restarts<F: Family>(key: &FlowKey<F::Address>, half: &Flow<F::Address>) -> bool {
-    let peer = peer::<F>(key, &half.peer_key(IPPROTO_TCP));
+fn restarts<F: Family>(flow: FlowRef<F::Address>, half: &Flow<F::Address>) -> bool {
+    let peer = flow.peer::<F>();
     let peer_seen = peer.map_or(0, FlowRef::seen);
     let is_reset = (half.seen | peer_seen) & seen::RST != 0;
     let is_closed = half.seen & peer_seen & seen::FIN != 0;
@@ -186,30 +177,15 @@ fn restarts<F: Family>(key: &FlowKey<F::Address>, half: &Flow<F::Address>) -> bo
     is_reset || is_closed
 }
 
-/// Removes both halves; the flow no longer counts for the endpoint that opened it.
-#[inline(always)]
-pub(crate) fn remove<F: Family>(key: &FlowKey<F::Address>, half: &Flow<F::Address>) {
-    remove_halves::<F>(key, half, &half.peer_key(key.proto));
-}
-
-/// As [`remove`], with the key of the other half at hand.
-#[inline(always)]
-pub(crate) fn remove_halves<F: Family>(
-    key: &FlowKey<F::Address>,
-    half: &Flow<F::Address>,
-    peer_key: &FlowKey<F::Address>,
-) {
-    let is_original = half.flags & flag::ORIGINAL != 0;
-    let peer = peer::<F>(key, peer_key);
-    let opener = if is_original { half.generation } else { peer.map_or(0, FlowRef::generation) };
-    let was_peer_there = peer.is_some() && F::remove_flow(peer_key);
-    let was_there = F::remove_flow(key);
-    // Whoever removes the original half takes it off the account.
-    if (if is_original { was_there } else { was_peer_there })
-        && let Some(usage) = maps::usage(opener)
-    {
+/// Removes both halves; the flow no longer counts for the endpoint that opened it. Returns how many
+/// flows that were. A sub-program of its own, for the stacks of its callers.
+#[inline(never)]
+pub(crate) fn remove<F: Family>(key: &FlowKey<F::Address>) -> u32 {
+    let Some(opener) = table::remove::<F>(key) else { return 0 };
+    if let Some(usage) = maps::usage(opener) {
         usage.add(-1);
     }
+    1
 }
 
 /// Notes the interface by which packets of `half` leave past the host's stack, 0 for none.
@@ -221,7 +197,7 @@ pub(crate) fn note_exit<F: Family>(
     exit: u32,
 ) {
     if half.exit != exit
-        && let Some(flow) = F::flow(&FlowKey::new(zone, packet.tuple, packet.proto))
+        && let Some(flow) = table::flow_of::<F>(zone, &packet.tuple, packet.proto)
     {
         flow.lead_out_of(exit);
     }
@@ -238,7 +214,7 @@ pub(crate) fn find<F: Family>(
         return None;
     }
     let half = F::half()?;
-    F::flow(&FlowKey::new(zone, packet.tuple, packet.proto))?.copy_to(half);
+    table::flow_of::<F>(zone, &packet.tuple, packet.proto)?.copy_to(half);
     Some(half)
 }
 
@@ -254,11 +230,15 @@ pub(crate) fn allows_into<F: Family>(
     if !packet.is_tracked() {
         return Ok(false);
     }
-    let key = FlowKey::new(network, packet.tuple.reversed(), packet.proto);
-    let (Some(flow), Some(half)) = (F::flow(&key), F::half()) else { return Ok(false) };
+    let Some(key) = F::wanted() else { return Ok(false) };
+    key.tuple = packet.tuple.reversed();
+    (key.zone, key.proto, key.pad) = (network as u16, packet.proto, 0);
+    let (Some(flow), Some(half)) = (table::at::<F>(F::find()), F::half()) else {
+        return Ok(false);
+    };
     flow.copy_to(half);
     if half.generation != generation {
-        remove::<F>(&key, half);
+        remove::<F>(key);
         return drop(Reason::StaleFlow, network);
     }
     // Without a program at its interface nothing can have been translated on the way in.
@@ -275,8 +255,10 @@ pub(crate) struct NewFlow<F: Family> {
     /// The other half; `generation` and `stage` of it are the caller's to fill.
     pub(crate) reply: Flow<F::Address>,
     /// Where the answer arrives; filled in when the flow is opened.
-    reply_key: FlowKey<F::Address>,
+    pub(crate) reply_key: FlowKey<F::Address>,
     pub(crate) ports: SourcePorts,
+    /// Of the flow, in its table.
+    pub(crate) number: u32,
 }
 
 impl<F: Family> NewFlow<F> {
@@ -337,7 +319,17 @@ pub(crate) fn begin<F: Family>(
     kind: Reason,
     limit: u32,
 ) -> Decision<&'static Flow<F::Address>> {
-    outcome(F::open(packet.skb(), network, kind as u32, limit), network)?;
+    let skb = packet.skb();
+    let mut opened = F::open(skb, network, kind as u32, limit);
+    // Here, and not where it is opened: the stack would not do.
+    if opened == Opened::Full as u32 && aging::make_room::<F>() {
+        maps::count(network, Reason::Reclaimed as u32, 0);
+        opened = F::open(skb, network, kind as u32, limit);
+    }
+    if opened == Opened::New as u32 {
+        aging::begin::<F>(kernel::now());
+    }
+    outcome(opened, network)?;
     let (Some(new), Some(half)) = (F::new_flow(), F::half()) else {
         return drop(Reason::NotReady, network);
     };
@@ -356,11 +348,10 @@ pub(crate) fn open<F: Family>(skb: *mut __sk_buff, network: u32, kind: u32, limi
     let is_exhausted = limit != 0 && usage.is_some_and(|usage| usage.get() >= u64::from(limit));
     let opened =
         if is_exhausted { adopt_whole(new, Opened::TooMany) } else { insert(skb, new, config) };
-    if matches!(opened, Opened::New) {
-        if let Some(usage) = usage {
-            usage.add(1);
-        }
-        aging::begin::<F>(&new.key, new.half.last_seen);
+    if matches!(opened, Opened::New)
+        && let Some(usage) = usage
+    {
+        usage.add(1);
     }
     if matches!(opened, Opened::New | Opened::There) {
         maps::count(network, kind, kernel::length(skb));
@@ -371,11 +362,12 @@ pub(crate) fn open<F: Family>(skb: *mut __sk_buff, network: u32, kind: u32, limi
 /// The end of a packet whose flow could not be opened.
 #[inline(always)]
 fn outcome(opened: u32, network: u32) -> Decision<()> {
+    const FULL: u32 = Opened::Full as u32;
     const NO_ROOM: u32 = Opened::NoRoom as u32;
     const NO_PORT: u32 = Opened::NoPort as u32;
     const TOO_MANY: u32 = Opened::TooMany as u32;
     match opened {
-        NO_ROOM => drop(Reason::FlowTableFull, network),
+        FULL | NO_ROOM => drop(Reason::FlowTableFull, network),
         NO_PORT => drop(Reason::PortsExhausted, network),
         TOO_MANY => drop(Reason::EndpointLimit, network),
         _ => Ok(()),
@@ -390,6 +382,8 @@ pub(crate) enum Opened {
     /// Another CPU was faster.
     There,
     /// The table is full.
+    Full,
+    /// The index is, where its halves belong.
     NoRoom,
     /// No free source port.
     NoPort,
@@ -397,9 +391,22 @@ pub(crate) enum Opened {
     TooMany,
 }
 
-/// Inserts both halves, the reply first because it decides whether a port is free.
+/// Gives the flow a number and both halves their places in the index.
 #[inline(always)]
 fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config) -> Opened {
+    if let Err(refusal) = table::take_number::<F>(&mut new.number) {
+        return adopt_whole(new, refusal);
+    }
+    let opened = link(skb, new, config);
+    if !matches!(opened, Opened::New) && new.number != LOST {
+        table::free::<F>(new.number);
+    }
+    opened
+}
+
+/// Puts both halves into the index, the reply first because it decides whether a port is free.
+#[inline(always)]
+fn link<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config) -> Opened {
     let ports =
         if has_changeable_ports::<F>(new.key.proto) { new.ports } else { SourcePorts::Kept };
     new.reply.to.src = new.key.tuple.dst;
@@ -439,14 +446,20 @@ fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config)
         {
             continue;
         }
-        match insert_half::<F>(&new.reply_key, &new.reply) {
-            Ok(()) => return finish(new),
-            Err(EEXIST) => {}
-            Err(_) => return Opened::NoRoom,
+        table::fill(new);
+        let linked = F::link(2 * new.number + 1);
+        if linked == Linked::Now as u32 {
+            return finish(new);
         }
-        // Taken: by another CPU for this very flow, or by a flow that lost its other half?
-        if F::flow(&new.reply_key).is_some_and(|other| other.leads_where(&new.reply)) {
-            return adopt(new);
+        if linked == Linked::Before as u32 {
+            // By another CPU for this very flow?
+            let other = table::flow::<F>(&new.reply_key).and_then(FlowRef::peer::<F>);
+            if let Some(other) = other.filter(|other| other.has_key(&new.key)) {
+                other.copy_to(&mut new.half);
+                return Opened::There;
+            }
+        } else if ports == SourcePorts::Kept {
+            return Opened::NoRoom;
         }
         if ports == SourcePorts::Kept {
             break;
@@ -458,21 +471,9 @@ fn insert<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config)
 /// What is used up may have gone to this very flow, on another CPU; `refusal` where it has not.
 #[inline(always)]
 fn adopt_whole<F: Family>(new: &mut NewFlow<F>, refusal: Opened) -> Opened {
-    let Some(winner) = F::flow(&new.key) else { return refusal };
+    let Some(winner) = table::flow::<F>(&new.key) else { return refusal };
     winner.copy_to(&mut new.half);
     Opened::There
-}
-
-/// Inserts a half, in a full table in place of a flow that nobody has answered.
-#[inline(always)]
-fn insert_half<F: Family>(key: &FlowKey<F::Address>, half: &Flow<F::Address>) -> Result<(), i32> {
-    match F::insert_flow(key, half) {
-        Err(error) if error != EEXIST && aging::make_room::<F>() => {
-            maps::count(half.network(), Reason::Reclaimed as u32, 0);
-            F::insert_flow(key, half)
-        }
-        outcome => outcome,
-    }
 }
 
 /// Sets a source port that no flow to the same destination has, looking from `next` on, which
@@ -493,7 +494,7 @@ fn choose_port<F: Family>(
         *next = next.wrapping_add(1);
         let port = Be16::new(config.nat_first.wrapping_add(offset as u16));
         new.reply_key.tuple.dport = port;
-        if is_bold || F::flow(&new.reply_key).is_none() {
+        if is_bold || table::flow::<F>(&new.reply_key).is_none() {
             new.half.to.sport = port;
             return true;
         }
@@ -536,50 +537,18 @@ fn has_changeable_ports<F: Family>(proto: u8) -> bool {
     matches!(proto, IPPROTO_TCP | IPPROTO_UDP) || proto == F::ICMP
 }
 
-/// Inserts the original half after the reply half got its place.
+/// Puts the original half into the index after the reply half.
 #[inline(always)]
 fn finish<F: Family>(new: &mut NewFlow<F>) -> Opened {
-    match insert_half::<F>(&new.key, &new.half) {
-        Ok(()) => Opened::New,
-        Err(EEXIST) => {
-            // Another CPU was faster and has a reply half of its own.
-            let Some(winner) = F::flow(&new.key) else {
-                F::remove_flow(&new.reply_key);
-                return Opened::NoPort;
-            };
-            if !winner.leads_where(&new.half) {
-                F::remove_flow(&new.reply_key);
-            }
-            winner.copy_to(&mut new.half);
-            Opened::There
-        }
-        Err(_) => {
-            F::remove_flow(&new.reply_key);
-            Opened::NoRoom
-        }
+    let linked = F::link(2 * new.number);
+    if linked == Linked::Now as u32 {
+        return Opened::New;
     }
-}
-
-/// Takes the reply half that is there for our own and sees to the original.
-#[inline(always)]
-fn adopt<F: Family>(new: &mut NewFlow<F>) -> Opened {
-    match insert_half::<F>(&new.key, &new.half) {
-        Ok(()) => {
-            // One that had lost its original half knows of the flow before.
-            if let Some(reply) = F::flow(&new.reply_key) {
-                reply.restart(0, new.reply.last_seen);
-                reply.approve(new.reply.policy_generation);
-            }
-            Opened::New
-        }
-        Err(EEXIST) => {
-            if let Some(winner) = F::flow(&new.key) {
-                winner.copy_to(&mut new.half);
-            }
-            Opened::There
-        }
-        Err(_) => Opened::NoRoom,
+    if !table::take_back_reply(new) {
+        new.number = LOST;
     }
+    // Another CPU was faster, and its reply half is another.
+    adopt_whole(new, Opened::NoRoom)
 }
 
 /// Whether the client's own port may stay.

@@ -30,6 +30,7 @@ mod sock_addr;
 mod socket;
 mod stroke;
 mod subprogram;
+mod table;
 mod uplink;
 mod verdict;
 

@@ -4,7 +4,7 @@
 //! A mapping is a flow to nobody, opened like any other; the flows that leave by it keep it alive.
 
 use netdp_common::{
-    addr::Be16,
+    addr::{Be16, Tuple},
     counter::Reason,
     flow::{Flow, FlowKey, ZONE_MAPPING, ZONE_WORLD, seen, stage},
     network::flag,
@@ -16,6 +16,7 @@ use crate::{
     flow::{self, SourcePorts},
     kernel, maps,
     packet::{Packet, Transport},
+    table::{self, FlowRef},
     verdict::Decision,
 };
 
@@ -32,13 +33,13 @@ pub(crate) fn source<F: Family>(
     };
     new.prepare(packet, sender.id, ZONE_WORLD | ZONE_MAPPING, sender.id);
     new.key.make_mapping();
-    if let Some(found) = F::flow(&new.key) {
+    if let Some(found) = table::flow::<F>(&new.key) {
         found.copy_to(half);
         if half.generation == sender.interface.generation {
             let leaves_there = half.to.src == *exit;
             return Ok(leaves_there.then_some(half.to.sport));
         }
-        flow::remove::<F>(&new.key, half);
+        flow::remove::<F>(&new.key);
     }
     new.half.to = new.key.tuple;
     new.half.to.src = *exit;
@@ -64,7 +65,7 @@ pub(crate) fn is_for(transport: Transport) -> bool {
 #[inline(always)]
 pub(crate) fn refresh<F: Family>(key: &mut FlowKey<F::Address>) {
     key.make_mapping();
-    if let Some(mapping) = F::flow(key) {
+    if let Some(mapping) = table::flow::<F>(key) {
         mapping.refresh(kernel::now());
     }
 }
@@ -78,8 +79,8 @@ pub(crate) fn admits<F: Family>(packet: &Packet<'_, F>) -> Option<&'static Flow<
         return None;
     }
     let half = F::half()?;
-    let key = FlowKey::new(ZONE_WORLD, packet.tuple, packet.proto);
-    F::flow(&key.mapping_of_destination())?.copy_to(half);
+    let Tuple { dst, dport, .. } = packet.tuple;
+    mapping_at::<F>(dst, dport, packet.proto)?.copy_to(half);
     let endpoint = F::endpoint(half.to.dst)?;
     let is_open = maps::network(half.network())?.has(flag::MAPPING | flag::FULL_CONE)
         && endpoint.generation == half.generation
@@ -93,5 +94,17 @@ pub(crate) fn admits<F: Family>(packet: &Packet<'_, F>) -> Option<&'static Flow<
 /// A sub-program of its own, for the stack of its caller.
 #[inline(never)]
 pub(crate) fn has_port<F: Family>(reply: &FlowKey<F::Address>) -> bool {
-    !reply.is_mapping() && F::flow(&reply.mapping_of_destination()).is_some()
+    let Tuple { dst, dport, .. } = reply.tuple;
+    !reply.is_mapping() && mapping_at::<F>(dst, dport, reply.proto).is_some()
+}
+
+/// The world's half of the mapping that has an address and a port outside.
+#[inline(always)]
+fn mapping_at<F: Family>(
+    address: F::Address,
+    port: Be16,
+    proto: u8,
+) -> Option<FlowRef<F::Address>> {
+    let nobody = Tuple { dst: address, dport: port, ..Tuple::default() };
+    table::flow_of::<F>(ZONE_WORLD | ZONE_MAPPING, &nobody, proto)
 }

@@ -7,10 +7,10 @@
 use core::{arch::asm, ptr::NonNull};
 
 use aya_ebpf::{
-    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
+    bindings::BPF_F_NO_PREALLOC,
     helpers::generated::bpf_map_pop_elem,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, Queue, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, Stack, lpm_trie::Key},
 };
 use netdp_common::{
     addr::{Address, Be32, Be128},
@@ -18,7 +18,7 @@ use netdp_common::{
     config::Config,
     counter::{Counter, CounterKey},
     endpoint::Endpoint,
-    flow::{FLOWS_DEFAULT, Flow, FlowKey, seen},
+    flow::{FLOWS_DEFAULT, Flow, FlowKey, FlowTable, IndexSet, Place, sets},
     fragment::{FragmentKey, Ports},
     interface::{Interface, SLOTS, Slot, slot},
     network::{NETWORKS_MAX, Network},
@@ -100,20 +100,20 @@ pub(crate) trait Maps: Sized {
     /// Its addresses.
     type Address: Address;
 
-    /// Finds a half.
-    fn flow(key: &FlowKey<Self::Address>) -> Option<FlowRef<Self::Address>>;
+    /// What holds for the whole flow table.
+    fn flow_table() -> Option<NonNull<FlowTable>>;
 
-    /// Inserts a half unless there is one. Errors: the kernel's, -EEXIST or -E2BIG.
-    fn insert_flow(key: &FlowKey<Self::Address>, half: &Flow<Self::Address>) -> Result<(), i32>;
+    /// A set of the flow table's index.
+    fn index_set(number: u32) -> Option<NonNull<IndexSet>>;
 
-    /// Removes a half. Returns whether it was there.
-    fn remove_flow(key: &FlowKey<Self::Address>) -> bool;
+    /// A place of the flow table.
+    fn place(number: u32) -> Option<NonNull<Place<Self::Address>>>;
 
-    /// Notes a new flow. Returns whether there was room.
-    fn enqueue(key: &FlowKey<Self::Address>) -> bool;
+    /// Takes the number of a flow that is not. Returns whether there was one.
+    fn take_number(number: &mut u32) -> bool;
 
-    /// Takes out the flow that was noted first. Returns whether there was one.
-    fn dequeue(key: &mut FlowKey<Self::Address>) -> bool;
+    /// Gives back a number that was taken.
+    fn give_number(number: &u32);
 
     /// Remembers the ports of a datagram whose first fragment this is.
     fn remember_fragment(key: &FragmentKey<Self::Address>, ports: &Ports);
@@ -144,6 +144,9 @@ pub(crate) trait Maps: Sized {
     /// Room for a copy of a half; holds what was there before.
     fn half() -> Option<&'static mut Flow<Self::Address>>;
 
+    /// Room for the key of a half that is looked for; holds what was there before.
+    fn wanted() -> Option<&'static mut FlowKey<Self::Address>>;
+
     /// Room for what is to be rewritten; holds what was there before.
     fn rewrite() -> Option<&'static mut Rewrite<Self>>
     where
@@ -163,19 +166,26 @@ pub(crate) trait Maps: Sized {
 /// The maps of one family, and the way to them.
 macro_rules! maps {
     (
-        $family:ident, $address:ident, $flow:ident, $pending:ident, $fragment:ident, $published:ident,
-        $endpoint:ident, $subnet:ident, $local:ident, $policy:ident, $headers:ident, $half:ident,
+        $family:ident, $address:ident, $table:ident, $flow:ident, $index:ident, $free:ident, $fragment:ident, $published:ident,
+        $endpoint:ident, $subnet:ident, $local:ident, $policy:ident, $headers:ident, $half:ident, $wanted:ident,
         $rewrite:ident, $new_flow:ident, $suspect:ident
     ) => {
-        /// Halves of flows. Written by the programs, collected by the agent. Full: new flows are
-        /// refused.
+        /// The one [`FlowTable`].
         #[map]
-        static $flow: HashMap<FlowKey<$address>, Flow<$address>> =
-            HashMap::with_max_entries(2 * FLOWS_DEFAULT, 0);
+        static $table: Array<FlowTable> = Array::with_max_entries(1, 0);
 
-        /// Keys of flows in the order in which they were opened. Full: the oldest are looked after.
+        /// Halves of flows, by place. Written by the programs, collected by the agent. Full: new flows
+        /// are refused.
         #[map]
-        static $pending: Queue<FlowKey<$address>> = Queue::with_max_entries(FLOWS_DEFAULT, 0);
+        static $flow: Array<Place<$address>> = Array::with_max_entries(2 * FLOWS_DEFAULT, 0);
+
+        /// Where halves lie, by the hash of their keys.
+        #[map]
+        static $index: Array<IndexSet> = Array::with_max_entries(sets(FLOWS_DEFAULT), 0);
+
+        /// Numbers that no flow has; the last that was given back is the first to be taken.
+        #[map]
+        static $free: Stack<u32> = Stack::with_max_entries(FLOWS_DEFAULT, 0);
 
         /// Ports of datagrams in fragments. Full: the oldest datagram is forgotten.
         #[map]
@@ -215,6 +225,10 @@ macro_rules! maps {
         #[map]
         static $half: PerCpuArray<Flow<$address>> = PerCpuArray::with_max_entries(1, 0);
 
+        /// Room for the key of a half that is looked for.
+        #[map]
+        static $wanted: PerCpuArray<FlowKey<$address>> = PerCpuArray::with_max_entries(1, 0);
+
         /// Room for the one rewrite that a CPU may be at.
         #[map]
         static $rewrite: PerCpuArray<Rewrite<$family>> = PerCpuArray::with_max_entries(1, 0);
@@ -231,31 +245,32 @@ macro_rules! maps {
             type Address = $address;
 
             #[inline(always)]
-            fn flow(key: &FlowKey<$address>) -> Option<FlowRef<$address>> {
-                $flow.get_ptr_mut(key).map(FlowRef)
+            fn flow_table() -> Option<NonNull<FlowTable>> {
+                $table.get_ptr_mut(0).and_then(NonNull::new)
             }
 
             #[inline(always)]
-            fn insert_flow(key: &FlowKey<$address>, half: &Flow<$address>) -> Result<(), i32> {
-                $flow.insert(key, half, u64::from(BPF_NOEXIST))
+            fn index_set(number: u32) -> Option<NonNull<IndexSet>> {
+                $index.get_ptr_mut(number).and_then(NonNull::new)
             }
 
             #[inline(always)]
-            fn remove_flow(key: &FlowKey<$address>) -> bool {
-                $flow.remove(key).is_ok()
+            fn place(number: u32) -> Option<NonNull<Place<$address>>> {
+                $flow.get_ptr_mut(number).and_then(NonNull::new)
             }
 
             #[inline(always)]
-            fn enqueue(key: &FlowKey<$address>) -> bool {
-                $pending.push(key, 0).is_ok()
+            fn take_number(number: &mut u32) -> bool {
+                let free = (&raw const $free).cast_mut().cast();
+                // SAFETY: the map is a stack of such numbers. `Stack::pop` would take the detour
+                // over the stack of the program.
+                unsafe { bpf_map_pop_elem(free, (&raw mut *number).cast()) == 0 }
             }
 
             #[inline(always)]
-            fn dequeue(key: &mut FlowKey<$address>) -> bool {
-                let queue = (&raw const $pending).cast_mut().cast();
-                // SAFETY: the map is a queue of such keys. `Queue::pop` would take the detour
-                // over the stack, where there is no room.
-                unsafe { bpf_map_pop_elem(queue, (&raw mut *key).cast()) == 0 }
+            fn give_number(number: &u32) {
+                // It has room for all numbers that there are.
+                let _ = $free.push(number, 0);
             }
 
             #[inline(always)]
@@ -307,6 +322,11 @@ macro_rules! maps {
             }
 
             #[inline(always)]
+            fn wanted() -> Option<&'static mut FlowKey<$address>> {
+                scratch(&$wanted)
+            }
+
+            #[inline(always)]
             fn rewrite() -> Option<&'static mut Rewrite<Self>> {
                 scratch(&$rewrite)
             }
@@ -325,12 +345,12 @@ macro_rules! maps {
 }
 
 maps!(
-    V4, Be32, FLOW4, PENDING4, FRAGMENT4, PUBLISHED4, ENDPOINT4, SUBNET4, LOCAL4, POLICY4,
-    HEADERS4, HALF4, REWRITE4, NEW_FLOW4, SUSPECT4
+    V4, Be32, TABLE4, FLOW4, INDEX4, FREE4, FRAGMENT4, PUBLISHED4, ENDPOINT4, SUBNET4, LOCAL4,
+    POLICY4, HEADERS4, HALF4, WANTED4, REWRITE4, NEW_FLOW4, SUSPECT4
 );
 maps!(
-    V6, Be128, FLOW6, PENDING6, FRAGMENT6, PUBLISHED6, ENDPOINT6, SUBNET6, LOCAL6, POLICY6,
-    HEADERS6, HALF6, REWRITE6, NEW_FLOW6, SUSPECT6
+    V6, Be128, TABLE6, FLOW6, INDEX6, FREE6, FRAGMENT6, PUBLISHED6, ENDPOINT6, SUBNET6, LOCAL6,
+    POLICY6, HEADERS6, HALF6, WANTED6, REWRITE6, NEW_FLOW6, SUSPECT6
 );
 
 /// An endpoint's allowance of errors.
@@ -353,136 +373,6 @@ fn scratch<T>(map: &'static PerCpuArray<T>) -> Option<&'static mut T> {
     // SAFETY: this CPU's own, checked for null by the lookup. A hook is done with it before the
     // packet reaches the next one.
     Some(unsafe { &mut *room })
-}
-
-/// A half in the map. Its slot may be reused for another flow at any time after a removal: what
-/// is written through it must be harmless there.
-#[derive(Clone, Copy)]
-pub(crate) struct FlowRef<A>(*mut Flow<A>);
-
-impl<A: Address> FlowRef<A> {
-    /// Copies the half into a map.
-    #[inline(always)]
-    pub(crate) fn copy_to(self, copy: &mut Flow<A>) {
-        // SAFETY: the pointer comes from a map lookup and was checked for null; any bytes are a half.
-        copy_half(unsafe { &*self.0 }, copy);
-    }
-
-    /// The half where it lies: what is read twice may differ.
-    #[inline(always)]
-    pub(crate) fn peek(self) -> &'static Flow<A> {
-        // SAFETY: as in `copy_to`.
-        unsafe { &*self.0 }
-    }
-
-    /// See [`Flow::exit`].
-    #[inline(always)]
-    pub(crate) fn lead_out_of(self, exit: u32) {
-        // SAFETY: as in `copy_to`; an aligned word.
-        unsafe { (*self.0).exit = exit };
-    }
-
-    /// Generation of the container whose packets the half is for.
-    #[inline(always)]
-    pub(crate) fn generation(self) -> u32 {
-        // SAFETY: as in `copy_to`; an aligned word.
-        unsafe { (*self.0).generation }
-    }
-
-    /// See [`Flow::last_seen`].
-    #[inline(always)]
-    pub(crate) fn last_seen(self) -> u32 {
-        // SAFETY: as in `copy_to`; an aligned word.
-        unsafe { (*self.0).last_seen }
-    }
-
-    /// Bits of [`seen`].
-    #[inline(always)]
-    pub(crate) fn seen(self) -> u8 {
-        // SAFETY: as in `copy_to`; one byte.
-        unsafe { (*self.0).seen }
-    }
-
-    /// The acknowledgement number that the direction last sent, if it sent one.
-    #[inline(always)]
-    pub(crate) fn acknowledged(self) -> Option<u32> {
-        // SAFETY: as in `copy_to`; an aligned word.
-        (self.seen() & seen::ACK != 0).then(|| unsafe { (*self.0).acknowledged })
-    }
-
-    /// Whether it leads where `half` would lead, for the same container.
-    #[inline(always)]
-    pub(crate) fn leads_where(self, half: &Flow<A>) -> bool {
-        // SAFETY: as in `copy_to`.
-        let found = unsafe { &*self.0 };
-        let differences = found.to.xor(half.to)
-            | u32::from(found.reply_zone ^ half.reply_zone)
-            | (found.generation ^ half.generation);
-        differences == 0
-    }
-
-    /// Notes a packet. Writes only what is new: an idle cache line stays shared.
-    #[inline(always)]
-    pub(crate) fn touch(self, half: &Flow<A>, seen: u8, now: u32) {
-        if half.last_seen != now {
-            // SAFETY: as in `copy_to`; an aligned word.
-            unsafe { (*self.0).last_seen = now };
-        }
-        self.show(half, seen);
-    }
-
-    /// Notes the time alone.
-    #[inline(always)]
-    pub(crate) fn refresh(self, now: u32) {
-        // SAFETY: as in `copy_to`; an aligned word.
-        unsafe { (*self.0).last_seen = now };
-    }
-
-    /// Notes what a packet shows, without refreshing the half.
-    #[inline(always)]
-    pub(crate) fn show(self, half: &Flow<A>, seen: u8) {
-        if half.seen != seen {
-            // SAFETY: as in `copy_to`; one byte.
-            unsafe { (*self.0).seen = seen };
-        }
-    }
-
-    /// Notes what the direction acknowledges.
-    #[inline(always)]
-    pub(crate) fn acknowledge(self, half: &Flow<A>, number: u32) {
-        if half.acknowledged != number {
-            // SAFETY: as in `copy_to`; an aligned word.
-            unsafe { (*self.0).acknowledged = number };
-        }
-    }
-
-    /// Whether the answer to what leaves by this half arrives at `key`.
-    #[inline(always)]
-    pub(crate) fn leads_to(self, key: &FlowKey<A>) -> bool {
-        // SAFETY: as in `copy_to`.
-        let found = unsafe { &*self.0 };
-        let differences = found.to.src.xor(key.tuple.dst)
-            | found.to.dst.xor(key.tuple.src)
-            | u32::from(found.to.sport.raw ^ key.tuple.dport.raw)
-            | u32::from(found.to.dport.raw ^ key.tuple.sport.raw)
-            | u32::from(found.reply_zone ^ key.zone);
-        differences == 0
-    }
-
-    /// Forgets what was seen but for this, for a new connection between the same ports.
-    #[inline(always)]
-    pub(crate) fn restart(self, seen: u8, now: u32) {
-        // SAFETY: as in `copy_to`; one byte.
-        unsafe { (*self.0).seen = seen };
-        self.refresh(now);
-    }
-
-    /// Notes that the policy of this generation lets the flow pass.
-    #[inline(always)]
-    pub(crate) fn approve(self, policy_generation: u32) {
-        // SAFETY: as in `copy_to`; an aligned word.
-        unsafe { (*self.0).policy_generation = policy_generation };
-    }
 }
 
 /// Copies a half from and to a map.
@@ -568,11 +458,18 @@ impl Usage {
 
 /// Adds to an aligned word of a map, to which the programs write in no other way.
 #[inline(always)]
-fn add(word: NonNull<u64>, number: i64) {
+pub(crate) fn add(word: NonNull<u64>, number: i64) {
     // The target has this instruction from its first version on, but none that returns a value
     // (Linux 5.12), so `core` offers no atomics for it.
     // SAFETY: checked for null by the lookup.
     unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) word.as_ptr(), in(reg) number) };
+}
+
+/// As [`add`], to half a word.
+#[inline(always)]
+pub(crate) fn add_word(word: NonNull<u32>, number: i64) {
+    // SAFETY: as in `add`.
+    unsafe { asm!("lock *(u32 *)({0} + 0) += {1}", in(reg) word.as_ptr(), in(reg) number) };
 }
 
 /// See [`Usage`]; `None` where the agent counts for nobody, and for the world, whose generation is 0.

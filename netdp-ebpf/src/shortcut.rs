@@ -20,6 +20,7 @@ use crate::{
     flow, kernel, maps,
     maps::Lane,
     packet::{Headers, Packet, Route},
+    table,
     verdict::{Decision, Verdict, drop},
 };
 
@@ -92,7 +93,7 @@ fn container_exit<F: Family>(packet: &Packet<'_, F>, half: &Flow<F::Address>) ->
         return half.exit;
     }
     let Some(endpoint) = F::endpoint(half.to.dst) else { return 0 };
-    let own = F::flow(&half.peer_key(packet.proto));
+    let own = table::flow_of::<F>(half.reply_zone(), &half.to.reversed(), packet.proto);
     let is_own = own.is_some_and(|own| own.generation() == endpoint.generation);
     if is_own && endpoint.network == half.reply_zone() { endpoint.ifindex } else { 0 }
 }

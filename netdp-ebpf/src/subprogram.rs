@@ -9,7 +9,7 @@ use aya_ebpf::bindings::__sk_buff;
 use crate::{
     aging,
     family::{V4, V6},
-    flow, packet, refuse, rewrite, shortcut, stroke,
+    flow, packet, refuse, rewrite, shortcut, stroke, table,
 };
 
 /// The sub-programs of a family; see the functions that they are named after.
@@ -24,14 +24,20 @@ pub(crate) trait Subprograms {
     fn stroke(skb: *mut __sk_buff, lost: u32) -> u32;
     /// [`shortcut::send`].
     fn send(skb: *mut __sk_buff, exit: u32, limit: u32) -> i32;
-    /// [`aging::look_at_oldest`].
-    fn look_at_oldest(kind: u32) -> u32;
+    /// [`aging::look_at_next`].
+    fn look_at_next(kind: u32) -> u32;
+    /// [`table::find`].
+    fn find() -> u32;
+    /// [`table::link`].
+    fn link(number: u32) -> u32;
+    /// [`table::unlink`].
+    fn unlink(number: u32, set: u32, tag: u32) -> u32;
     /// [`refuse::answer`].
     fn answer(skb: *mut __sk_buff, ifindex: u32) -> u32;
 }
 
 macro_rules! subprograms {
-    ($family:ident: $parse:ident, $open:ident, $apply:ident, $stroke:ident, $send:ident, $look_at_oldest:ident, $answer:ident) => {
+    ($family:ident: $parse:ident, $open:ident, $apply:ident, $stroke:ident, $send:ident, $look_at_next:ident, $find:ident, $link:ident, $unlink:ident, $answer:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $parse(skb: *mut __sk_buff, ip: u32, zone: u32) -> u32 {
@@ -64,8 +70,26 @@ macro_rules! subprograms {
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $look_at_oldest(kind: u32) -> u32 {
-            aging::look_at_oldest::<$family>(kind)
+        extern "C" fn $look_at_next(kind: u32) -> u32 {
+            aging::look_at_next::<$family>(kind)
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $find() -> u32 {
+            table::find::<$family>()
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $link(number: u32) -> u32 {
+            table::link::<$family>(number)
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $unlink(number: u32, set: u32, tag: u32) -> u32 {
+            table::unlink::<$family>(number, set, tag as u8)
         }
 
         #[unsafe(no_mangle)]
@@ -101,8 +125,23 @@ macro_rules! subprograms {
             }
 
             #[inline(always)]
-            fn look_at_oldest(kind: u32) -> u32 {
-                $look_at_oldest(kind)
+            fn look_at_next(kind: u32) -> u32 {
+                $look_at_next(kind)
+            }
+
+            #[inline(always)]
+            fn find() -> u32 {
+                $find()
+            }
+
+            #[inline(always)]
+            fn link(number: u32) -> u32 {
+                $link(number)
+            }
+
+            #[inline(always)]
+            fn unlink(number: u32, set: u32, tag: u32) -> u32 {
+                $unlink(number, set, tag)
             }
 
             #[inline(always)]
@@ -113,5 +152,5 @@ macro_rules! subprograms {
     };
 }
 
-subprograms!(V4: parse4, open4, apply4, stroke4, send4, look_at_oldest4, answer4);
-subprograms!(V6: parse6, open6, apply6, stroke6, send6, look_at_oldest6, answer6);
+subprograms!(V4: parse4, open4, apply4, stroke4, send4, look_at_next4, find4, link4, unlink4, answer4);
+subprograms!(V6: parse6, open6, apply6, stroke6, send6, look_at_next6, find6, link6, unlink6, answer6);

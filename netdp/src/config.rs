@@ -28,7 +28,7 @@ pub struct Config {
     pub fast_path: Switch,
     /// Most flows of each family that are tracked at a time
     #[arg(long, value_name = "N", default_value_t = FLOWS_DEFAULT,
-          value_parser = clap::value_parser!(u32).range(16..=67_108_864))]
+          value_parser = clap::value_parser!(u32).range(16..=16_777_216))]
     pub flows: u32,
     /// How long an idle flow is kept: tcp-established, tcp-transitory, udp-replied, udp-unreplied,
     /// icmp or other

@@ -5,7 +5,6 @@
 //! repeated one a packet of its own. Knows nothing of what the programs are for.
 
 use std::{
-    collections::BTreeSet,
     ffi::CString,
     fmt::{self, Debug, Formatter},
     io,
@@ -19,10 +18,6 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 use crate::sys::{self, MapShape};
-
-mod floor;
-
-pub use floor::BareFlows;
 
 /// A map that outlives whoever made it, as bytes.
 #[derive(Debug)]
@@ -42,27 +37,6 @@ impl PinnedMap {
         let map =
             sys::bpf_pinned(&name).with_context(|| format!("open the pin {}", path.display()))?;
         Ok(Self { map, key_bytes, value_bytes })
-    }
-
-    /// All keys that are there. One that comes or goes meanwhile may be missed.
-    ///
-    /// # Errors
-    /// When the map can't be read.
-    pub fn keys(&self) -> Result<BTreeSet<Vec<u8>>> {
-        let mut keys = BTreeSet::new();
-        let mut last: Option<Vec<u8>> = None;
-        loop {
-            let mut next = vec![0; self.key_bytes];
-            match sys::bpf_next_key(&self.map, last.as_deref(), &mut next) {
-                // From a key that is gone the kernel starts over.
-                Ok(()) => {
-                    keys.insert(next.clone());
-                    last = Some(next);
-                }
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(keys),
-                Err(error) => return Err(error).context("list the keys of a map"),
-            }
-        }
     }
 
     /// The value under `key`.

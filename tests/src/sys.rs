@@ -174,7 +174,6 @@ pub(crate) fn open_tun(name: &str) -> io::Result<File> {
 const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
-const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
@@ -229,13 +228,6 @@ pub(crate) fn bpf_array_set(map: &impl AsFd, index: u32, value: &[u8]) -> io::Re
 pub(crate) fn bpf_lookup(map: &impl AsFd, key: &[u8], value: &mut [u8]) -> io::Result<()> {
     let (key, value) = (key.as_ptr().addr() as u64, value.as_mut_ptr().addr() as u64);
     bpf_element(BPF_MAP_LOOKUP_ELEM, map, key, value)
-}
-
-/// Writes the key that follows `key` in a map, or its first, to `next`; both are as long as the
-/// map's keys. Error at the end: ENOENT.
-pub(crate) fn bpf_next_key(map: &impl AsFd, key: Option<&[u8]>, next: &mut [u8]) -> io::Result<()> {
-    let key = key.map_or(0, |key| key.as_ptr().addr() as u64);
-    bpf_element(BPF_MAP_GET_NEXT_KEY, map, key, next.as_mut_ptr().addr() as u64)
 }
 
 /// Gives a command about one entry of a map. Pointers have to be valid for as many bytes as the

@@ -9,14 +9,9 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use cases::{Age, Case, SMALL};
 use fixture::Fixture;
-use netdp_common::{
-    addr::Be32,
-    flow::{FLOWS_DEFAULT, Flow, FlowKey},
-};
+use netdp_common::flow::FLOWS_DEFAULT;
 use netdp_tests::{
     bench::{Cpu, Options, exit_code},
-    bpf::BareFlows,
-    figures::Figure,
     runtime::isolate,
 };
 use report::Series;
@@ -26,7 +21,6 @@ mod collection;
 #[expect(dead_code, reason = "the suite that this belongs to uses the rest")]
 #[path = "../../tests/datapath/datagram.rs"]
 mod datagram;
-mod ends;
 #[expect(dead_code, reason = "the suite that this belongs to uses the rest")]
 #[path = "../../tests/datapath/family.rs"]
 mod family;
@@ -70,23 +64,20 @@ fn run() -> Result<()> {
     let wanted = |place: &cases::Place| is_quick_enough(place) && options.wants(&place.to_string());
     let established = cases::established(&mut fixture, wanted)?;
     let mut series = measure(&mut fixture, &established, rounds)?;
-    fixture.remove_halves(|_| true)?;
+    fixture.remove_flows()?;
     series.extend(measure(
         &mut fixture,
         &cases::new(&[Age::New, Age::NewInCold], wanted)?,
         rounds,
     )?);
-    let floors = floors(&fixture, rounds)?;
     drop(fixture);
     let small = cases::new(&[Age::NewInSmall], wanted)?;
     if !small.is_empty() {
         series.extend(measure(&mut settled(SMALL)?, &small, rounds)?);
     }
-    report::print(&series, &floors);
-    let mut others = pauses;
-    others.extend(floors);
+    report::print(&series);
     if let Some(path) = &options.json {
-        report::write(path, &series, others)?;
+        report::write(path, &series, pauses)?;
     }
     Ok(())
 }
@@ -96,24 +87,6 @@ fn settled(flows: u32) -> Result<Fixture> {
     let mut fixture = Fixture::new(flows)?;
     fixture.settle_claims()?;
     Ok(fixture)
-}
-
-/// What no program that opens flows of two halves can do without, over IPv4: in a table that was used
-/// a moment ago, and in a cold one.
-fn floors(fixture: &Fixture, rounds: usize) -> Result<[Figure; 2]> {
-    let (key, half) = (size_of::<FlowKey<Be32>>() as u32, size_of::<Flow<Be32>>() as u32);
-    let bare = BareFlows::new(FLOWS_DEFAULT, key, half)?;
-    let (mut used, mut cold) = (Vec::new(), Vec::new());
-    for _ in 0..rounds {
-        // As before each case, and with as little of the table left in the caches.
-        fixture.halves()?;
-        cold.push(bare.measure(cases::NEW)?);
-        used.push(bare.measure(cases::NEW)?);
-    }
-    Ok([
-        report::floor("bpf_new_floor_ns", &used, cases::NEW),
-        report::floor("bpf_cold_new_floor_ns", &cold, cases::NEW),
-    ])
 }
 
 /// Runs every case once in each round.

@@ -48,12 +48,6 @@ impl Series {
 
 const WHOLE_WAY: &str = "whole way";
 
-/// What the kernel takes for a new flow, whoever opens it, as `metric`.
-pub(crate) fn floor(metric: &str, nanos: &[f64], flows: u32) -> Figure {
-    let packets = nanos.len() as u64 * u64::from(flows);
-    Figure::of(metric, "kernel", "ns", nanos, packets)
-}
-
 fn metric(place: &Place) -> &'static str {
     match place.age {
         Age::Established => "bpf_established_ns",
@@ -104,8 +98,8 @@ fn headlines(figures: &[(Place, Figure)]) -> Vec<Figure> {
         .collect()
 }
 
-/// Prints the table, what stands for all of it, and what the kernel takes of that.
-pub(crate) fn print(series: &[Series], floors: &[Figure]) {
+/// Prints the table, and what stands for all of it.
+pub(crate) fn print(series: &[Series]) {
     println!("nanoseconds for one packet; the 99th percentile is that of the rounds\n");
     let row = |words: [&str; 5], numbers: [&str; 6]| {
         let [flow, way, family, protocol, program] = words;
@@ -135,11 +129,6 @@ pub(crate) fn print(series: &[Series], floors: &[Figure]) {
     println!();
     for Figure { metric, median, .. } in headlines(&figures) {
         println!("{metric} {median:.0} (the dearest whole way)");
-    }
-    for Figure { metric, min, median, .. } in floors {
-        println!(
-            "{metric} {median:.0}, at least {min:.0} (a lookup, two insertions, one in a queue)"
-        );
     }
 }
 

@@ -6,10 +6,11 @@ use std::ops::Range;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use bytemuck::{Pod, pod_read_unaligned};
 use netdp_common::abi::ABI;
 use netdp_common::addr::{Address, Be32, Be128};
 use netdp_common::aging::Collection;
-use netdp_common::flow::{Flow, FlowKey};
+use netdp_common::flow::{FlowTable, Place};
 use netdp_tests::bpf::PinnedMap;
 use netdp_tests::harness::{Outcome, Row};
 use netdp_tests::lab::Lab;
@@ -100,39 +101,48 @@ pub(crate) fn purge_leaves_the_host_as_before(row: &Row) -> Result<Outcome> {
 
 /// How long idle flows are kept in the lab of [`flows_age_out_without_the_agent`], in seconds.
 const SHORT_LIFE: u32 = 2;
-/// Time for flows to go once their life is over: each new one looks after the two oldest, in turn.
+/// Time for flows to go once their life is over: each new one looks after two, in turn.
 const AGED_OUT: Duration = Duration::from_secs(20);
 /// Seconds that the agent is dead, as far as the programs can tell.
 const AN_HOUR: u32 = 3600;
 
 /// The pins of a lab, which need no agent to be read.
 struct Pinned {
+    table: PinnedMap,
     flows: PinnedMap,
     collection: PinnedMap,
-    /// Protocol and source port of what a key is about.
+    /// Protocol and source port of the half in a place, if a container sends by it.
     describe: fn(&[u8]) -> Option<(u8, u16)>,
 }
 
 impl Pinned {
-    fn of<A: Address>(lab: &Lab, flows: &str) -> Result<Self> {
+    fn of<A: Address>(lab: &Lab, family: char) -> Result<Self>
+    where
+        Place<A>: Pod,
+    {
         let maps = lab.bpffs().join(format!("netdp/v{ABI}/maps"));
         Ok(Self {
-            flows: PinnedMap::open(
-                &maps.join(flows),
-                size_of::<FlowKey<A>>(),
-                size_of::<Flow<A>>(),
+            table: PinnedMap::open(
+                &maps.join(format!("TABLE{family}")),
+                4,
+                size_of::<FlowTable>(),
             )?,
+            flows: PinnedMap::open(&maps.join(format!("FLOW{family}")), 4, size_of::<Place<A>>())?,
             collection: PinnedMap::open(&maps.join("COLLECTION"), 4, size_of::<Collection>())?,
-            describe: |key| {
-                let key: FlowKey<A> = bytemuck::try_pod_read_unaligned(key).ok()?;
-                key.network().map(|_| (key.proto, key.tuple.sport.get()))
+            describe: |place| {
+                let Place { key, is_taken, .. } = pod_read_unaligned::<Place<A>>(place);
+                let is_sent = is_taken != 0 && key.network().is_some();
+                is_sent.then(|| (key.proto, key.tuple.sport.get()))
             },
         })
     }
 
-    /// Flows that the containers have opened, by protocol and source port or echo identifier.
+    /// Flows of containers, by protocol and their source port or echo identifier.
     fn flows(&self) -> Result<BTreeSet<(u8, u16)>> {
-        Ok(self.flows.keys()?.iter().filter_map(|key| (self.describe)(key)).collect())
+        let table: FlowTable = pod_read_unaligned(&self.table.get(&0_u32.to_ne_bytes())?);
+        let places = 0..2 * table.top;
+        let places = places.map(|place| self.flows.get(&place.to_ne_bytes()));
+        places.filter_map(|place| place.map(|place| (self.describe)(&place)).transpose()).collect()
     }
 
     /// Puts the agent's last word an hour back.
@@ -169,8 +179,8 @@ pub(crate) fn flows_age_out_without_the_agent(row: &Row) -> Result<Outcome> {
 
             lab.agent()?.kill9()?;
             let pinned = match net.is_ipv4() {
-                true => Pinned::of::<Be32>(lab, "FLOW4"),
-                false => Pinned::of::<Be128>(lab, "FLOW6"),
+                true => Pinned::of::<Be32>(lab, '4'),
+                false => Pinned::of::<Be128>(lab, '6'),
             }?;
             pinned.pass_an_hour()?;
             let mut ports = 20_000_u16..;
@@ -189,7 +199,7 @@ pub(crate) fn flows_age_out_without_the_agent(row: &Row) -> Result<Outcome> {
             let datagrams = old.iter().filter(|f| f.0 == 17).map(|f| f.1).collect();
             expect_same("datagrams in the table", &datagrams, &opened)?;
 
-            // Whoever opens a flow looks after the oldest: the table is never without a clean-up.
+            // Whoever opens a flow looks after others: the table is never without a clean-up.
             let left = poll_until(AGED_OUT, "the end of the old flows", || {
                 open()?;
                 packets_go_on()?;

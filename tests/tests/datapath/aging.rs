@@ -13,7 +13,6 @@ use crate::{
         from_container_wire, from_outside_wire, from_uplink, mac, network_of, pass, pass_as,
         socket,
     },
-    halves::Fate,
     nat::expect_refusal,
 };
 
@@ -124,7 +123,7 @@ pub(crate) fn a_packet_in_either_direction_keeps_a_flow(fixture: &mut Fixture) -
             is_answered(fixture, Kind::Udp, 4000)?;
         }
         expect_collected(fixture, 0, 2).with_context(|| format!("from a1: {from_a1}"))?;
-        fixture.remove_halves(|_| true)?;
+        fixture.remove_flows()?;
     }
     Ok(())
 }
@@ -149,41 +148,12 @@ pub(crate) fn only_idle_flows_are_collected(fixture: &mut Fixture) -> Result<()>
     Ok(())
 }
 
-pub(crate) fn a_reply_half_alone_is_collected(fixture: &mut Fixture) -> Result<()> {
-    asks(fixture, "a1", Kind::Udp, 4000)?;
-    fixture.visit_halves(|half| if half.is_original { Fate::Gone } else { Fate::Kept })?;
-    // A new one may have its original half on the way.
-    expect_collected(fixture, 0, 1)?;
-    fixture.age(60 + SLACK)?;
-    expect_collected(fixture, 1, 0)
-}
-
-pub(crate) fn losses_of_different_flows_do_not_hide_each_other(
-    fixture: &mut Fixture,
-) -> Result<()> {
-    asks(fixture, "a1", Kind::Udp, 4000)?;
-    asks(fixture, "a1", Kind::Udp, 4001)?;
-    let mut gone = Vec::new();
-    fixture.visit_halves(|half| {
-        let [(_, source), (_, destination)] = half.from;
-        let is_doomed = if half.is_original { source == 4000 } else { destination == 4001 };
-        if !is_doomed {
-            return Fate::Kept;
-        }
-        gone.push(half.protocol);
-        Fate::Gone
-    })?;
-    ensure!(gone.len() == 2, "{gone:?} are gone");
-    // The original half is no flow, the reply half may have its original on the way.
-    expect_collected(fixture, 1, 1)
-}
-
-pub(crate) fn without_an_agent_new_flows_see_to_the_oldest(shared: &mut Fixture) -> Result<()> {
-    // A table of its own: nothing is in the queue.
+pub(crate) fn without_an_agent_new_flows_see_to_others(shared: &mut Fixture) -> Result<()> {
+    // A table of its own: no other test has moved its hand.
     let fixture = &mut shared.with_room_for(16)?;
     for is_agent_there in [true, false] {
         fixture.set_collection(TIMEOUTS, is_agent_there)?;
-        fixture.remove_halves(|_| true)?;
+        fixture.remove_flows()?;
         for port in 4000..4003 {
             asks(fixture, "a1", Kind::Udp, port)?;
         }
@@ -204,6 +174,24 @@ pub(crate) fn without_an_agent_new_flows_see_to_the_oldest(shared: &mut Fixture)
         ensure!(left == wanted, "agent there: {is_agent_there}: wanted {wanted:?}, seen {left:?}");
         ensure!(fixture.halves()? == 2 * wanted.len(), "half a flow is left");
     }
+    Ok(())
+}
+
+pub(crate) fn the_hand_goes_round_the_whole_table(shared: &mut Fixture) -> Result<()> {
+    let fixture = &mut shared.with_room_for(16)?;
+    fixture.set_collection(TIMEOUTS, false)?;
+    for port in 4000..4012 {
+        asks(fixture, "a1", Kind::Udp, port)?;
+    }
+    // Six that open a flow look at the twelve that there were, and none looks where none was.
+    let mut looked_at = Vec::new();
+    for port in 4000..4006 {
+        fixture.remove_flows()?;
+        asks(fixture, "a1", Kind::Udp, port)?;
+        looked_at.extend(fixture.looked_at()?.take(2));
+    }
+    looked_at.sort_unstable();
+    ensure!(looked_at == (0..12).collect::<Vec<_>>(), "looked at {looked_at:?}");
     Ok(())
 }
 
@@ -244,20 +232,6 @@ pub(crate) fn an_unanswered_flow_makes_room_in_a_full_table(shared: &mut Fixture
     }
     ensure!(fixture.halves()? == 2 * usize::from(ROOM), "{} halves", fixture.halves()?);
     Ok(())
-}
-
-pub(crate) fn room_for_one_half_is_made_room_for_two(shared: &mut Fixture) -> Result<()> {
-    let fixture = &mut shared.with_room_for(ROOM.into())?;
-    for port in 4000..4000 + ROOM {
-        asks(fixture, "a1", Kind::Udp, port)?;
-    }
-    // Whatever has left the reply half of one alone.
-    let mut is_first = true;
-    fixture.visit_halves(|half| {
-        if half.is_original && std::mem::take(&mut is_first) { Fate::Gone } else { Fate::Kept }
-    })?;
-    takes_a_place(fixture, 3000)?;
-    is_answered(fixture, Kind::Udp, 3000)
 }
 
 pub(crate) fn an_endpoint_opens_as_many_flows_as_its_network_allows(

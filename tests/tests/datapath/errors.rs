@@ -277,7 +277,7 @@ pub(crate) fn errors_quote_as_much_as_they_like(fixture: &mut Fixture) -> Result
             expect_for_a1(fixture, &error, &quoted, inside)
                 .with_context(|| format!("{kind:?}, {quoted_bytes} bytes quoted"))?;
         }
-        fixture.remove_halves(|_| true)?;
+        fixture.remove_flows()?;
     }
     Ok(())
 }
@@ -290,7 +290,7 @@ pub(crate) fn errors_quote_options_and_first_fragments(fixture: &mut Fixture) ->
             expect_for_a1(fixture, &Error::from_outside(ROUTER), &quoted, inside)
                 .with_context(|| format!("{kind:?}, {shape:?}"))?;
         }
-        fixture.remove_halves(|_| true)?;
+        fixture.remove_flows()?;
     }
     Ok(())
 }

@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::{
-    maps::{Array, HashMap, Map, MapData, Queue},
+    maps::{Array, HashMap, Map, MapData},
     programs::{SchedClassifier, TcAttachType},
 };
 use bytemuck::{bytes_of, pod_read_unaligned};
@@ -32,7 +32,6 @@ use netdp_common::{
     aging::Collection,
     config::{Config, Timeouts},
     counter::Reason,
-    flow::FlowKey,
     fragment::{FragmentKey, Ports},
     network::Network,
     socket::claim,
@@ -52,7 +51,7 @@ use tempfile::TempDir;
 use crate::{
     datagram::{Datagram, Wire, verify},
     family::Family,
-    halves::{self, Fate, Half, Zone},
+    halves::{Fate, Half, Table, Table4, Table6},
     host::build_host,
     standard::standard_program,
 };
@@ -420,8 +419,7 @@ impl Fixture {
         let program = self.program.clone();
         self.backend().apply(&program)?;
         self.set_fast_path(false)?;
-        self.remove_halves(|_| true)?;
-        self.forget_order()?;
+        self.remove_flows()?;
         self.forget_fragments::<{ size_of::<FragmentKey<Be32>>() }>("FRAGMENT4")?;
         self.forget_fragments::<{ size_of::<FragmentKey<Be128>>() }>("FRAGMENT6")?;
         let mut usage = self.usage()?;
@@ -439,17 +437,6 @@ impl Fixture {
     /// Flows on an endpoint's account.
     pub(crate) fn used_by(&self, endpoint: &str) -> Result<u64> {
         Ok(self.usage()?.get(&id_of(endpoint).0, 0)?)
-    }
-
-    /// Forgets in which order flows were opened.
-    pub(crate) fn forget_order(&self) -> Result<()> {
-        let mut pending4: Queue<_, [u8; size_of::<FlowKey<Be32>>()]> =
-            Map::Queue(self.map("PENDING4")?).try_into()?;
-        while pending4.pop(0).is_ok() {}
-        let mut pending6: Queue<_, [u8; size_of::<FlowKey<Be128>>()]> =
-            Map::Queue(self.map("PENDING6")?).try_into()?;
-        while pending6.pop(0).is_ok() {}
-        Ok(())
     }
 
     /// Says how long idle flows are kept, and whether an agent collects them.
@@ -703,13 +690,40 @@ impl Fixture {
 
     /// Shows every half of both tables to `visit`, which says what becomes of it; returns how many
     /// were not kept as they were.
-    pub(crate) fn visit_halves(&self, visit: impl FnMut(&mut Half) -> Fate) -> Result<usize> {
-        halves::visit(self.map("FLOW4")?, self.map("FLOW6")?, visit)
+    pub(crate) fn visit_halves(&self, mut visit: impl FnMut(&mut Half) -> Fate) -> Result<usize> {
+        let address4 = |address| IpAddr::V4(Be32::into(address));
+        let address6 = |address| IpAddr::V6(Be128::into(address));
+        let changed = self.table4()?.visit(address4, &mut visit)?;
+        Ok(changed + self.table6()?.visit(address6, &mut visit)?)
     }
 
-    /// Removes every half of a flow for which `is_doomed`; returns how many.
-    pub(crate) fn remove_halves(&self, mut is_doomed: impl FnMut(Zone) -> bool) -> Result<usize> {
-        self.visit_halves(|half| if is_doomed(half.zone) { Fate::Gone } else { Fate::Kept })
+    /// Numbers of the flows that were looked at last by those who opened others, the latest first.
+    pub(crate) fn looked_at(&self) -> Result<impl Iterator<Item = u32>> {
+        let table = match self.family {
+            Family::V4 => self.table4()?.table()?,
+            Family::V6 => self.table6()?.table()?,
+        };
+        let turns = (0..=table.hand).rev();
+        Ok(turns.map(move |turn| (turn % u64::from(table.top.max(1))) as u32))
+    }
+
+    fn table4(&self) -> Result<Table4> {
+        Table::open(|name| self.map(name), '4')
+    }
+
+    fn table6(&self) -> Result<Table6> {
+        Table::open(|name| self.map(name), '6')
+    }
+
+    /// Removes all flows; returns how many.
+    pub(crate) fn remove_flows(&self) -> Result<usize> {
+        Ok(self.table4()?.remove::<Be32>(|_| true)? + self.table6()?.remove::<Be128>(|_| true)?)
+    }
+
+    /// Leaves flow tables without flows as they are before they may be used.
+    pub(crate) fn unfinish_tables(&self) -> Result<()> {
+        self.table4()?.unfinish()?;
+        self.table6()?.unfinish()
     }
 
     /// Makes every half look as if it had been idle for so many seconds more.

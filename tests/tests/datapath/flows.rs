@@ -1,8 +1,7 @@
-//! The life of flows: opening, following, ending, losing a half, losing what they rest on.
+//! The life of flows: opening, following, ending, losing what they rest on.
 
 use std::{
     collections::BTreeSet,
-    mem,
     net::{Ipv4Addr, SocketAddrV4},
 };
 
@@ -21,7 +20,7 @@ use crate::{
         bridge_mac, dropped, from_container, from_container_wire, from_outside_wire, from_uplink,
         id_of, into_network, mac, pass, pass_as, socket, to_uplink,
     },
-    halves::{Fate, WORLD, Zone},
+    halves::Fate,
     standard::published,
 };
 
@@ -173,76 +172,6 @@ pub(crate) fn a_connection_survives_the_loss_of_its_flow(fixture: &mut Fixture) 
     is_dialled(fixture, Kind::Segment, true)
 }
 
-pub(crate) fn a_flow_that_lost_its_original_half_is_rebuilt(fixture: &mut Fixture) -> Result<()> {
-    asks(fixture, Kind::Syn, 4000, true)?;
-    ensure!(fixture.remove_halves(|zone| zone == Zone(A.0))? == 1);
-    asks(fixture, Kind::Segment, 4000, true)?;
-    is_answered(fixture, Kind::Segment, 4000)?;
-    ensure!(fixture.halves()? == 2);
-    Ok(())
-}
-
-pub(crate) fn a_rebuilt_flow_remembers_nothing(fixture: &mut Fixture) -> Result<()> {
-    connects(fixture)?;
-    ends(fixture, Kind::Reset, 0)?;
-    ensure!(fixture.remove_halves(|zone| zone == Zone(A.0))? == 1);
-    asks(fixture, Kind::Syn, 4000, true)?;
-    expect_state(fixture, "half-open")?;
-    fixture.remove_halves(|_| true)?;
-    // One whose policy has changed meanwhile is approved as a whole.
-    is_dialled(fixture, Kind::Udp, true)?;
-    ensure!(fixture.remove_halves(|zone| zone == WORLD)? == 1);
-    fixture.apply(|program| program.networks.get_mut(&A).unwrap().policy_generation += 1)?;
-    is_dialled(fixture, Kind::Udp, true)?;
-    let mut approved = Vec::new();
-    fixture.visit_halves(|half| {
-        approved.push(half.policy_generation);
-        Fate::Kept
-    })?;
-    ensure!(approved == [2, 2], "approved by policies {approved:?}");
-    Ok(())
-}
-
-pub(crate) fn a_flow_that_lost_its_reply_half_is_rebuilt(fixture: &mut Fixture) -> Result<()> {
-    asks(fixture, Kind::Syn, 4000, true)?;
-    ensure!(fixture.remove_halves(|zone| zone == WORLD)? == 1);
-    // Nobody looks for the other half with every packet: the collector finds what is broken once
-    // it has been idle for a while, and the next packet opens the flow again.
-    fixture.age(Timeouts::RFC.tcp_transitory + 1)?;
-    ensure!(fixture.backend().collect()? == 1, "an original half without its reply is no flow");
-    asks(fixture, Kind::Segment, 4000, true)?;
-    is_answered(fixture, Kind::Segment, 4000)
-}
-
-pub(crate) fn what_lost_its_other_half_leaves_others_alone(fixture: &mut Fixture) -> Result<()> {
-    let dials = from_outside_wire(SERVER, DIALLED);
-    let inside = dials.to(socket("a1", 80));
-    let opening = pass_as(inside).opening(A, Reason::FlowIn);
-    fixture.expect("in", from_uplink("up0"), &Datagram::new(Kind::Fin, dials), opening)?;
-    ensure!(fixture.remove_halves(|zone| zone == Zone(A.0))? == 1);
-    // Where the answers would arrive, there is now another connection.
-    asks(fixture, Kind::Fin, 80, true)?;
-    let seen_of_it = |fixture: &Fixture| {
-        let mut seen = None;
-        fixture.visit_halves(|half| {
-            if half.zone == Zone(A.0) {
-                seen = Some(half.seen);
-            }
-            Fate::Kept
-        })?;
-        anyhow::Ok(seen)
-    };
-    let before = seen_of_it(fixture)?;
-    fixture.expect(
-        "again",
-        from_uplink("up0"),
-        &Datagram::new(Kind::Syn, dials),
-        pass_as(inside),
-    )?;
-    ensure!(before.is_some() && seen_of_it(fixture)? == before, "{before:?} was forgotten");
-    Ok(())
-}
-
 pub(crate) fn a_full_table_refuses_new_flows_and_keeps_old_ones(
     shared: &mut Fixture,
 ) -> Result<()> {
@@ -268,12 +197,65 @@ pub(crate) fn a_full_table_refuses_new_flows_and_keeps_old_ones(
         asks(fixture, Kind::Udp, port, false)?;
         is_answered(fixture, Kind::Udp, port)?;
     }
-    // Room for one half is no room.
-    let mut doomed = 1;
-    let removed = fixture.remove_halves(|zone| zone == Zone(A.0) && mem::take(&mut doomed) == 1)?;
-    ensure!(removed == 1, "{removed} halves removed");
-    fixture.expect("half the room", from_container("a1"), &out, full(A))?;
-    ensure!(fixture.halves()? == halves - 1, "a refused flow left a half");
+    Ok(())
+}
+
+pub(crate) fn a_large_table_fills(shared: &mut Fixture) -> Result<()> {
+    // So many that sets of the index differ in how full they are. One may be full before the table
+    // is: a flow that belongs there is refused and leaves nothing, or gets another port.
+    const ROOM: u16 = 1024;
+    let fixture = &mut shared.with_room_for(ROOM.into())?;
+    let dialled = |port| from_outside_wire(SocketAddrV4::new(*CLIENT.ip(), port), DIALLED);
+    let mut opened = Vec::new();
+    for port in 10_000..10_000 + ROOM {
+        let frame = Datagram::new(Kind::Udp, dialled(port)).frame(fixture.family);
+        if fixture.run(from_uplink("up0"), &frame)?.verdict == TCX_NEXT {
+            opened.push(port);
+        }
+    }
+    ensure!(opened.len() > usize::from(ROOM) * 99 / 100, "{} of {ROOM} flows", opened.len());
+    ensure!(fixture.halves()? == 2 * opened.len(), "a refused flow left a half");
+    let mut seen = Vec::new();
+    fixture.visit_halves(|half| {
+        let [_, (_, client)] = half.from;
+        seen.extend((!half.is_original).then_some(client));
+        Fate::Kept
+    })?;
+    for port in seen {
+        let answer = dialled(port).answer().from(socket("a1", 80));
+        let answer = answer.on_link(mac("a1"), bridge_mac(A));
+        fixture.expect(
+            "answer",
+            from_container("a1"),
+            &Datagram::new(Kind::Udp, answer),
+            pass(),
+        )?;
+    }
+    // All numbers come back.
+    fixture.age(Timeouts::RFC.udp_replied + 1)?;
+    let collected = fixture.backend().collect()?;
+    ensure!(collected == opened.len(), "{collected} of {} collected", opened.len());
+    for port in 10_000..10_000 + ROOM / 2 {
+        let frame = Datagram::new(Kind::Udp, dialled(port)).frame(fixture.family);
+        let verdict = fixture.run(from_uplink("up0"), &frame)?.verdict;
+        ensure!(verdict == TCX_NEXT, "a second time: verdict {verdict}");
+    }
+    Ok(())
+}
+
+pub(crate) fn a_table_that_was_not_finished_is_begun_again(shared: &mut Fixture) -> Result<()> {
+    const ROOM: u16 = 16;
+    let fixture = &mut shared.with_room_for(ROOM.into())?;
+    // As an agent leaves it that dies while it makes the table.
+    fixture.unfinish_tables()?;
+    fixture.reopen()?;
+    for port in 4000..4000 + ROOM {
+        asks(fixture, Kind::Udp, port, true)?;
+        is_answered(fixture, Kind::Udp, port)?;
+    }
+    let one_more = Datagram::new(Kind::Udp, from_container_wire("a1", 3000, SERVER));
+    let full = dropped(A, Reason::FlowTableFull);
+    fixture.expect("one more", from_container("a1"), &one_more, full)?;
     Ok(())
 }
 
@@ -450,16 +432,19 @@ pub(crate) fn two_cpus_that_open_the_last_flow_agree(fixture: &mut Fixture) -> R
     fixture.limit_endpoints(A, 0)
 }
 
-/// Both halves, their places in the table and the key in the queue.
+/// Both halves, their slots in the index and the number of the flow.
 pub(crate) fn a_flow_takes_no_more_memory_than_conntracks(fixture: &mut Fixture) -> Result<()> {
     /// What a masqueraded flow takes of `nf_conntrack` in either family, counted in /proc/slabinfo
     /// over 40,000 of them (Linux 6.18): an object of 256 bytes, an extension of 128.
     const CONNTRACK: u64 = 256 + 128;
-    let (table, order) = match fixture.family {
-        Family::V4 => ("FLOW4", "PENDING4"),
-        Family::V6 => ("FLOW6", "PENDING6"),
+    let maps = match fixture.family {
+        Family::V4 => ["FLOW4", "INDEX4", "FREE4"],
+        Family::V6 => ["FLOW6", "INDEX6", "FREE6"],
     };
-    let bytes = fixture.map_bytes(table)? + fixture.map_bytes(order)?;
+    let mut bytes = 0;
+    for map in maps {
+        bytes += fixture.map_bytes(map)?;
+    }
     let each = bytes.div_ceil(FLOWS.into());
     ensure!(each <= CONNTRACK, "{each} bytes for a flow");
     Ok(())

@@ -1,26 +1,24 @@
-//! The halves in the flow tables: reading them, changing them, deleting them behind the programs'
-//! back.
+//! The flow tables: reading them, changing and removing flows behind the programs' back.
 
 use std::net::IpAddr;
 
-use anyhow::Result;
-use aya::maps::{HashMap, Map, MapData};
+use anyhow::{Result, ensure};
+use aya::maps::{Array, Map, MapData, Stack};
 use bytemuck::{Pod, bytes_of, pod_read_unaligned};
 use netdp_common::{
     addr::{Address, Be32, Be128, Tuple},
-    flow::{Flow, FlowKey, flag},
+    flow::{FlowTable, IndexSet, Place, flag, tag},
 };
 
 /// Where packets of a half arrive: a network's id, or 0 for the world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Zone(pub(crate) u32);
 
-/// See [`Zone`].
-pub(crate) const WORLD: Zone = Zone(0);
-
 /// A half of a flow in either table, as far as tests look at it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Half {
+    /// Number of its flow.
+    pub(crate) number: u32,
     /// Where its packets arrive.
     pub(crate) zone: Zone,
     /// IP protocol number.
@@ -67,67 +65,133 @@ pub(crate) enum Fate {
     Kept,
     /// Written back as it is now.
     Changed,
-    Gone,
 }
 
-/// Shows every half of both tables to `visit`, which says what becomes of it; returns how many
-/// were not kept as they were.
-pub(crate) fn visit(
-    table4: MapData,
-    table6: MapData,
-    mut visit: impl FnMut(&mut Half) -> Fate,
-) -> Result<usize> {
-    const KEY4: usize = size_of::<FlowKey<Be32>>();
-    const KEY6: usize = size_of::<FlowKey<Be128>>();
-    const HALF4: usize = size_of::<Flow<Be32>>();
-    const HALF6: usize = size_of::<Flow<Be128>>();
-    let mut table4: HashMap<_, [u8; KEY4], [u8; HALF4]> = Map::HashMap(table4).try_into()?;
-    let mut table6: HashMap<_, [u8; KEY6], [u8; HALF6]> = Map::HashMap(table6).try_into()?;
-    let address4 = |address| IpAddr::V4(Be32::into(address));
-    let address6 = |address| IpAddr::V6(Be128::into(address));
-    Ok(visit_table::<Be32, KEY4, HALF4>(&mut table4, address4, &mut visit)?
-        + visit_table::<Be128, KEY6, HALF6>(&mut table6, address6, &mut visit)?)
+/// The flow table of a family: values of `PLACE` bytes.
+pub(crate) struct Table<const PLACE: usize> {
+    table: Array<MapData, [u8; size_of::<FlowTable>()]>,
+    places: Array<MapData, [u8; PLACE]>,
+    index: Array<MapData, [u8; size_of::<IndexSet>()]>,
+    free: Stack<MapData, u32>,
 }
 
-/// See [`visit`].
-fn visit_table<A: Address, const KEY: usize, const HALF: usize>(
-    table: &mut HashMap<MapData, [u8; KEY], [u8; HALF]>,
-    address: impl Fn(A) -> IpAddr,
-    visit: &mut impl FnMut(&mut Half) -> Fate,
-) -> Result<usize>
-where
-    FlowKey<A>: Pod,
-    Flow<A>: Pod,
-{
-    let ends = |tuple: &Tuple<A>| {
-        [(address(tuple.src), tuple.sport.get()), (address(tuple.dst), tuple.dport.get())]
-    };
-    let mut visited = 0;
-    for (key, value) in table.iter().collect::<Result<Vec<_>, _>>()? {
-        let mut flow: Flow<A> = pod_read_unaligned(&value);
-        let arrives: FlowKey<A> = pod_read_unaligned(&key);
-        let mut half = Half {
-            zone: Zone(arrives.zone.into()),
-            protocol: arrives.proto,
-            from: ends(&arrives.tuple),
-            to: ends(&flow.to),
-            reply_zone: Zone(flow.reply_zone()),
-            is_original: flow.flags & flag::ORIGINAL != 0,
-            network: flow.network(),
-            policy_generation: flow.policy_generation,
-            seen: flow.seen,
-            generation: flow.generation,
-            last_seen: flow.last_seen,
+/// IPv4's.
+pub(crate) type Table4 = Table<{ size_of::<Place<Be32>>() }>;
+/// IPv6's.
+pub(crate) type Table6 = Table<{ size_of::<Place<Be128>>() }>;
+
+impl<const PLACE: usize> Table<PLACE> {
+    /// The maps that `map` finds by their names, which end like this.
+    pub(crate) fn open(map: impl Fn(&str) -> Result<MapData>, ending: char) -> Result<Self> {
+        let map = |name| map(&format!("{name}{ending}"));
+        Ok(Self {
+            table: Map::Array(map("TABLE")?).try_into()?,
+            places: Map::Array(map("FLOW")?).try_into()?,
+            index: Map::Array(map("INDEX")?).try_into()?,
+            free: Map::Stack(map("FREE")?).try_into()?,
+        })
+    }
+
+    /// What holds for all of it.
+    pub(crate) fn table(&self) -> Result<FlowTable> {
+        Ok(pod_read_unaligned(&self.table.get(&0, 0)?))
+    }
+
+    /// Shows every half to `visit`, which says what becomes of it; returns how many were changed.
+    pub(crate) fn visit<A: Address>(
+        &mut self,
+        address: impl Fn(A) -> IpAddr,
+        visit: &mut impl FnMut(&mut Half) -> Fate,
+    ) -> Result<usize>
+    where
+        Place<A>: Pod,
+    {
+        let ends = |tuple: &Tuple<A>| {
+            [(address(tuple.src), tuple.sport.get()), (address(tuple.dst), tuple.dport.get())]
         };
-        match visit(&mut half) {
-            Fate::Kept => continue,
-            Fate::Gone => table.remove(&key)?,
-            Fate::Changed => {
+        let mut changed = 0;
+        for number in 0..2 * self.table()?.top {
+            let mut place: Place<A> = pod_read_unaligned(&self.places.get(&number, 0)?);
+            if place.is_taken == 0 {
+                continue;
+            }
+            let Place { key, half: flow, .. } = &mut place;
+            let mut half = Half {
+                number: number / 2,
+                zone: Zone(key.zone.into()),
+                protocol: key.proto,
+                from: ends(&key.tuple),
+                to: ends(&flow.to),
+                reply_zone: Zone(flow.reply_zone()),
+                is_original: flow.flags & flag::ORIGINAL != 0,
+                network: flow.network(),
+                policy_generation: flow.policy_generation,
+                seen: flow.seen,
+                generation: flow.generation,
+                last_seen: flow.last_seen,
+            };
+            if visit(&mut half) == Fate::Changed {
                 (flow.generation, flow.last_seen) = (half.generation, half.last_seen);
-                table.insert(key, <[u8; HALF]>::try_from(bytes_of(&flow))?, 0)?;
+                self.places.set(number, <[u8; PLACE]>::try_from(bytes_of(&place))?, 0)?;
+                changed += 1;
             }
         }
-        visited += 1;
+        Ok(changed)
     }
-    Ok(visited)
+
+    /// Removes those flows that `is_doomed` says of their two halves; returns how many. The place that is
+    /// freed last is the first to be taken again: the lowest.
+    pub(crate) fn remove<A: Address>(
+        &mut self,
+        mut is_doomed: impl FnMut(&[Place<A>; 2]) -> bool,
+    ) -> Result<usize>
+    where
+        Place<A>: Pod,
+    {
+        let mut removed = 0;
+        for number in (0..self.table()?.top).rev() {
+            let mut halves: [Place<A>; 2] = Default::default();
+            for (side, half) in (0..).zip(&mut halves) {
+                *half = pod_read_unaligned(&self.places.get(&(2 * number + side), 0)?);
+            }
+            if halves[0].is_taken == 0 || !is_doomed(&halves) {
+                continue;
+            }
+            for half in &mut halves {
+                self.take_out(half)?;
+                half.is_taken = 0;
+                self.places.set(half.number, <[u8; PLACE]>::try_from(bytes_of(half))?, 0)?;
+            }
+            self.free.push(number, 0)?;
+            removed += 1;
+        }
+        Ok(removed)
+    }
+
+    /// Leaves a table without flows as it is before it may be used: with some of its numbers.
+    pub(crate) fn unfinish(&mut self) -> Result<()> {
+        self.table.set(0, [0; size_of::<FlowTable>()], 0)?;
+        self.free.pop(0)?;
+        self.free.pop(0)?;
+        Ok(())
+    }
+
+    /// Takes a half out of the index.
+    fn take_out<A: Address>(&mut self, half: &Place<A>) -> Result<()> {
+        let FlowTable { seed, mask, .. } = self.table()?;
+        let hash = half.key.hash(seed);
+        let number = hash as u32 & mask;
+        let mut set: IndexSet = pod_read_unaligned(&self.index.get(&number, 0)?);
+        let mut tags = [0; 12];
+        tags[..8].copy_from_slice(&set.first_tags.to_le_bytes());
+        tags[8..].copy_from_slice(&set.last_tags.to_le_bytes());
+        let is_it = |slot: &usize| tags[*slot] == tag(hash) && set.places[*slot] == half.number;
+        let slots: Vec<_> = (0..tags.len()).filter(is_it).collect();
+        ensure!(slots.len() == 1, "place {} stands in slots {slots:?} of {set:?}", half.number);
+        tags[slots[0]] = 0;
+        set.first_tags = u64::from_le_bytes(tags[..8].try_into()?);
+        set.last_tags = u32::from_le_bytes(tags[8..].try_into()?);
+        self.index.set(number, <[u8; size_of::<IndexSet>()]>::try_from(bytes_of(&set))?, 0)?;
+        Ok(())
+    }
 }

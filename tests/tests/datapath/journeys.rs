@@ -15,7 +15,6 @@ use crate::{
         from_container, from_container_wire, from_outside_wire, from_uplink, gateway, into_network,
         mac, network_of, pass, pass_as, sent_as, to_uplink, turn_around_as,
     },
-    halves::Zone,
 };
 
 /// What two ends say to each other.
@@ -166,7 +165,7 @@ fn walk(fixture: &mut Fixture, talks: &[Talk], journey: impl Fn(Talk) -> Journey
                 fixture.set_fast_path(fast_path)?;
                 walk_once(fixture, talk, shape, &journey(talk), fast_path)
                     .with_context(|| format!("{talk:?}, {shape:?}, fast path {fast_path}"))?;
-                fixture.remove_halves(|Zone(_)| true)?;
+                fixture.remove_flows()?;
             }
         }
     }

@@ -352,7 +352,7 @@ pub(crate) fn extension_headers_are_stepped_over_up_to_six(fixture: &mut Fixture
                 .expect_frame(from_container("a1"), &frame, verdict, [counted])
                 .with_context(|| format!("{count} extension headers"))?;
             ensure!(out == frame, "changed before it leaves");
-            fixture.remove_halves(|_| true)?;
+            fixture.remove_flows()?;
         }
     }
     Ok(())

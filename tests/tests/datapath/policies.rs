@@ -95,7 +95,7 @@ pub(crate) fn the_examples_of_docker_user_hold(fixture: &mut Fixture) -> Result<
                 dials(fixture, kind, source.into(), 5000, want)?;
             }
         }
-        fixture.remove_halves(|_| true)?;
+        fixture.remove_flows()?;
     }
     Ok(())
 }
@@ -125,7 +125,7 @@ pub(crate) fn a_new_rule_cuts_the_flow_at_its_next_packet(fixture: &mut Fixture)
         dials(fixture, kind, OUTSIDE, 5000, Answer::Denied)?;
         fixture.apply(|program| set(program, Vec::new()))?;
         dials(fixture, kind, OUTSIDE, 5000, Answer::Opens)?;
-        fixture.remove_halves(|_| true)?;
+        fixture.remove_flows()?;
     }
     Ok(())
 }

@@ -135,7 +135,7 @@ impl Fuzzer {
 
     /// Empties the flow table but for the flows that frames are about.
     fn restore(&mut self) -> Result<()> {
-        self.fixture.remove_halves(|_| true)?;
+        self.fixture.remove_flows()?;
         let openers = seeds::openers();
         for (interface, opener) in &openers {
             let at = match *interface {

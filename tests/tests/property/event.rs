@@ -51,8 +51,6 @@ pub(crate) enum Event {
     Collect,
     /// The agent dies, or is there again.
     Agent { is_there: bool },
-    /// Somebody deletes a half behind our back.
-    Lose { half: usize },
     /// The halves of a container become those of a predecessor.
     Outdate { container: Ipv4Addr },
     /// The agent gives a container's place to another one.
@@ -79,7 +77,6 @@ fn event() -> impl Strategy<Value = Event> {
         12 => Just(Event::Age),
         6 => Just(Event::Collect),
         2 => any::<bool>().prop_map(|is_there| Event::Agent { is_there }),
-        5 => half().prop_map(|half| Event::Lose { half }),
         2 => container().prop_map(|container| Event::Outdate { container }),
         // What the agent applies takes the kernel milliseconds.
         1 => container().prop_map(|container| Event::Replace { container }),

@@ -6,7 +6,8 @@
 //! the free ports is chosen; it is told, and judges.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
+    mem,
     net::{Ipv4Addr, SocketAddrV4},
 };
 
@@ -48,9 +49,6 @@ pub(crate) const TIMEOUTS: Timeouts = Timeouts {
     icmp: 30,
     other: 50,
 };
-/// A reply half without its original is kept for as long.
-const ORPHAN: u32 = 30;
-
 /// Zone of packets from outside.
 pub(crate) const WORLD: u32 = 0;
 
@@ -171,8 +169,8 @@ pub(crate) struct Model {
     pub(crate) policy_generation: u32,
     /// Whether an agent collects.
     pub(crate) has_agent: bool,
-    /// Flows in the order in which they were opened.
-    opened: VecDeque<Key>,
+    /// Flows that the next one to be opened looks at, where no agent collects.
+    pub(crate) in_turn: Vec<Key>,
 }
 
 impl Model {
@@ -184,7 +182,7 @@ impl Model {
             denied: None,
             policy_generation,
             has_agent: true,
-            opened: VecDeque::new(),
+            in_turn: Vec::new(),
         }
     }
 
@@ -345,19 +343,11 @@ impl Model {
         }
     }
 
-    /// The other half of a flow: where it was lost, another flow may stand in its place.
-    pub(crate) fn peer(&self, key: Key) -> Option<Key> {
-        let peer_key = self.halves.get(&key)?.peer_key(key.protocol);
-        let peer = self.halves.get(&peer_key)?;
-        (peer.peer_key(key.protocol) == key).then_some(peer_key)
-    }
-
     /// Removes both halves.
     fn remove(&mut self, key: Key) {
-        if let Some(peer) = self.peer(key) {
-            self.halves.remove(&peer);
+        if let Some(half) = self.halves.remove(&key) {
+            self.halves.remove(&half.peer_key(key.protocol));
         }
-        self.halves.remove(&key);
     }
 
     /// Finds a packet's half and notes what it shows.
@@ -389,17 +379,16 @@ impl Model {
     }
 
     fn note(&mut self, key: Key, shows: Shows) {
-        let peer = self.peer(key);
-        let peer_seen = peer.map_or(0, |peer| self.halves[&peer].seen);
+        let peer = self.halves[&key].peer_key(key.protocol);
+        let peer_seen = self.halves[&peer].seen;
         let half = self.halves.get_mut(&key).expect("a half that was found");
         let mut bits = shows.bits;
         if key.protocol == IPPROTO_TCP {
             let state = State::new(key.protocol, half.seen, peer_seen);
             if shows.opens && matches!(state, State::Closing | State::Reset) {
                 (half.seen, half.idle) = (bits, 0);
-                if let Some(peer) = peer.and_then(|peer| self.halves.get_mut(&peer)) {
-                    (peer.seen, peer.idle) = (0, 0);
-                }
+                let peer = self.halves.get_mut(&peer).expect("a half has another");
+                (peer.seen, peer.idle) = (0, 0);
                 return;
             }
             if !shows.is_in_window && peer_seen & seen::ACK != 0 {
@@ -441,11 +430,7 @@ impl Model {
         let is_free = |port| {
             let (to, reply) = leaving(port);
             let is_hosts = new.ports == Ports::Hosts && is_hosts(to.source, packet.protocol);
-            // A reply half may have lost its original, and be this flow's own.
-            let is_ours = |half: &Half| {
-                half.peer_key(packet.protocol) == new.key && half.generation == new.reply_generation
-            };
-            !is_hosts && self.halves.get(&reply).is_none_or(is_ours)
+            !is_hosts && !self.halves.contains_key(&reply)
         };
         let wish = packet.ends.source.port();
         // The host's sockets may have any ephemeral port, its pings any identifier.
@@ -461,9 +446,7 @@ impl Model {
         } else {
             (RESERVED.0..=RESERVED.1).filter(|port| is_free(*port)).collect()
         };
-        // A port with a half of this flow's own is met by chance, and not looked for.
-        let is_looked_for = |port: &u16| is_kept || !self.halves.contains_key(&leaving(*port).1);
-        if chosen.is_none() && !allowed.iter().any(is_looked_for) {
+        if chosen.is_none() && allowed.is_empty() {
             return Ok(Some(Verdict::Refused(new.network, Reason::PortsExhausted)));
         }
         ensure!(
@@ -493,10 +476,10 @@ impl Model {
         };
         self.halves.insert(key, half);
         self.halves.insert(reply_key, reply);
-        self.opened.push_back(key);
         if !self.has_agent {
-            self.look_at_oldest();
-            self.look_at_oldest();
+            for key in mem::take(&mut self.in_turn) {
+                self.look_at(key);
+            }
         }
         Ok(None)
     }
@@ -515,24 +498,16 @@ impl Model {
         network != A.0 || self.denied != Some(client)
     }
 
-    /// Whoever opens a flow looks after the oldest, where no agent does.
-    fn look_at_oldest(&mut self) {
-        let Some(key) = self.opened.pop_front() else { return };
-        if !self.halves.contains_key(&key) {
-            return;
-        }
-        if self.is_over(key) {
+    /// Whoever opens a flow looks after those whose turn it is, where no agent does.
+    fn look_at(&mut self, key: Key) {
+        if self.halves.contains_key(&key) && self.is_over(key) {
             self.remove(key);
-        } else {
-            self.opened.push_back(key);
         }
     }
 
     fn is_over(&self, key: Key) -> bool {
         let half = self.halves[&key];
-        let Some(peer) = self.peer(key).map(|peer| self.halves[&peer]) else {
-            return half.is_original || half.idle > ORPHAN;
-        };
+        let peer = self.halves[&half.peer_key(key.protocol)];
         let (original, reply) = if half.is_original { (half, peer) } else { (peer, half) };
         let state = State::new(key.protocol, original.seen, reply.seen);
         half.idle.min(peer.idle) > state.timeout(key.protocol, &TIMEOUTS)
@@ -631,7 +606,6 @@ type Test = (&'static str, fn() -> Result<()>);
 pub(crate) const TESTS: &[Test] = &[
     ("model::a_port_is_kept_where_it_may_be", a_port_is_kept_where_it_may_be),
     ("model::an_answer_leads_back", an_answer_leads_back),
-    ("model::a_half_alone_is_no_flow", a_half_alone_is_no_flow),
 ];
 
 /// A datagram of a container to somebody outside.
@@ -682,19 +656,5 @@ fn an_answer_leads_back() -> Result<()> {
         model.network_receives(Packet { ends: asks.ends.reversed(), ..asks }, WORLD, B)
             == Verdict::Pass
     );
-    Ok(())
-}
-
-fn a_half_alone_is_no_flow() -> Result<()> {
-    for lost in [true, false] {
-        let mut model = model();
-        model.container_sends(asking("a1", 4000), Some(4000))?;
-        ensure!(model.collect() == 0, "new, and whole");
-        model.halves.retain(|_, half| half.is_original != lost);
-        ensure!(model.collect() == usize::from(!lost), "lost the original: {lost}");
-        model.age();
-        model.age();
-        ensure!(model.collect() == usize::from(lost), "lost the original: {lost}");
-    }
     Ok(())
 }

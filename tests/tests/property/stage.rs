@@ -43,6 +43,8 @@ const ROUTER: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 const NOBODY: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 /// Generation of a container that was there before.
 const PREDECESSOR: u32 = 7;
+/// Flows that whoever opens one looks at, where no agent collects.
+const EACH_TIME: usize = 2;
 /// Room for more flows than a story opens.
 const FLOWS: u32 = 4096;
 
@@ -55,8 +57,6 @@ pub(crate) struct Stage {
     model: Model,
     /// Generation that the next container gets.
     next_generation: u32,
-    /// Whether somebody has deleted a half in this story.
-    has_losses: bool,
     /// Drops that the model has seen in this story.
     dropped: BTreeMap<(NetworkId, Reason), u64>,
     /// The same, as the programs have counted them since ever.
@@ -87,7 +87,6 @@ impl Stage {
             _sockets: sockets,
             model: Model::new(generations.into(), policy_generation),
             next_generation: 1000,
-            has_losses: false,
             dropped: BTreeMap::new(),
             counted: BTreeMap::new(),
             events: 0,
@@ -131,8 +130,7 @@ impl Stage {
     }
 
     fn clear(&mut self) -> Result<()> {
-        self.fixture.remove_halves(|_| true)?;
-        self.fixture.forget_order()?;
+        self.fixture.remove_flows()?;
         self.fixture.set_collection(TIMEOUTS, true)?;
         self.model = self.model.emptied();
         for generation in self.model.generations.values() {
@@ -143,7 +141,6 @@ impl Stage {
         }
         self.dropped.clear();
         self.counted = self.drops()?;
-        self.has_losses = false;
         Ok(())
     }
 
@@ -193,7 +190,6 @@ impl Stage {
                 self.model.has_agent = is_there;
                 self.fixture.set_collection(TIMEOUTS, is_there)
             }
-            Event::Lose { half } => self.lose(half),
             Event::Outdate { container } => self.outdate(container),
             Event::Replace { container } => self.replace(container),
             Event::Deny(client) => self.deny(client),
@@ -219,6 +215,7 @@ impl Stage {
         let generation = self.model.generations.get(key.ends.source.ip()).copied();
         let opens = half.is_none_or(|half| half.generation != generation.unwrap_or_default());
         let frame = letter.frame(self.family);
+        let numbers = if self.model.has_agent { BTreeMap::new() } else { self.numbers()? };
         let outcomes = if wants_race && half.is_none() {
             self.note("races");
             self.fixture.run_twice(at, &frame)?.into()
@@ -230,6 +227,10 @@ impl Stage {
         if chosen.is_some() {
             self.note("flows");
         }
+        // Of those that are looked at, the one that has just been opened is not over.
+        let in_turn = self.fixture.looked_at()?.take(EACH_TIME).collect::<Vec<_>>();
+        let in_turn = in_turn.iter().rev().filter_map(|number| numbers.get(number).copied());
+        self.model.in_turn = in_turn.collect();
         let mut next = None;
         for outcome in outcomes {
             let verdict = match own {
@@ -352,21 +353,6 @@ impl Stage {
         Ok(())
     }
 
-    fn lose(&mut self, place: usize) -> Result<()> {
-        let Some((doomed, half)) = self.pick(place) else { return Ok(()) };
-        self.note("losses");
-        self.has_losses = true;
-        self.model.halves.remove(&doomed);
-        let family = self.family;
-        self.fixture.visit_halves(|entry| {
-            if key_of(family, entry) == Some(doomed) { Fate::Gone } else { Fate::Kept }
-        })?;
-        match half.generation {
-            0 | PREDECESSOR => Ok(()),
-            generation => self.settle(generation),
-        }
-    }
-
     fn outdate(&mut self, container: Ipv4Addr) -> Result<()> {
         let generation = self.model.generations[&container];
         for half in self.model.halves.values_mut() {
@@ -382,6 +368,17 @@ impl Stage {
             Fate::Kept
         })?;
         self.settle(generation)
+    }
+
+    /// Flows by their numbers.
+    fn numbers(&self) -> Result<BTreeMap<u32, Key>> {
+        let (family, mut numbers) = (self.family, BTreeMap::new());
+        self.fixture.visit_halves(|entry| {
+            let key = key_of(family, entry).filter(|_| entry.is_original);
+            numbers.extend(key.map(|key| (entry.number, key)));
+            Fate::Kept
+        })?;
+        Ok(numbers)
     }
 
     /// Puts an account right after the table was changed behind the programs' back.
@@ -462,13 +459,9 @@ impl Stage {
         for (key, half) in &table {
             let peer_key = half.peer_key(key.protocol);
             let peer = table.get(&peer_key).filter(|peer| peer.peer_key(key.protocol) == *key);
-            match peer {
-                None => ensure!(self.has_losses, "half a flow: {key:?}, {half:?}"),
-                Some(peer) => {
-                    ensure!(peer.to == key.ends.reversed(), "no way back to {key:?}: {peer:?}");
-                    ensure!(leaving.insert(peer_key), "two flows have one answer: {peer_key:?}");
-                }
-            }
+            let peer = peer.with_context(|| format!("half a flow: {key:?}, {half:?}"))?;
+            ensure!(peer.to == key.ends.reversed(), "no way back to {key:?}: {peer:?}");
+            ensure!(leaving.insert(peer_key), "two flows have one answer: {peer_key:?}");
             if half.is_original {
                 check_source(key, half)?;
             }

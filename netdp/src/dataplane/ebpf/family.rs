@@ -11,8 +11,11 @@ use crate::{
 
 /// Names of a family's maps in the object.
 pub(super) struct MapNames {
+    /// What holds for the whole flow table.
+    pub(super) table: &'static str,
     pub(super) flow: &'static str,
-    pub(super) pending: &'static str,
+    pub(super) index: &'static str,
+    pub(super) free: &'static str,
     pub(super) published: &'static str,
     pub(super) endpoint: &'static str,
     pub(super) subnet: &'static str,
@@ -54,8 +57,10 @@ impl Wired for V4 {
     type Wire = Be32;
 
     const MAPS: MapNames = MapNames {
+        table: "TABLE4",
         flow: "FLOW4",
-        pending: "PENDING4",
+        index: "INDEX4",
+        free: "FREE4",
         published: "PUBLISHED4",
         endpoint: "ENDPOINT4",
         subnet: "SUBNET4",
@@ -77,8 +82,10 @@ impl Wired for V6 {
     type Wire = Be128;
 
     const MAPS: MapNames = MapNames {
+        table: "TABLE6",
         flow: "FLOW6",
-        pending: "PENDING6",
+        index: "INDEX6",
+        free: "FREE6",
         published: "PUBLISHED6",
         endpoint: "ENDPOINT6",
         subnet: "SUBNET6",

@@ -1,48 +1,54 @@
 //! A family's flow table, seen from the agent: reading, collecting, purging.
 //!
-//! The agent reads the table in batches and names what may have to go; a program in the kernel looks
-//! again and removes both halves, so no packet that comes meanwhile loses its flow.
+//! The agent makes the table usable, reads it in batches and names what may have to go; a program in
+//! the kernel looks again and removes both halves, so no packet that comes meanwhile loses its flow.
 
 use std::{
     collections::HashMap,
-    hash::{BuildHasher, Hasher, RandomState},
+    hash::{BuildHasher, RandomState},
+    marker::PhantomData,
     os::fd::{AsFd, OwnedFd},
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use aya::{
     TestRun, TestRunOptions,
-    maps::{Map, MapData, MapError},
+    maps::{Array, Map, MapData, Stack},
     programs::SchedClassifier,
 };
 use netdp_common::{
     addr::{Address, Be16},
     aging::{KEYS_AT, KEYS_MAX, order},
     config::Timeouts,
-    flow::{Flow, FlowKey, State, flag},
+    flow::{self, Flow, FlowKey, FlowTable, Place, State},
 };
 use nix::time::{ClockId, clock_gettime};
 
 use super::{
     family::{Wired, show},
     image::Footing,
-    sys::{Wire, for_each_batch},
-    tables::Hash,
+    sys::{Wire, lookup_batch},
 };
 use crate::{dataplane::FlowRecord, model::NetworkId};
 
-/// FLOW4 or FLOW6.
+/// FLOW4 or FLOW6, and what belongs to it.
 pub(super) struct Flows<F: Wired> {
-    map: Hash<FlowKey<F::Wire>, Flow<F::Wire>>,
-    /// The same, for what aya does not do.
-    fd: OwnedFd,
+    table: Array<MapData, Wire<FlowTable>>,
+    /// The places, for what aya does not do.
+    places: OwnedFd,
     /// Size in flows.
     capacity: u32,
+    family: PhantomData<F>,
 }
 
-/// A half and where it is found.
-type Half<A> = (FlowKey<A>, Flow<A>);
+/// The maps of a flow table.
+pub(super) struct FlowMaps {
+    pub(super) table: Map,
+    pub(super) places: Map,
+    pub(super) index: Map,
+    pub(super) free: Map,
+}
 
 /// What one reading of a table has shown.
 #[derive(Debug, Default)]
@@ -54,16 +60,39 @@ pub(super) struct Survey {
 }
 
 impl<F: Wired> Flows<F> {
-    /// The flow table over the object's map.
+    /// The flow table over the object's maps; one that is new is made usable.
     ///
     /// # Errors
-    /// The map's type or sizes are not those of a flow table.
-    pub(super) fn new(map: Map) -> Result<Self> {
+    /// A map's type or sizes are not those of a flow table, or it can't be written.
+    pub(super) fn open(maps: FlowMaps) -> Result<Self> {
         let context = || format!("open map {}", F::MAPS.flow);
-        let data = map_data(&map).with_context(context)?;
-        let fd = data.fd().as_fd().try_clone_to_owned().with_context(context)?;
-        let capacity = data.info().with_context(context)?.max_entries() / 2;
-        Ok(Self { map: Hash::try_from(map).with_context(context)?, fd, capacity })
+        let places = map_data(&maps.places).with_context(context)?;
+        let capacity = places.info().with_context(context)?.max_entries() / 2;
+        let fd = places.fd().as_fd().try_clone_to_owned().with_context(context)?;
+        let index = map_data(&maps.index).and_then(|index| Ok(index.info()?.max_entries()));
+        let sets = index.with_context(|| format!("open map {}", F::MAPS.index))?;
+        let table = Array::try_from(maps.table);
+        let table = table.with_context(|| format!("open map {}", F::MAPS.table))?;
+        let mut flows = Self { table, places: fd, capacity, family: PhantomData };
+        let mut table = flows.table()?;
+        if table.mask == 0 {
+            let numbers = map_data(&maps.free).and_then(|free| Ok(free.info()?.max_entries()));
+            let numbers = numbers.with_context(|| format!("open map {}", F::MAPS.free))?;
+            ensure!(
+                numbers >= capacity && sets >= flow::sets(capacity),
+                "the pinned flow table was not finished, and for another number of flows: run \
+                 `netdp purge`, then start the agent again"
+            );
+            let free = Stack::try_from(maps.free);
+            let free = free.with_context(|| format!("open map {}", F::MAPS.free))?;
+            fill(free, capacity).with_context(|| format!("write map {}", F::MAPS.free))?;
+            table.seed = RandomState::new().hash_one(capacity);
+            // Last: whoever is interrupted before begins again, and no packet has seen the table.
+            table.mask = sets - 1;
+            let written = flows.table.set(0, Wire(table), 0);
+            written.with_context(|| format!("write map {}", F::MAPS.table))?;
+        }
+        Ok(flows)
     }
 
     /// Size in flows.
@@ -71,24 +100,34 @@ impl<F: Wired> Flows<F> {
         self.capacity
     }
 
-    fn get(&self, key: FlowKey<F::Wire>) -> Result<Option<Flow<F::Wire>>> {
-        match self.map.get(&Wire(key), 0) {
-            Ok(half) => Ok(Some(half.0)),
-            Err(MapError::KeyNotFound) => Ok(None),
-            Err(error) => Err(error).with_context(|| format!("read map {}", F::MAPS.flow)),
-        }
+    fn table(&self) -> Result<FlowTable> {
+        let table = self.table.get(&0, 0).with_context(|| format!("read map {}", F::MAPS.table))?;
+        Ok(table.0)
     }
 
-    /// Shows every half to `visit`, a batch at a time. One that moves within the table meanwhile
-    /// may be missed, or shown twice.
-    fn for_each(&self, mut visit: impl FnMut(&[Half<F::Wire>]) -> Result<()>) -> Result<()> {
-        let mut batch = Vec::new();
-        let read = for_each_batch(self.fd.as_fd(), |keys, values| {
-            batch.clear();
-            batch.extend(keys.iter().copied().zip(values.iter().copied()));
-            visit(&batch)
-        });
-        read.with_context(|| format!("read map {}", F::MAPS.flow))?
+    /// Shows the halves of all flows to `visit`, a batch at a time: of each flow the half of the
+    /// direction that opened it, and the answer's. One that is opened meanwhile may be missed.
+    fn for_each(&self, mut visit: impl FnMut(&[[Place<F::Wire>; 2]]) -> Result<()>) -> Result<()> {
+        /// Flows read in one system call.
+        const BATCH: usize = 4096;
+        let mut left = self.table()?.top.min(self.capacity) as usize;
+        let (mut keys, mut flows) = (vec![[0_u32; 2]; BATCH], vec![Default::default(); BATCH]);
+        let mut at = None;
+        while left > 0 {
+            let wanted = left.min(BATCH);
+            let places: &mut [Place<F::Wire>] = flows[..wanted].as_flattened_mut();
+            let keys = keys[..wanted].as_flattened_mut();
+            let (count, next) = lookup_batch(self.places.as_fd(), at, keys, places)
+                .with_context(|| format!("read map {}", F::MAPS.flow))?;
+            let read = &mut flows[..count / 2];
+            left -= read.len();
+            visit(&taken(read))?;
+            if next.is_none() || count == 0 {
+                break;
+            }
+            at = next;
+        }
+        Ok(())
     }
 
     /// Every flow.
@@ -99,12 +138,8 @@ impl<F: Wired> Flows<F> {
         let now = now()?;
         let mut records = Vec::new();
         self.for_each(|batch| {
-            for (key, half) in batch {
-                if half.flags & flag::ORIGINAL == 0 {
-                    continue;
-                }
-                let reply = self.get(half.peer_key(key.proto))?;
-                let (state, idle) = judge(key, half, reply.as_ref(), now);
+            for [Place { key, half, .. }, Place { half: reply, .. }] in batch {
+                let (state, idle) = judge(key, half, reply, now);
                 let expires = state.timeout(key.proto, timeouts).saturating_sub(idle);
                 let at = |address: F::Wire, port: Be16| (show::<F>(address), port.get());
                 records.push(FlowRecord {
@@ -124,8 +159,7 @@ impl<F: Wired> Flows<F> {
         Ok(records)
     }
 
-    /// Removes what has been idle for longer than its timeout, and what is only half there.
-    /// Returns how many, and what is left.
+    /// Removes what has been idle for longer than its timeout. Returns how many, and what is left.
     ///
     /// # Errors
     /// The table can't be read, or the program not be run.
@@ -137,37 +171,19 @@ impl<F: Wired> Flows<F> {
         let now = now()?;
         let mut survey = Survey::default();
         let mut removed = 0;
-        let mut pairing = Pairing::default();
         self.for_each(|batch| {
             let mut suspects = Vec::new();
-            for (key, half) in batch {
-                let idle = now.saturating_sub(half.last_seen);
-                let is_original = half.flags & flag::ORIGINAL != 0;
-                pairing.add(key, half);
-                if is_original {
-                    survey.flows += 1;
-                    *survey.by_endpoint.entry(half.generation).or_default() += 1;
-                }
-                // The collector asks the other half, too. A reply half is looked at only when even
-                // the longest-lived flow would be over: its original half tells sooner, as long
-                // as there is one.
-                let limit =
-                    if is_original { shortest(key, timeouts) } else { longest(key, timeouts) };
-                if idle > limit {
+            for [Place { key, half, .. }, Place { half: reply, .. }] in batch {
+                survey.flows += 1;
+                *survey.by_endpoint.entry(half.generation).or_default() += 1;
+                let (state, idle) = judge(key, half, reply, now);
+                if idle > state.timeout(key.proto, timeouts) {
                     suspects.push(*key);
                 }
             }
             removed += run(collector, order::EXPIRE, &suspects)?;
             Ok(())
         })?;
-        // Some flow may have lost a half: the collector knows which, if it is asked about all.
-        if !pairing.is_whole() {
-            self.for_each(|batch| {
-                let all: Vec<_> = batch.iter().map(|(key, _)| *key).collect();
-                removed += run(collector, order::EXPIRE, &all)?;
-                Ok(())
-            })?;
-        }
         Ok((removed, survey))
     }
 
@@ -182,10 +198,11 @@ impl<F: Wired> Flows<F> {
     ) -> Result<usize> {
         let mut removed = 0;
         self.for_each(|batch| {
+            let is_stale = |half: &&Place<F::Wire>| footing.is_lost(&half.key, &half.half);
             let stale: Vec<_> = batch
                 .iter()
-                .filter(|(key, half)| footing.is_lost(key, half))
-                .map(|(key, _)| *key)
+                .filter_map(|halves| halves.iter().find(is_stale))
+                .map(|half| half.key)
                 .collect();
             removed += run(collector, order::REMOVE, &stale)?;
             Ok(())
@@ -194,41 +211,26 @@ impl<F: Wired> Flows<F> {
     }
 }
 
-/// Whether each half has its other one, told without remembering any: what both halves say of their
-/// flow is hashed; originals add it, replies take it away.
-#[derive(Default)]
-struct Pairing {
-    /// Random, so that nobody can choose flows that hide each other's losses.
-    state: RandomState,
-    sum: u64,
+/// Those that a flow has.
+fn taken<A: Address>(flows: &[[Place<A>; 2]]) -> Vec<[Place<A>; 2]> {
+    flows.iter().filter(|[original, _]| original.is_taken != 0).copied().collect()
 }
 
-impl Pairing {
-    fn add<A: Address>(&mut self, key: &FlowKey<A>, half: &Flow<A>) {
-        let peer_key = half.peer_key(key.proto);
-        let hash = |original: &FlowKey<A>, reply: &FlowKey<A>| {
-            let mut hasher = self.state.build_hasher();
-            hasher.write(bytemuck::bytes_of(original));
-            hasher.write(bytemuck::bytes_of(reply));
-            hasher.finish()
-        };
-        self.sum = if half.flags & flag::ORIGINAL != 0 {
-            self.sum.wrapping_add(hash(key, &peer_key))
-        } else {
-            self.sum.wrapping_sub(hash(&peer_key, key))
-        };
+/// Puts all numbers on the stack, the lowest on top; what is left of an attempt that was interrupted is taken
+/// away before.
+fn fill(mut free: Stack<MapData, u32>, capacity: u32) -> Result<()> {
+    while free.pop(0).is_ok() {}
+    for number in (0..capacity).rev() {
+        free.push(number, 0)?;
     }
-
-    fn is_whole(&self) -> bool {
-        self.sum == 0
-    }
+    Ok(())
 }
 
 /// The map as aya has it before it is typed.
 fn map_data(map: &Map) -> Result<&MapData> {
     match map {
-        Map::HashMap(data) => Ok(data),
-        _ => anyhow::bail!("it is no hash map"),
+        Map::Array(data) | Map::Stack(data) => Ok(data),
+        _ => anyhow::bail!("it is no array and no stack"),
     }
 }
 
@@ -255,31 +257,10 @@ fn run<A: Address>(collector: &SchedClassifier, order: u32, keys: &[FlowKey<A>])
     Ok(removed)
 }
 
-/// The shortest time that a flow of this protocol may be idle, whatever its state.
-fn shortest<A: Address>(key: &FlowKey<A>, timeouts: &Timeouts) -> u32 {
-    limits(key, timeouts).min().unwrap_or_default()
-}
-
-/// The longest.
-fn longest<A: Address>(key: &FlowKey<A>, timeouts: &Timeouts) -> u32 {
-    limits(key, timeouts).max().unwrap_or_default()
-}
-
-fn limits<A: Address>(key: &FlowKey<A>, timeouts: &Timeouts) -> impl Iterator<Item = u32> {
-    let states = [State::Unreplied, State::Replied, State::HalfOpen, State::Established];
-    states.map(|state| state.timeout(key.proto, timeouts)).into_iter()
-}
-
 /// State of a flow and the seconds since its last packet in either direction.
-fn judge<A: Address>(
-    key: &FlowKey<A>,
-    half: &Flow<A>,
-    reply: Option<&Flow<A>>,
-    now: u32,
-) -> (State, u32) {
-    let reply_seen = reply.map_or(0, |reply| reply.seen);
-    let last_seen = half.last_seen.max(reply.map_or(0, |reply| reply.last_seen));
-    (State::new(key.proto, half.seen, reply_seen), now.saturating_sub(last_seen))
+fn judge<A: Address>(key: &FlowKey<A>, half: &Flow<A>, reply: &Flow<A>, now: u32) -> (State, u32) {
+    let last_seen = half.last_seen.max(reply.last_seen);
+    (State::new(key.proto, half.seen, reply.seen), now.saturating_sub(last_seen))
 }
 
 /// The programs' clock: seconds of CLOCK_MONOTONIC, which stands still while the host sleeps.
@@ -289,41 +270,4 @@ fn judge<A: Address>(
 pub(super) fn now() -> Result<u32> {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("read the clock")?;
     u32::try_from(now.tv_sec()).context("uptime in 32 bits of seconds")
-}
-
-#[cfg(test)]
-mod tests {
-    use netdp_common::{
-        addr::{Be32, Tuple},
-        flow::IPPROTO_UDP,
-    };
-
-    use super::*;
-
-    /// Both halves of a flow from this port.
-    fn flow(port: u16) -> [Half<Be32>; 2] {
-        let [container, host, world] = [0xac14_0002, 0x0a00_0002, 0x0a00_0003].map(Be32::new);
-        let arrives =
-            Tuple { src: container, dst: world, sport: Be16::new(port), dport: Be16::new(53) };
-        let key = FlowKey::new(7, arrives, IPPROTO_UDP);
-        let to = Tuple { src: host, ..arrives };
-        let half = Flow { to, flags: flag::ORIGINAL, ..Flow::default() };
-        let reply = Flow { to: arrives.reversed(), reply_zone: 7, ..Flow::default() };
-        [(key, half), (half.peer_key(key.proto), reply)]
-    }
-
-    #[test]
-    fn losses_of_different_flows_do_not_hide_each_other() {
-        let is_whole = |halves: &[Half<Be32>]| {
-            let mut pairing = Pairing::default();
-            halves.iter().for_each(|(key, half)| pairing.add(key, half));
-            pairing.is_whole()
-        };
-        let ([a, b], [c, d]) = (flow(4000), flow(4001));
-        assert!(is_whole(&[]) && is_whole(&[a, b]) && is_whole(&[d, a, c, b]));
-        assert!(!is_whole(&[a]) && !is_whole(&[b]) && !is_whole(&[a, b, d]));
-        assert!(!is_whole(&[a, d]), "a reply and an original are no flow");
-        let lost = (b.0, Flow { reply_zone: 8, ..b.1 });
-        assert!(!is_whole(&[a, lost]), "a reply that leads elsewhere");
-    }
 }

@@ -156,8 +156,8 @@ impl Ebpf {
             ipv4: SideTables::open(&mut object)?,
             ipv6: SideTables::open(&mut object)?,
         };
-        let flows4 = Flows::new(object.take_map(V4::MAPS.flow)?)?;
-        let flows6 = Flows::new(object.take_map(V6::MAPS.flow)?)?;
+        let flows4 = Flows::open(object.take_flow_maps::<V4>()?)?;
+        let flows6 = Flows::open(object.take_flow_maps::<V6>()?)?;
         let origins = Origins::new(object.take_map("SOCKET_ORIGIN")?)?;
         let counters =
             PerCpuHashMap::try_from(object.take_map("COUNTERS")?).context("open map COUNTERS")?;

@@ -9,7 +9,7 @@ use aya::{
     programs::{Program, ProgramError, SchedClassifier},
 };
 use aya_obj::{Object as Elf, generated::bpf_map_type};
-use netdp_common::config::Config;
+use netdp_common::{config::Config, flow::sets};
 use nix::{
     ifaddrs::getifaddrs,
     net::if_::{InterfaceFlags, if_indextoname},
@@ -21,6 +21,7 @@ use super::{
     cgroup::{self, SocketHooks},
     claims::Claims,
     family::Wired,
+    flows::FlowMaps,
     image::Hook,
     pins::Pins,
     probe::{Feature, Features},
@@ -34,8 +35,30 @@ use crate::{
 /// The programs as this build made them.
 pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("NETDP_EBPF_OBJECT"));
 
-/// Their sizes are the operator's to choose.
-const SIZED: [&str; 4] = [V4::MAPS.flow, V6::MAPS.flow, V4::MAPS.pending, V6::MAPS.pending];
+/// The size of a map where that is the operator's to choose, by the flows that there is to be room for.
+fn size(name: &str, flows: u32) -> Option<u32> {
+    for family in [&V4::MAPS, &V6::MAPS] {
+        if name == family.flow {
+            return Some(2 * flows);
+        } else if name == family.index {
+            return Some(sets(flows));
+        } else if name == family.free {
+            return Some(flows);
+        }
+    }
+    None
+}
+
+/// Makes room for so many flows.
+fn resize(loader: &mut EbpfLoader<'_>, flows: u32) {
+    for family in [&V4::MAPS, &V6::MAPS] {
+        for name in [family.flow, family.index, family.free] {
+            if let Some(entries) = size(name, flows) {
+                loader.map_max_entries(name, entries);
+            }
+        }
+    }
+}
 
 /// Loads each program by itself, on maps that nobody else sees: what a kernel refuses is refused
 /// by name. Returns what became of each; a refusal has the end of the verifier's log.
@@ -48,10 +71,7 @@ pub(super) fn load_each(features: &Features) -> Result<Vec<(&'static str, Result
     let coarse_clock = coarse_clock(features);
     let mut loader = loader();
     loader.override_global(COARSE_CLOCK, &coarse_clock, true);
-    for family in [&V4::MAPS, &V6::MAPS] {
-        loader.map_max_entries(family.flow, 2);
-        loader.map_max_entries(family.pending, 1);
-    }
+    resize(&mut loader, 1);
     let mut ebpf = loader.load(OBJECT).context("create the maps")?;
     let mut results = Vec::new();
     for name in Hook::ALL.map(Hook::program).into_iter().chain(COLLECTORS) {
@@ -160,10 +180,7 @@ impl Object {
             }
             loader.map_pin_path(name, path);
         }
-        for family in [&V4::MAPS, &V6::MAPS] {
-            loader.map_max_entries(family.flow, 2 * flows);
-            loader.map_max_entries(family.pending, flows);
-        }
+        resize(&mut loader, flows);
         let mut ebpf = loader.load(OBJECT).context("create the maps")?;
         // It forgets, for what follows may leave hooks that are not attached.
         let claims = ebpf.take_map("PORT_CLAIMS").context("find map PORT_CLAIMS in the object")?;
@@ -266,6 +283,16 @@ impl Object {
         self.ebpf.take_map(name).with_context(|| format!("find map {name} in the eBPF object"))
     }
 
+    /// Takes out the maps of a family's flow table.
+    pub(super) fn take_flow_maps<F: Wired>(&mut self) -> Result<FlowMaps> {
+        Ok(FlowMaps {
+            table: self.take_map(F::MAPS.table)?,
+            places: self.take_map(F::MAPS.flow)?,
+            index: self.take_map(F::MAPS.index)?,
+            free: self.take_map(F::MAPS.free)?,
+        })
+    }
+
     /// The program that collects a family's flows.
     pub(super) fn collector<F: Wired>(&mut self) -> Result<&SchedClassifier> {
         program(&mut self.ebpf, F::MAPS.collector).map(|program| &*program)
@@ -360,8 +387,7 @@ fn check_layout(name: &str, path: &Path, expected: &aya_obj::Map, flows: u32) ->
     let wanted = (expected.key_size(), expected.value_size(), expected.map_flags());
     let kind = pinned.map_type().context("read the type of a pinned map")? as u32;
     let mut same = found == wanted && kind == expected.map_type();
-    if SIZED.contains(&name) {
-        let entries = if name.starts_with("FLOW") { 2 * flows } else { flows };
+    if let Some(entries) = size(name, flows) {
         if pinned.max_entries() != entries {
             warn!(
                 map = name,
