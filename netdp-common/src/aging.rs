@@ -1,4 +1,4 @@
-//! COLLECTION, PENDING4, PENDING6 and USAGE: how flows end, and how many each endpoint has.
+//! COLLECTION and USAGE: how flows end, and how many each endpoint has.
 
 use crate::{abi::wire, config::Timeouts};
 

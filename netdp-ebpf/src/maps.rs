@@ -1,8 +1,8 @@
-//! Every map, and the only code that follows pointers into them.
+//! Every map, and, with `table.rs` for the flow tables, the only code that follows pointers into them.
 //!
-//! The agent pins them by name and writes all but the flow and fragment tables, SOCKET_ORIGIN, the
-//! requests in PORT_CLAIMS and the numbers in COUNTERS. The per-CPU arrays are scratch of one program
-//! run: not pinned, and read by nobody else.
+//! The agent pins them by name and writes all but the flow tables, which it only makes, the fragment
+//! tables, SOCKET_ORIGIN, the requests in PORT_CLAIMS and the numbers in COUNTERS. The per-CPU arrays
+//! are scratch of one program run: not pinned, and read by nobody else.
 
 use core::{arch::asm, ptr::NonNull};
 
