@@ -119,16 +119,14 @@ wire! {
     pub struct FlowTable {
         /// Random, so that nobody can tell which keys share a set.
         pub seed: u64,
-        /// Whose turn it is to be looked at, taken by the number of flows that there have been at once.
-        pub hand: u64,
         /// Sets of the index, less 1: a mask. 0 before the table may be used.
         pub mask: u32,
         /// How many numbers were ever taken at once: flows have lower ones.
         pub top: u32,
+        /// Number of the flow that was looked at last, where no agent does.
+        pub hand: u32,
         /// As [`IndexSet::writers`], of `top`.
         pub writers: u32,
-        /// Zero.
-        pub pad: u32,
     }
 }
 

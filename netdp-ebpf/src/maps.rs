@@ -458,7 +458,7 @@ impl Usage {
 
 /// Adds to an aligned word of a map, to which the programs write in no other way.
 #[inline(always)]
-pub(crate) fn add(word: NonNull<u64>, number: i64) {
+fn add(word: NonNull<u64>, number: i64) {
     // The target has this instruction from its first version on, but none that returns a value
     // (Linux 5.12), so `core` offers no atomics for it.
     // SAFETY: checked for null by the lookup.

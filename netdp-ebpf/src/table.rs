@@ -406,13 +406,15 @@ pub(crate) fn remove<F: Family>(key: &FlowKey<F::Address>) -> Option<u32> {
 #[inline(always)]
 pub(crate) fn next_in_turn<F: Family>() -> Option<u32> {
     let table = F::flow_table()?;
+    let hand = table_word(table, offset_of!(FlowTable, hand));
     // SAFETY: the pointer comes from a map lookup; an aligned word.
     let top = unsafe { table_word(table, offset_of!(FlowTable, top)).read_volatile() };
-    let hand = table_word(table, offset_of!(FlowTable, hand)).cast::<u64>();
-    maps::add(hand, 1);
     // SAFETY: as above.
-    let turn = unsafe { hand.read_volatile() };
-    (top != 0).then(|| (turn % u64::from(top)) as u32)
+    let next = unsafe { hand.read_volatile() }.wrapping_add(1);
+    let next = if next < top { next } else { 0 };
+    // SAFETY: as above. Two CPUs at once look at the same one.
+    unsafe { hand.write_volatile(next) };
+    (top != 0).then_some(next)
 }
 
 /// A word of 32 bits at this offset.

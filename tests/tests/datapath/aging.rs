@@ -195,6 +195,22 @@ pub(crate) fn the_hand_goes_round_the_whole_table(shared: &mut Fixture) -> Resul
     Ok(())
 }
 
+pub(crate) fn a_table_that_grows_is_looked_through(shared: &mut Fixture) -> Result<()> {
+    let fixture = &mut shared.with_room_for(128)?;
+    fixture.set_collection(TIMEOUTS, false)?;
+    for port in 4000..4020 {
+        asks(fixture, "a1", Kind::Udp, port)?;
+    }
+    fixture.age(TIMEOUTS.udp_unreplied + SLACK)?;
+    // As many again as were there: the hand is faster than the table grows.
+    for port in 5000..5020 {
+        asks(fixture, "a1", Kind::Udp, port)?;
+    }
+    let left: Vec<_> = fixture.flows()?.iter().map(|flow| flow.source.port()).collect();
+    ensure!(left.iter().all(|port| *port >= 5000), "left: {left:?}");
+    Ok(())
+}
+
 /// Flows that a small table holds.
 const ROOM: u16 = 16;
 

@@ -6,7 +6,7 @@
 use std::{
     cell::{Cell, OnceCell, RefCell},
     collections::BTreeMap,
-    fs, hint,
+    fs, hint, iter,
     net::{IpAddr, Ipv4Addr, SocketAddrV4},
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
@@ -703,8 +703,9 @@ impl Fixture {
             Family::V4 => self.table4()?.table()?,
             Family::V6 => self.table6()?.table()?,
         };
-        let turns = (0..=table.hand).rev();
-        Ok(turns.map(move |turn| (turn % u64::from(table.top.max(1))) as u32))
+        let last = table.top.saturating_sub(1);
+        let before = move |number: &u32| Some(number.checked_sub(1).unwrap_or(last));
+        Ok(iter::successors(Some(table.hand), before))
     }
 
     fn table4(&self) -> Result<Table4> {

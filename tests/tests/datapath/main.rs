@@ -136,6 +136,7 @@ const TRIALS: &[Promise] = trials! {
         only_idle_flows_are_collected,
         without_an_agent_new_flows_see_to_others,
         the_hand_goes_round_the_whole_table,
+        a_table_that_grows_is_looked_through,
         an_unanswered_flow_makes_room_in_a_full_table,
         an_endpoint_opens_as_many_flows_as_its_network_allows,
         an_account_follows_the_flows_of_its_endpoint;
