@@ -95,7 +95,7 @@ mod tests {
             ("Counter", size_of::<Counter>(), 16),
             ("CounterKey", size_of::<CounterKey>(), 8),
             ("Endpoint", size_of::<Endpoint>(), 20),
-            ("FlowTable", size_of::<FlowTable>(), 24),
+            ("FlowTable", size_of::<FlowTable>(), 32),
             ("IndexSet", size_of::<IndexSet>(), 64),
             ("Interface", size_of::<Interface>(), 40),
             ("Network", size_of::<Network>(), 104),

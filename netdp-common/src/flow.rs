@@ -121,12 +121,16 @@ wire! {
         pub seed: u64,
         /// Sets of the index, less 1: a mask. 0 before the table may be used.
         pub mask: u32,
+        /// How many flows there may be.
+        pub flows: u32,
         /// How many numbers were ever taken at once: flows have lower ones.
         pub top: u32,
         /// Number of the flow that was looked at last, where no agent does.
         pub hand: u32,
         /// As [`IndexSet::writers`], of `top`.
         pub writers: u32,
+        /// Zero.
+        pub pad: u32,
     }
 }
 

@@ -109,7 +109,7 @@ pub(crate) trait Maps: Sized {
     /// A place of the flow table.
     fn place(number: u32) -> Option<NonNull<Place<Self::Address>>>;
 
-    /// Takes the number of a flow that is not. Returns whether there was one.
+    /// Takes a number that was given back. Returns whether there was one.
     fn take_number(number: &mut u32) -> bool;
 
     /// Gives back a number that was taken.
@@ -183,7 +183,7 @@ macro_rules! maps {
         #[map]
         static $index: Array<IndexSet> = Array::with_max_entries(sets(FLOWS_DEFAULT), 0);
 
-        /// Numbers that no flow has; the last that was given back is the first to be taken.
+        /// Numbers that flows had; the last that was given back is the first to be taken.
         #[map]
         static $free: Stack<u32> = Stack::with_max_entries(FLOWS_DEFAULT, 0);
 

@@ -354,26 +354,26 @@ pub(crate) fn take_number<F: Family>(number: &mut u32) -> Result<(), Opened> {
     let Some(table) = F::flow_table().filter(|table| mask(*table) != 0) else {
         return Err(Opened::NoRoom);
     };
-    if !F::take_number(number) {
-        return Err(Opened::Full);
+    if F::take_number(number) {
+        return Ok(());
+    }
+    // None was given back: the next that was never taken.
+    let writers = table_word(table, offset_of!(FlowTable, writers));
+    if !begin(writers) {
+        return Err(Opened::NoRoom);
     }
     let top = table_word(table, offset_of!(FlowTable, top));
     // SAFETY: the pointer comes from a map lookup; an aligned word.
-    if *number < unsafe { top.read_volatile() } {
-        return Ok(());
-    }
-    let writers = table_word(table, offset_of!(FlowTable, writers));
-    if !begin(writers) {
-        F::give_number(number);
-        return Err(Opened::NoRoom);
-    }
+    let next = unsafe { top.read_volatile() };
     // SAFETY: as above.
-    if *number >= unsafe { top.read_volatile() } {
+    let is_there = next < unsafe { (*table.as_ptr()).flows };
+    if is_there {
+        *number = next;
         // SAFETY: as above.
-        unsafe { top.write_volatile(*number + 1) };
+        unsafe { top.write_volatile(next + 1) };
     }
     end(writers);
-    Ok(())
+    if is_there { Ok(()) } else { Err(Opened::Full) }
 }
 
 /// Removes both halves of the flow that has a half with this key. Returns its opener's generation if

@@ -168,12 +168,9 @@ impl<const PLACE: usize> Table<PLACE> {
         Ok(removed)
     }
 
-    /// Leaves a table without flows as it is before it may be used: with some of its numbers.
+    /// Leaves a table without flows as it is before it may be used.
     pub(crate) fn unfinish(&mut self) -> Result<()> {
-        self.table.set(0, [0; size_of::<FlowTable>()], 0)?;
-        self.free.pop(0)?;
-        self.free.pop(0)?;
-        Ok(())
+        Ok(self.table.set(0, [0; size_of::<FlowTable>()], 0)?)
     }
 
     /// Takes a half out of the index.

@@ -11,17 +11,17 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use aya::{
     TestRun, TestRunOptions,
-    maps::{Array, Map, MapData, Stack},
+    maps::{Array, Map, MapData},
     programs::SchedClassifier,
 };
 use netdp_common::{
     addr::{Address, Be16},
     aging::{KEYS_AT, KEYS_MAX, order},
     config::Timeouts,
-    flow::{self, Flow, FlowKey, FlowTable, Place, State},
+    flow::{Flow, FlowKey, FlowTable, Place, State},
 };
 use nix::time::{ClockId, clock_gettime};
 
@@ -67,31 +67,25 @@ impl<F: Wired> Flows<F> {
     pub(super) fn open(maps: FlowMaps) -> Result<Self> {
         let context = || format!("open map {}", F::MAPS.flow);
         let places = map_data(&maps.places).with_context(context)?;
-        let capacity = places.info().with_context(context)?.max_entries() / 2;
+        let room = places.info().with_context(context)?.max_entries() / 2;
         let fd = places.fd().as_fd().try_clone_to_owned().with_context(context)?;
         let index = map_data(&maps.index).and_then(|index| Ok(index.info()?.max_entries()));
         let sets = index.with_context(|| format!("open map {}", F::MAPS.index))?;
         let table = Array::try_from(maps.table);
         let table = table.with_context(|| format!("open map {}", F::MAPS.table))?;
-        let mut flows = Self { table, places: fd, capacity, family: PhantomData };
+        let mut flows = Self { table, places: fd, capacity: room, family: PhantomData };
         let mut table = flows.table()?;
         if table.mask == 0 {
             let numbers = map_data(&maps.free).and_then(|free| Ok(free.info()?.max_entries()));
             let numbers = numbers.with_context(|| format!("open map {}", F::MAPS.free))?;
-            ensure!(
-                numbers >= capacity && sets >= flow::sets(capacity),
-                "the pinned flow table was not finished, and for another number of flows: run \
-                 `netdp purge`, then start the agent again"
-            );
-            let free = Stack::try_from(maps.free);
-            let free = free.with_context(|| format!("open map {}", F::MAPS.free))?;
-            fill(free, capacity).with_context(|| format!("write map {}", F::MAPS.free))?;
-            table.seed = RandomState::new().hash_one(capacity);
-            // Last: whoever is interrupted before begins again, and no packet has seen the table.
+            table.seed = RandomState::new().hash_one(numbers);
+            // The maps of an agent that was interrupted may be of several sizes.
+            table.flows = room.min(numbers).min(2 * sets);
             table.mask = sets - 1;
             let written = flows.table.set(0, Wire(table), 0);
             written.with_context(|| format!("write map {}", F::MAPS.table))?;
         }
+        flows.capacity = table.flows;
         Ok(flows)
     }
 
@@ -214,16 +208,6 @@ impl<F: Wired> Flows<F> {
 /// Those that a flow has.
 fn taken<A: Address>(flows: &[[Place<A>; 2]]) -> Vec<[Place<A>; 2]> {
     flows.iter().filter(|[original, _]| original.is_taken != 0).copied().collect()
-}
-
-/// Puts all numbers on the stack, the lowest on top; what is left of an attempt that was interrupted is taken
-/// away before.
-fn fill(mut free: Stack<MapData, u32>, capacity: u32) -> Result<()> {
-    while free.pop(0).is_ok() {}
-    for number in (0..capacity).rev() {
-        free.push(number, 0)?;
-    }
-    Ok(())
 }
 
 /// The map as aya has it before it is typed.
