@@ -36,6 +36,9 @@ mount --bind "$1" "$root"
 mount -t proc proc "$root/proc"
 mount -t sysfs sysfs "$root/sys"
 mount --rbind /sys/fs/cgroup "$root/sys/fs/cgroup"
+# Where both hierarchies have controllers, crun wants neither: it gets the old one alone.
+unified=$root/sys/fs/cgroup/unified
+if grep -q . "$unified/cgroup.controllers" 2>/dev/null; then mount -t tmpfs tmpfs "$unified"; fi
 mount --rbind /dev "$root/dev"
 mount -t tmpfs tmpfs "$root/dev/shm"
 mount -t tmpfs tmpfs "$root/tmp"
