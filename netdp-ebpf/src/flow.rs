@@ -214,8 +214,8 @@ pub(crate) fn find<F: Family>(
         return None;
     }
     let half = F::half()?;
-    table::flow_of::<F>(zone, &packet.tuple, packet.proto)?.copy_to(half);
-    Some(half)
+    let flow = table::flow_of::<F>(zone, &packet.tuple, packet.proto)?;
+    flow.copy_of(F::wanted()?, half).then_some(half)
 }
 
 /// Whether a packet on its way into `network` is part of a flow that allows it: the container's
@@ -230,13 +230,13 @@ pub(crate) fn allows_into<F: Family>(
     if !packet.is_tracked() {
         return Ok(false);
     }
-    let Some(key) = F::wanted() else { return Ok(false) };
-    key.tuple = packet.tuple.reversed();
-    (key.zone, key.proto, key.pad) = (network as u16, packet.proto, 0);
-    let (Some(flow), Some(half)) = (table::at::<F>(F::find()), F::half()) else {
+    let Some(flow) = table::flow_of::<F>(network, &packet.tuple.reversed(), packet.proto) else {
         return Ok(false);
     };
-    flow.copy_to(half);
+    let (Some(key), Some(half)) = (F::wanted(), F::half()) else { return Ok(false) };
+    if !flow.copy_of(key, half) {
+        return Ok(false);
+    }
     if half.generation != generation {
         remove::<F>(key);
         return drop(Reason::StaleFlow, network);

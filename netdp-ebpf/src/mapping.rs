@@ -33,8 +33,9 @@ pub(crate) fn source<F: Family>(
     };
     new.prepare(packet, sender.id, ZONE_WORLD | ZONE_MAPPING, sender.id);
     new.key.make_mapping();
-    if let Some(found) = table::flow::<F>(&new.key) {
-        found.copy_to(half);
+    if let Some(found) = table::flow::<F>(&new.key)
+        && found.copy_of(&new.key, half)
+    {
         if half.generation == sender.interface.generation {
             let leaves_there = half.to.src == *exit;
             return Ok(leaves_there.then_some(half.to.sport));
@@ -80,7 +81,9 @@ pub(crate) fn admits<F: Family>(packet: &Packet<'_, F>) -> Option<&'static Flow<
     }
     let half = F::half()?;
     let Tuple { dst, dport, .. } = packet.tuple;
-    mapping_at::<F>(dst, dport, packet.proto)?.copy_to(half);
+    if !mapping_at::<F>(dst, dport, packet.proto)?.copy_of(F::wanted()?, half) {
+        return None;
+    }
     let endpoint = F::endpoint(half.to.dst)?;
     let is_open = maps::network(half.network())?.has(flag::MAPPING | flag::FULL_CONE)
         && endpoint.generation == half.generation

@@ -30,7 +30,7 @@ const TRIES: u32 = 1024;
 /// How often to try that again where a slot would be lost otherwise.
 const PATIENCE: u32 = 8;
 /// What [`look_up`] returns where there is no such half.
-pub(crate) const NOWHERE: u32 = u32::MAX;
+const NOWHERE: u32 = u32::MAX;
 /// Slots whose tags are in [`IndexSet::first_tags`].
 const FIRST: usize = 8;
 
@@ -45,7 +45,8 @@ pub(crate) fn flow<F: Family>(key: &FlowKey<F::Address>) -> Option<FlowRef<F::Ad
     at::<F>(look_up::<F>(key))
 }
 
-/// As [`flow`], without a call, and only where it is as easy to find as most are.
+/// As [`flow`], without a call, and only where it is as easy to find as most are: the verifier would follow
+/// all the ways through [`search_set`] once for each place that may be found.
 #[inline(always)]
 pub(crate) fn flow_at_once<F: Family>(key: &FlowKey<F::Address>) -> Option<FlowRef<F::Address>> {
     let table = F::flow_table()?;

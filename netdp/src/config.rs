@@ -27,6 +27,7 @@ pub struct Config {
     )]
     pub fast_path: Switch,
     /// Most flows of each family that are tracked at a time
+    // Linux 5.10 refuses arrays of 4 GiB: an IPv6 flow takes 224 bytes of one.
     #[arg(long, value_name = "N", default_value_t = FLOWS_DEFAULT,
           value_parser = clap::value_parser!(u32).range(16..=16_777_216))]
     pub flows: u32,

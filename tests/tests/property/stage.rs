@@ -227,10 +227,12 @@ impl Stage {
         if chosen.is_some() {
             self.note("flows");
         }
-        // Of those that are looked at, the one that has just been opened is not over.
-        let in_turn = self.fixture.looked_at()?.take(EACH_TIME).collect::<Vec<_>>();
-        let in_turn = in_turn.iter().rev().filter_map(|number| numbers.get(number).copied());
-        self.model.in_turn = in_turn.collect();
+        if !self.model.has_agent {
+            // Of those that are looked at, the one that has just been opened is not over.
+            let in_turn = self.fixture.looked_at()?.take(EACH_TIME).collect::<Vec<_>>();
+            let in_turn = in_turn.iter().rev().filter_map(|number| numbers.get(number).copied());
+            self.model.in_turn = in_turn.collect();
+        }
         let mut next = None;
         for outcome in outcomes {
             let verdict = match own {

@@ -65,19 +65,21 @@ impl<F: Wired> Flows<F> {
     /// # Errors
     /// A map's type or sizes are not those of a flow table, or it can't be written.
     pub(super) fn open(maps: FlowMaps) -> Result<Self> {
-        let context = || format!("open map {}", F::MAPS.flow);
-        let places = map_data(&maps.places).with_context(context)?;
-        let room = places.info().with_context(context)?.max_entries() / 2;
-        let fd = places.fd().as_fd().try_clone_to_owned().with_context(context)?;
-        let index = map_data(&maps.index).and_then(|index| Ok(index.info()?.max_entries()));
-        let sets = index.with_context(|| format!("open map {}", F::MAPS.index))?;
+        let entries = |map: &Map, name| -> Result<u32> {
+            let info = map_data(map).and_then(|data| Ok(data.info()?));
+            Ok(info.with_context(|| format!("open map {name}"))?.max_entries())
+        };
+        let places =
+            map_data(&maps.places).and_then(|map| Ok(map.fd().as_fd().try_clone_to_owned()?));
+        let places = places.with_context(|| format!("open map {}", F::MAPS.flow))?;
         let table = Array::try_from(maps.table);
         let table = table.with_context(|| format!("open map {}", F::MAPS.table))?;
-        let mut flows = Self { table, places: fd, capacity: room, family: PhantomData };
+        let mut flows = Self { table, places, capacity: 0, family: PhantomData };
         let mut table = flows.table()?;
         if table.mask == 0 {
-            let numbers = map_data(&maps.free).and_then(|free| Ok(free.info()?.max_entries()));
-            let numbers = numbers.with_context(|| format!("open map {}", F::MAPS.free))?;
+            let room = entries(&maps.places, F::MAPS.flow)? / 2;
+            let sets = entries(&maps.index, F::MAPS.index)?;
+            let numbers = entries(&maps.free, F::MAPS.free)?;
             table.seed = RandomState::new().hash_one(numbers);
             // The maps of an agent that was interrupted may be of several sizes.
             table.flows = room.min(numbers).min(2 * sets);
