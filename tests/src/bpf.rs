@@ -92,11 +92,19 @@ impl SkbContext {
         bytes[40..44].copy_from_slice(&ifindex.to_ne_bytes());
         Self(bytes)
     }
+
+    /// A frame that carries an order: `kind` stands in its first control word.
+    #[must_use]
+    pub fn order(kind: u32) -> Self {
+        let mut bytes = [0; 192];
+        bytes[48..52].copy_from_slice(&kind.to_ne_bytes());
+        Self(bytes)
+    }
 }
 
 impl Debug for SkbContext {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        write!(f, "SkbContext({:02x?})", &self.0[36..44])
+        write!(f, "SkbContext({:02x?})", &self.0[36..52])
     }
 }
 

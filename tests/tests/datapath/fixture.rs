@@ -51,7 +51,7 @@ use tempfile::TempDir;
 use crate::{
     datagram::{Datagram, Wire, verify},
     family::Family,
-    halves::{Fate, Half, Table, Table4, Table6},
+    halves::{Collector, Fate, Half, Table, Table4, Table6},
     host::build_host,
     standard::standard_program,
 };
@@ -357,6 +357,8 @@ pub(crate) struct Fixture {
     /// What was applied last.
     pub(crate) program: Program,
     programs: BTreeMap<Hook, SchedClassifier>,
+    /// IPv4's and IPv6's.
+    collectors: [Collector; 2],
     ifindexes: BTreeMap<&'static str, u32>,
     bpffs: Bpffs,
 }
@@ -378,6 +380,7 @@ impl Fixture {
             backend: Some(backend),
             program,
             programs: attached_programs()?,
+            collectors: collectors(&bpffs)?,
             ifindexes,
             bpffs,
         })
@@ -532,6 +535,7 @@ impl Fixture {
         self.backend = None;
         self.backend = Some(Ebpf::open(options)?);
         self.programs = attached_programs()?;
+        self.collectors = collectors(&self.bpffs)?;
         Ok(())
     }
 
@@ -716,9 +720,11 @@ impl Fixture {
         Table::open(|name| self.map(name), '6')
     }
 
-    /// Removes all flows; returns how many.
+    /// Has the agent's programs remove all flows; returns how many.
     pub(crate) fn remove_flows(&self) -> Result<usize> {
-        Ok(self.table4()?.remove::<Be32>(|_| true)? + self.table6()?.remove::<Be128>(|_| true)?)
+        let [four, six] = &self.collectors;
+        Ok(four.remove(&self.table4()?.keys::<Be32>()?)?
+            + six.remove(&self.table6()?.keys::<Be128>()?)?)
     }
 
     /// Leaves flow tables without flows as they are before they may be used.
@@ -763,8 +769,18 @@ impl Fixture {
 
     /// Pin of a map.
     pub(crate) fn map_path(&self, name: &str) -> PathBuf {
-        self.bpffs.path().join(format!("netdp/v{}/maps", netdp_common::abi::ABI)).join(name)
+        map_path(&self.bpffs, name)
     }
+}
+
+fn map_path(bpffs: &Bpffs, name: &str) -> PathBuf {
+    bpffs.path().join(format!("netdp/v{}/maps", netdp_common::abi::ABI)).join(name)
+}
+
+/// What removes flows of either family.
+fn collectors(bpffs: &Bpffs) -> Result<[Collector; 2]> {
+    let of = |name, places| Collector::find(name, &MapData::from_pin(map_path(bpffs, places))?);
+    Ok([of("collect4", "FLOW4")?, of("collect6", "FLOW6")?])
 }
 
 /// Who is at one end of a flow.

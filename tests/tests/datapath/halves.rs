@@ -1,14 +1,19 @@
 //! The flow tables: reading them, changing and removing flows behind the programs' back.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, os::fd::AsFd};
 
-use anyhow::{Result, ensure};
-use aya::maps::{Array, Map, MapData, Stack};
-use bytemuck::{Pod, bytes_of, pod_read_unaligned};
+use anyhow::{Context, Result};
+use aya::{
+    maps::{Array, Map, MapData},
+    programs::{SchedClassifier, loaded_programs},
+};
+use bytemuck::{Pod, bytes_of, cast_slice, pod_read_unaligned};
 use netdp_common::{
     addr::{Address, Be32, Be128, Tuple},
-    flow::{FlowTable, IndexSet, Place, flag, tag},
+    aging::{KEYS_AT, KEYS_MAX, order},
+    flow::{FlowKey, FlowTable, Place, flag},
 };
+use netdp_tests::bpf::{self, Checksum, SkbContext};
 
 /// Where packets of a half arrive: a network's id, or 0 for the world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,8 +76,6 @@ pub(crate) enum Fate {
 pub(crate) struct Table<const PLACE: usize> {
     table: Array<MapData, [u8; size_of::<FlowTable>()]>,
     places: Array<MapData, [u8; PLACE]>,
-    index: Array<MapData, [u8; size_of::<IndexSet>()]>,
-    free: Stack<MapData, u32>,
 }
 
 /// IPv4's.
@@ -87,8 +90,6 @@ impl<const PLACE: usize> Table<PLACE> {
         Ok(Self {
             table: Map::Array(map("TABLE")?).try_into()?,
             places: Map::Array(map("FLOW")?).try_into()?,
-            index: Map::Array(map("INDEX")?).try_into()?,
-            free: Map::Stack(map("FREE")?).try_into()?,
         })
     }
 
@@ -139,56 +140,61 @@ impl<const PLACE: usize> Table<PLACE> {
         Ok(changed)
     }
 
-    /// Removes those flows that `is_doomed` says of their two halves; returns how many. The place that is
-    /// freed last is the first to be taken again: the lowest.
-    pub(crate) fn remove<A: Address>(
-        &mut self,
-        mut is_doomed: impl FnMut(&[Place<A>; 2]) -> bool,
-    ) -> Result<usize>
+    /// The keys of all flows, by their original halves, the highest number first: the lowest is then
+    /// given back last, and the first to be taken again.
+    pub(crate) fn keys<A: Address>(&self) -> Result<Vec<FlowKey<A>>>
     where
         Place<A>: Pod,
     {
-        let mut removed = 0;
+        let mut keys = Vec::new();
         for number in (0..self.table()?.top).rev() {
-            let mut halves: [Place<A>; 2] = Default::default();
-            for (side, half) in (0..).zip(&mut halves) {
-                *half = pod_read_unaligned(&self.places.get(&(2 * number + side), 0)?);
+            let place: Place<A> = pod_read_unaligned(&self.places.get(&(2 * number), 0)?);
+            if place.is_taken != 0 {
+                keys.push(place.key);
             }
-            if halves[0].is_taken == 0 || !is_doomed(&halves) {
-                continue;
-            }
-            for half in &mut halves {
-                self.take_out(half)?;
-                half.is_taken = 0;
-                self.places.set(half.number, <[u8; PLACE]>::try_from(bytes_of(half))?, 0)?;
-            }
-            self.free.push(number, 0)?;
-            removed += 1;
         }
-        Ok(removed)
+        Ok(keys)
     }
 
     /// Leaves a table without flows as it is before it may be used.
     pub(crate) fn unfinish(&mut self) -> Result<()> {
         Ok(self.table.set(0, [0; size_of::<FlowTable>()], 0)?)
     }
+}
 
-    /// Takes a half out of the index.
-    fn take_out<A: Address>(&mut self, half: &Place<A>) -> Result<()> {
-        let FlowTable { seed, mask, .. } = self.table()?;
-        let hash = half.key.hash(seed);
-        let number = hash as u32 & mask;
-        let mut set: IndexSet = pod_read_unaligned(&self.index.get(&number, 0)?);
-        let mut tags = [0; 12];
-        tags[..8].copy_from_slice(&set.first_tags.to_le_bytes());
-        tags[8..].copy_from_slice(&set.last_tags.to_le_bytes());
-        let is_it = |slot: &usize| tags[*slot] == tag(hash) && set.places[*slot] == half.number;
-        let slots: Vec<_> = (0..tags.len()).filter(is_it).collect();
-        ensure!(slots.len() == 1, "place {} stands in slots {slots:?} of {set:?}", half.number);
-        tags[slots[0]] = 0;
-        set.first_tags = u64::from_le_bytes(tags[..8].try_into()?);
-        set.last_tags = u32::from_le_bytes(tags[8..].try_into()?);
-        self.index.set(number, <[u8; size_of::<IndexSet>()]>::try_from(bytes_of(&set))?, 0)?;
-        Ok(())
+/// A program of the agent's that removes flows of a family.
+pub(crate) struct Collector(SchedClassifier);
+
+impl Collector {
+    /// The one of this name that was loaded last among those that use the map.
+    pub(crate) fn find(name: &'static str, map: &MapData) -> Result<Self> {
+        let map = map.info()?.id();
+        let mut newest = None;
+        for info in loaded_programs() {
+            // Others' programs come and go meanwhile.
+            let Ok(info) = info else { continue };
+            let uses_map = || info.map_ids().is_ok_and(|ids| ids.is_some_and(|ids| ids.contains(&map)));
+            if info.name_as_str() == Some(name) && uses_map() {
+                newest = Some(info);
+            }
+        }
+        let info = newest.with_context(|| format!("find {name}"))?;
+        Ok(Self(SchedClassifier::from_program_info(info, name.into())?))
+    }
+
+    /// Removes the flows that have halves with these keys; returns how many.
+    pub(crate) fn remove<A: Address>(&self, keys: &[FlowKey<A>]) -> Result<usize>
+    where
+        FlowKey<A>: Pod,
+    {
+        let mut removed = 0;
+        for keys in keys.chunks(KEYS_MAX) {
+            let mut frame = vec![0; KEYS_AT];
+            frame.extend_from_slice(cast_slice(keys));
+            let context = SkbContext::order(order::REMOVE);
+            let ran = bpf::run(self.0.fd()?.as_fd(), &frame, &context, Checksum::Unknown)?;
+            removed += usize::try_from(ran.verdict)?;
+        }
+        Ok(removed)
     }
 }
