@@ -105,7 +105,9 @@ wire! {
         pub first_tags: u64,
         /// The same of the others.
         pub last_tags: u32,
-        /// How many CPUs write to the set or want to: who makes it 1 may.
+        /// In the bits of [`WRITERS`] how many CPUs write to the set or want to: who makes it 1 may.
+        /// [`OVERFLOWED`] beside them once a key that belongs here was put into the next set, that whose
+        /// number differs in the last bit, because this one was full.
         pub writers: u32,
         /// Where the halves lie.
         pub places: [u32; SLOTS_PER_SET],
@@ -113,6 +115,11 @@ wire! {
 }
 
 const _: () = assert!(size_of::<IndexSet>() == 64);
+
+/// Bits of [`IndexSet::writers`] that count.
+pub const WRITERS: u32 = 0xffff;
+/// Bit of [`IndexSet::writers`]; it stays.
+pub const OVERFLOWED: u32 = 1 << 16;
 
 wire! {
     /// The single entry of TABLE4 and TABLE6: what holds for a whole table.
@@ -141,10 +148,11 @@ pub const fn sets(flows: u32) -> u32 {
     if sets < 64 { 64 } else { sets }
 }
 
-/// The tag of a hash: seven of its bits that do not choose the set, and one by which it is not 0.
+/// The tag of a hash: six of its bits that do not choose the set, one by which it is not 0, and the last
+/// bit of its set's number, by which those that belong there differ from those of the set beside it.
 #[inline(always)]
 pub const fn tag(hash: u64) -> u8 {
-    (hash >> 56) as u8 | 0x80
+    (hash >> 56) as u8 & !1 | 0x80 | (hash & 1) as u8
 }
 
 // A zone is 16 bits of a key: a table has two keys for each flow, so their bytes count.

@@ -446,8 +446,10 @@ fn link<F: Family>(skb: *mut __sk_buff, new: &mut NewFlow<F>, config: &Config) -
         {
             continue;
         }
+        let Some(spot) = table::spot::<F>(&new.reply_key) else { break };
+        spot.approach::<F>();
         table::fill(new);
-        let linked = F::link(2 * new.number + 1);
+        let linked = spot.link::<F>(2 * new.number + 1);
         if linked == Linked::Now as u32 {
             return finish(new);
         }
@@ -540,8 +542,8 @@ fn has_changeable_ports<F: Family>(proto: u8) -> bool {
 /// Puts the original half into the index after the reply half.
 #[inline(always)]
 fn finish<F: Family>(new: &mut NewFlow<F>) -> Opened {
-    let linked = F::link(2 * new.number);
-    if linked == Linked::Now as u32 {
+    let spot = table::spot::<F>(&new.key);
+    if spot.is_some_and(|spot| spot.link::<F>(2 * new.number) == Linked::Now as u32) {
         return Opened::New;
     }
     if !table::take_back_reply(new) {

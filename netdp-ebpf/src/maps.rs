@@ -7,7 +7,7 @@
 use core::{arch::asm, ptr::NonNull};
 
 use aya_ebpf::{
-    bindings::BPF_F_NO_PREALLOC,
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     helpers::generated::bpf_map_pop_elem,
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, Stack, lpm_trie::Key},
@@ -177,11 +177,13 @@ macro_rules! maps {
         /// Halves of flows, by place. Written by the programs, collected by the agent. Full: new flows
         /// are refused.
         #[map]
-        static $flow: Array<Place<$address>> = Array::with_max_entries(2 * FLOWS_DEFAULT, 0);
+        static $flow: Array<Place<$address>> =
+            Array::with_max_entries(2 * FLOWS_DEFAULT, BPF_F_MMAPABLE);
 
         /// Where halves lie, by the hash of their keys.
         #[map]
-        static $index: Array<IndexSet> = Array::with_max_entries(sets(FLOWS_DEFAULT), 0);
+        static $index: Array<IndexSet> =
+            Array::with_max_entries(sets(FLOWS_DEFAULT), BPF_F_MMAPABLE);
 
         /// Numbers that flows had; the last that was given back is the first to be taken.
         #[map]

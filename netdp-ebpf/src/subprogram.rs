@@ -29,7 +29,7 @@ pub(crate) trait Subprograms {
     /// [`table::find`].
     fn find() -> u32;
     /// [`table::link`].
-    fn link(number: u32) -> u32;
+    fn link(number: u32, set: u32, tag: u32) -> u32;
     /// [`table::unlink`].
     fn unlink(number: u32, set: u32, tag: u32) -> u32;
     /// [`refuse::answer`].
@@ -82,8 +82,8 @@ macro_rules! subprograms {
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $link(number: u32) -> u32 {
-            table::link::<$family>(number)
+        extern "C" fn $link(number: u32, set: u32, tag: u32) -> u32 {
+            table::link::<$family>(number, set, tag as u8)
         }
 
         #[unsafe(no_mangle)]
@@ -135,8 +135,8 @@ macro_rules! subprograms {
             }
 
             #[inline(always)]
-            fn link(number: u32) -> u32 {
-                $link(number)
+            fn link(number: u32, set: u32, tag: u32) -> u32 {
+                $link(number, set, tag)
             }
 
             #[inline(always)]

@@ -12,7 +12,9 @@ use core::{mem::offset_of, ptr::NonNull};
 
 use netdp_common::{
     addr::{Address, Tuple},
-    flow::{Flow, FlowKey, FlowTable, IndexSet, Place, SLOTS_PER_SET, seen, tag},
+    flow::{
+        Flow, FlowKey, FlowTable, IndexSet, OVERFLOWED, Place, SLOTS_PER_SET, WRITERS, seen, tag,
+    },
 };
 
 use crate::{
@@ -96,10 +98,8 @@ fn look_up<F: Family>(key: &FlowKey<F::Address>) -> u32 {
 /// The place of the key that lies in [`maps::Maps::wanted`], or [`NOWHERE`].
 #[inline(always)]
 pub(crate) fn find<F: Family>() -> u32 {
-    let (Some(table), Some(key)) = (F::flow_table(), F::wanted()) else { return NOWHERE };
-    let hash = key.hash(seed(table));
-    let Some(set) = F::index_set(hash as u32 & mask(table)) else { return NOWHERE };
-    search_set::<F>(set, key, tag(hash)).unwrap_or(NOWHERE)
+    let Some(key) = F::wanted() else { return NOWHERE };
+    spot::<F>(key).and_then(|spot| spot.search::<F>(key)).unwrap_or(NOWHERE)
 }
 
 /// The place of a key in a set.
@@ -187,36 +187,114 @@ pub(crate) enum Linked {
     NoRoom,
 }
 
-/// Lets packets find a place by the key that it has. Returns one of [`Linked`].
+/// Where a key belongs in the index.
+#[derive(Clone, Copy)]
+pub(crate) struct Spot {
+    /// Number of the set, its home. What had no room there is in the one beside it.
+    set: u32,
+    tag: u8,
+}
+
+/// The spot of a key.
 #[inline(always)]
-pub(crate) fn link<F: Family>(number: u32) -> u32 {
-    let (Some(table), Some(place)) = (F::flow_table(), F::place(number)) else {
+pub(crate) fn spot<F: Family>(key: &FlowKey<F::Address>) -> Option<Spot> {
+    let table = F::flow_table()?;
+    let hash = key.hash(seed(table));
+    Some(Spot { set: hash as u32 & mask(table), tag: tag(hash) })
+}
+
+impl Spot {
+    /// Asks for the set, so that it is on its way from memory before it is needed.
+    #[inline(always)]
+    pub(crate) fn approach<F: Family>(self) {
+        if let Some(set) = F::index_set(self.set) {
+            first_tags(set);
+        }
+    }
+
+    /// Lets packets find a place here. Returns one of [`Linked`].
+    #[inline(always)]
+    pub(crate) fn link<F: Family>(self, number: u32) -> u32 {
+        F::link(number, self.set, self.tag.into())
+    }
+
+    /// Makes sure that packets do not find a place here, with patience. Returns one of [`Unlinked`].
+    #[inline(always)]
+    fn unlink<F: Family>(self, number: u32) -> u32 {
+        let mut unlinked = Unlinked::Busy as u32;
+        for _ in 0..PATIENCE {
+            if unlinked == Unlinked::Busy as u32 {
+                unlinked = F::unlink(number, self.set, self.tag.into());
+            }
+        }
+        unlinked
+    }
+
+    #[inline(always)]
+    fn home<F: Family>(self) -> Option<NonNull<IndexSet>> {
+        F::index_set(self.set)
+    }
+
+    #[inline(always)]
+    fn neighbour<F: Family>(self) -> Option<NonNull<IndexSet>> {
+        F::index_set(self.set ^ 1)
+    }
+
+    /// The place of the key whose spot this is.
+    #[inline(always)]
+    fn search<F: Family>(self, key: &FlowKey<F::Address>) -> Option<u32> {
+        let home = self.home::<F>()?;
+        if let Some(found) = search_set::<F>(home, key, self.tag) {
+            return Some(found);
+        }
+        if !has_overflowed(home) {
+            return None;
+        }
+        search_set::<F>(self.neighbour::<F>()?, key, self.tag)
+    }
+}
+
+/// Lets packets find a place by its key, whose spot is this. Returns one of [`Linked`].
+#[inline(always)]
+pub(crate) fn link<F: Family>(number: u32, set: u32, tag: u8) -> u32 {
+    let spot = Spot { set, tag };
+    let (Some(place), Some(home)) = (F::place(number), spot.home::<F>()) else {
         return Linked::NoRoom as u32;
     };
     // SAFETY: the pointer comes from a map lookup; any bytes are a place.
     let key = unsafe { &(*place.as_ptr()).key };
-    let hash = key.hash(seed(table));
-    let Some(set) = F::index_set(hash as u32 & mask(table)) else { return Linked::NoRoom as u32 };
-    let writers = writers(set);
-    if !begin(writers) {
+    if !begin(writers(home)) {
         return Linked::NoRoom as u32;
     }
-    let linked = add::<F>(set, key, tag(hash), number);
-    end(writers);
+    let linked = if spot.search::<F>(key).is_some() {
+        Linked::Before
+    } else if put(home, tag, number) || overflow::<F>(spot, home, number) {
+        Linked::Now
+    } else {
+        Linked::NoRoom
+    };
+    end(writers(home));
     linked as u32
 }
 
-/// As the set's only writer.
+/// Puts a place beside its home, which is full, as the home's only writer. Returns whether there was room.
 #[inline(always)]
-fn add<F: Family>(
-    set: NonNull<IndexSet>,
-    key: &FlowKey<F::Address>,
-    tag: u8,
-    number: u32,
-) -> Linked {
-    if search_set::<F>(set, key, tag).is_some() {
-        return Linked::Before;
+fn overflow<F: Family>(spot: Spot, home: NonNull<IndexSet>, number: u32) -> bool {
+    // Who comes from the other side meanwhile waits for us as we do: one of us gives up.
+    let Some(neighbour) = spot.neighbour::<F>().filter(|set| begin(writers(*set))) else {
+        return false;
+    };
+    if !has_overflowed(home) {
+        maps::add_word(writers(home), OVERFLOWED.into());
     }
+    let is_put = put(neighbour, spot.tag, number);
+    end(writers(neighbour));
+    is_put
+}
+
+/// Puts a place into a free slot, as the set's only writer. Returns whether there was one.
+#[inline(always)]
+fn put(set: NonNull<IndexSet>, tag: u8, number: u32) -> bool {
     let (first, last) = (first_tags(set), last_tags(set));
     let is_crowded = |tags: u64| with_tag(tags, tag).count_ones() as usize >= SAME_TAGS;
     let holes = zeros(first);
@@ -224,7 +302,7 @@ fn add<F: Family>(
         let slot = lowest(holes);
         set_place(set, slot, number);
         set_first_tags(set, first | u64::from(tag) << (8 * slot));
-        return Linked::Now;
+        return true;
     }
     // The other half of the word is no slots.
     let holes = zeros(u64::from(last)) & 0xffff_ffff;
@@ -232,9 +310,9 @@ fn add<F: Family>(
         let slot = lowest(holes) & 3;
         set_place(set, FIRST as u32 + slot, number);
         set_last_tags(set, last | u32::from(tag) << (8 * slot));
-        return Linked::Now;
+        return true;
     }
-    Linked::NoRoom
+    false
 }
 
 /// What became of a place that was to be taken out of the index.
@@ -248,29 +326,34 @@ pub(crate) enum Unlinked {
     Busy,
 }
 
-/// Makes sure that packets with a key of this set and tag do not find this place. Returns one of [`Unlinked`].
+/// Makes sure that packets with a key whose spot is this do not find this place. Returns one of [`Unlinked`].
 #[inline(always)]
 pub(crate) fn unlink<F: Family>(number: u32, set: u32, tag: u8) -> u32 {
-    let Some(set) = F::index_set(set) else { return Unlinked::Before as u32 };
-    let writers = writers(set);
-    if !begin(writers) {
+    let spot = Spot { set, tag };
+    let Some(home) = spot.home::<F>() else { return Unlinked::Before as u32 };
+    if !begin(writers(home)) {
         return Unlinked::Busy as u32;
     }
-    let was_there = take_out(set, number, tag);
-    end(writers);
-    (if was_there { Unlinked::Now } else { Unlinked::Before }) as u32
+    let unlinked = if take_out(home, number, tag) {
+        Unlinked::Now
+    } else if has_overflowed(home) {
+        take_out_beside::<F>(spot, number)
+    } else {
+        Unlinked::Before
+    };
+    end(writers(home));
+    unlinked as u32
 }
 
-/// As [`unlink`], for a key of this hash, and more patient.
+/// Takes a place out of the set beside its home, as the home's only writer.
 #[inline(always)]
-fn unlink_hash<F: Family>(number: u32, hash: u64, mask: u32) -> u32 {
-    let mut unlinked = Unlinked::Busy as u32;
-    for _ in 0..PATIENCE {
-        if unlinked == Unlinked::Busy as u32 {
-            unlinked = F::unlink(number, hash as u32 & mask, tag(hash).into());
-        }
-    }
-    unlinked
+fn take_out_beside<F: Family>(spot: Spot, number: u32) -> Unlinked {
+    let Some(neighbour) = spot.neighbour::<F>().filter(|set| begin(writers(*set))) else {
+        return Unlinked::Busy;
+    };
+    let was_there = take_out(neighbour, number, spot.tag);
+    end(writers(neighbour));
+    if was_there { Unlinked::Now } else { Unlinked::Before }
 }
 
 #[inline(always)]
@@ -332,9 +415,8 @@ fn copy_key<A: Address>(from: &FlowKey<A>, to: &mut FlowKey<A>) {
 /// may be given back.
 #[inline(always)]
 pub(crate) fn take_back_reply<F: Family>(new: &NewFlow<F>) -> bool {
-    let Some(table) = F::flow_table() else { return false };
-    let hash = new.reply_key.hash(seed(table));
-    unlink_hash::<F>(2 * new.number + 1, hash, mask(table)) != Unlinked::Busy as u32
+    let Some(spot) = spot::<F>(&new.reply_key) else { return false };
+    spot.unlink::<F>(2 * new.number + 1) != Unlinked::Busy as u32
 }
 
 /// Gives back the number of a flow that the index does not lead to any more, or never did.
@@ -382,22 +464,21 @@ pub(crate) fn take_number<F: Family>(number: &mut u32) -> Result<(), Opened> {
 #[inline(always)]
 pub(crate) fn remove<F: Family>(key: &FlowKey<F::Address>) -> Option<u32> {
     let found = look_up::<F>(key);
-    let (table, half) = (F::flow_table()?, at::<F>(found)?);
-    let (seed, mask) = (seed(table), mask(table));
+    let half = at::<F>(found)?;
     let (original, reply) = (found & !1, found | 1);
-    let hash = at::<F>(original)?.key().hash(seed);
-    // The number may have become another flow's. If it does from here on, the hash does not fit.
+    let its_spot = spot::<F>(at::<F>(original)?.key())?;
+    // The number may have become another flow's. If it does from here on, the spot does not fit.
     if !half.has_key(key) {
         return None;
     }
     // Who takes this one out has the flow to itself, until the number is given back.
-    if unlink_hash::<F>(original, hash, mask) != Unlinked::Now as u32 {
+    if its_spot.unlink::<F>(original) != Unlinked::Now as u32 {
         return None;
     }
     let opener = at::<F>(original)?.generation();
-    let hash = at::<F>(reply)?.key().hash(seed);
+    let its_spot = spot::<F>(at::<F>(reply)?.key())?;
     // Better a number that is lost than a slot that leads to somebody else's half.
-    if unlink_hash::<F>(reply, hash, mask) != Unlinked::Busy as u32 {
+    if its_spot.unlink::<F>(reply) != Unlinked::Busy as u32 {
         free::<F>(found >> 1);
     }
     Some(opener)
@@ -431,17 +512,24 @@ fn begin(writers: NonNull<u32>) -> bool {
     for _ in 0..TRIES {
         // Those who only look don't keep each other from it.
         // SAFETY: the pointer comes from a map lookup; an aligned word.
-        if unsafe { writers.as_ptr().read_volatile() } != 0 {
+        if unsafe { writers.as_ptr().read_volatile() } & WRITERS != 0 {
             continue;
         }
         maps::add_word(writers, 1);
         // SAFETY: the pointer comes from a map lookup; an aligned word.
-        if unsafe { writers.as_ptr().read_volatile() } == 1 {
+        if unsafe { writers.as_ptr().read_volatile() } & WRITERS == 1 {
             return true;
         }
         maps::add_word(writers, -1);
     }
     false
+}
+
+/// Whether something was put beside this set once, for it was full.
+#[inline(always)]
+fn has_overflowed(set: NonNull<IndexSet>) -> bool {
+    // SAFETY: the pointer comes from a map lookup; an aligned word.
+    unsafe { writers(set).read_volatile() & OVERFLOWED != 0 }
 }
 
 #[inline(always)]

@@ -28,10 +28,11 @@ use netdp::{
     model::{EndpointId, NetworkId},
 };
 use netdp_common::{
-    addr::{Be32, Be128},
+    addr::{Be16, Be32, Be128, Tuple},
     aging::Collection,
     config::{Config, Timeouts},
     counter::Reason,
+    flow::{FlowKey, IPPROTO_UDP},
     fragment::{FragmentKey, Ports},
     network::Network,
     socket::claim,
@@ -50,7 +51,7 @@ use tempfile::TempDir;
 
 use crate::{
     datagram::{Datagram, Wire, verify},
-    family::Family,
+    family::{Family, ipv6},
     halves::{Collector, Fate, Half, Table, Table4, Table6},
     host::build_host,
     standard::standard_program,
@@ -718,6 +719,31 @@ impl Fixture {
 
     fn table6(&self) -> Result<Table6> {
         Table::open(|name| self.map(name), '6')
+    }
+
+    /// The set of the index that UDP from outside belongs in.
+    pub(crate) fn set_of(&self, wire: Wire) -> Result<u32> {
+        let ends = [wire.source, wire.destination];
+        let [sport, dport] = ends.map(|end| Be16::new(end.port()));
+        let [src, dst] = ends.map(|end| *end.ip());
+        match self.family {
+            Family::V4 => {
+                let [src, dst] = [src, dst].map(Be32::from);
+                self.table4()?.set_of(&FlowKey::new(
+                    0,
+                    Tuple { src, dst, sport, dport },
+                    IPPROTO_UDP,
+                ))
+            }
+            Family::V6 => {
+                let [src, dst] = [src, dst].map(|party| Be128::from(ipv6(party)));
+                self.table6()?.set_of(&FlowKey::new(
+                    0,
+                    Tuple { src, dst, sport, dport },
+                    IPPROTO_UDP,
+                ))
+            }
+        }
     }
 
     /// Has the agent's programs remove all flows; returns how many.

@@ -156,6 +156,12 @@ impl<const PLACE: usize> Table<PLACE> {
         Ok(keys)
     }
 
+    /// Number of the set of the index that a key belongs in.
+    pub(crate) fn set_of<A: Address>(&self, key: &FlowKey<A>) -> Result<u32> {
+        let table = self.table()?;
+        Ok(key.hash(table.seed) as u32 & table.mask)
+    }
+
     /// Leaves a table without flows as it is before it may be used.
     pub(crate) fn unfinish(&mut self) -> Result<()> {
         Ok(self.table.set(0, [0; size_of::<FlowTable>()], 0)?)
@@ -173,7 +179,8 @@ impl Collector {
         for info in loaded_programs() {
             // Others' programs come and go meanwhile.
             let Ok(info) = info else { continue };
-            let uses_map = || info.map_ids().is_ok_and(|ids| ids.is_some_and(|ids| ids.contains(&map)));
+            let uses_map =
+                || info.map_ids().is_ok_and(|ids| ids.is_some_and(|ids| ids.contains(&map)));
             if info.name_as_str() == Some(name) && uses_map() {
                 newest = Some(info);
             }

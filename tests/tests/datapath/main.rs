@@ -119,6 +119,7 @@ const TRIALS: &[Promise] = trials! {
         a_connection_survives_the_loss_of_its_flow,
         a_full_table_refuses_new_flows_and_keeps_old_ones,
         a_large_table_fills,
+        what_a_set_has_no_room_for_stands_beside_it,
         a_table_that_was_not_finished_is_begun_again,
         a_successor_inherits_no_flow,
         an_unpublished_port_is_closed_to_its_flows,
