@@ -3,7 +3,7 @@
 
 /// Version of every layout in this crate. Pins live under `<bpffs>/netdp/v<ABI>/`, so an agent
 /// with other layouts can't adopt them by mistake.
-pub const ABI: u32 = 4;
+pub const ABI: u32 = 5;
 
 /// Defines a key or value of a map: C layout, no padding the compiler could leave uninitialised,
 /// equal iff the bytes are equal. With `<A>` the shape exists for each family of addresses.
@@ -86,7 +86,7 @@ mod tests {
 
     /// Pinned maps outlive the agent: whoever changes a size here changes [`super::ABI`] too.
     #[test]
-    fn layouts_of_abi_4() {
+    fn layouts_of_abi_5() {
         assert_eq!(sizes_of_family::<Be32>(), [40, 16, 20, 64, 12, 12, 8, 12]);
         assert_eq!(sizes_of_family::<Be128>(), [64, 40, 44, 112, 24, 24, 20, 36]);
         let sizes = [
@@ -109,6 +109,6 @@ mod tests {
         for (name, size, expected) in sizes {
             assert_eq!(size, expected, "{name}");
         }
-        assert_eq!(super::ABI, 4);
+        assert_eq!(super::ABI, 5);
     }
 }

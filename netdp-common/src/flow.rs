@@ -8,7 +8,7 @@
 //!
 //! Flow number n has places 2n (the half of the direction that opened it) and 2n + 1 (the answer's) of its
 //! table. The index is an array of sets with [`SLOTS_PER_SET`] slots each, and a key's hash says in which of
-//! them its place stands. Both halves get their numbers at once and give them back at once; a
+//! them its place stands, or beside which if that is full. Both halves get their numbers at once and give them back at once; a
 //! packet finds one as long as its place stands in the index.
 
 use crate::{
@@ -99,15 +99,16 @@ const _: () = assert!(size_of::<Place<Be32>>() == 64);
 pub const SLOTS_PER_SET: usize = 12;
 
 wire! {
-    /// Value of INDEX4 and INDEX6: the slots of keys whose hashes have the same lower bits; a cache line.
+    /// Value of INDEX4 and INDEX6: the slots of keys whose hashes have the same lower bits, and of those
+    /// that the set beside it had no room for; a cache line.
     pub struct IndexSet {
         /// [`tag`]s of the first eight slots, the first one's in the lowest byte; 0 where a slot is free.
         pub first_tags: u64,
         /// The same of the others.
         pub last_tags: u32,
-        /// In the bits of [`WRITERS`] how many CPUs write to the set or want to: who makes it 1 may.
-        /// [`OVERFLOWED`] beside them once a key that belongs here was put into the next set, that whose
-        /// number differs in the last bit, because this one was full.
+        /// In the bits of [`WRITERS`] how many CPUs write to the set or want to: who makes it 1 may. In
+        /// steps of [`BESIDE`] how many keys that belong here stand in the set beside this one, whose
+        /// number differs in the last bit, because there was no room for them.
         pub writers: u32,
         /// Where the halves lie.
         pub places: [u32; SLOTS_PER_SET],
@@ -116,10 +117,10 @@ wire! {
 
 const _: () = assert!(size_of::<IndexSet>() == 64);
 
-/// Bits of [`IndexSet::writers`] that count.
+/// Bits of [`IndexSet::writers`].
 pub const WRITERS: u32 = 0xffff;
-/// Bit of [`IndexSet::writers`]; it stays.
-pub const OVERFLOWED: u32 = 1 << 16;
+/// One key in [`IndexSet::writers`].
+pub const BESIDE: u32 = 1 << 16;
 
 wire! {
     /// The single entry of TABLE4 and TABLE6: what holds for a whole table.
@@ -438,6 +439,7 @@ mod tests {
                     let hash = FlowKey::new(zone, tuple, IPPROTO_TCP).hash(seed);
                     taken[(hash as u32 & (sets - 1)) as usize] += 1;
                     tags.insert(tag(hash));
+                    assert_eq!(u64::from(tag(hash)) & 1, hash & 1, "{name}: a tag tells its set");
                 }
                 let left_out: usize =
                     taken.iter().map(|taken| taken.saturating_sub(SLOTS_PER_SET)).sum();

@@ -163,6 +163,10 @@ pub(crate) trait Maps: Sized {
         Self: Family;
 }
 
+/// Of an array that may be mapped into a process, the values begin where a page does; of others they
+/// begin somewhere in a cache line, and one that is as large as a line lies in two (Linux 5.5).
+const IN_LINES: u32 = BPF_F_MMAPABLE;
+
 /// The maps of one family, and the way to them.
 macro_rules! maps {
     (
@@ -177,13 +181,11 @@ macro_rules! maps {
         /// Halves of flows, by place. Written by the programs, collected by the agent. Full: new flows
         /// are refused.
         #[map]
-        static $flow: Array<Place<$address>> =
-            Array::with_max_entries(2 * FLOWS_DEFAULT, BPF_F_MMAPABLE);
+        static $flow: Array<Place<$address>> = Array::with_max_entries(2 * FLOWS_DEFAULT, IN_LINES);
 
         /// Where halves lie, by the hash of their keys.
         #[map]
-        static $index: Array<IndexSet> =
-            Array::with_max_entries(sets(FLOWS_DEFAULT), BPF_F_MMAPABLE);
+        static $index: Array<IndexSet> = Array::with_max_entries(sets(FLOWS_DEFAULT), IN_LINES);
 
         /// Numbers that flows had; the last that was given back is the first to be taken.
         #[map]

@@ -1,7 +1,8 @@
 //! The flow table: places for the halves of flows, and the index by which a packet finds them.
 //!
 //! A lookup takes the set that the key's hash says, looks at its tags, eight at a time, and compares
-//! the key of each place whose tag is right; it waits for nobody. Who adds to a set or takes from
+//! the key of each place whose tag is right; what the set had no room for stands in the one beside it. A
+//! lookup waits for nobody. Who adds to a set or takes from
 //! it is its only writer meanwhile. What a place says is written before the index leads there, and
 //! it is free for the next flow only when the index has ceased to.
 //!
@@ -12,9 +13,7 @@ use core::{mem::offset_of, ptr::NonNull};
 
 use netdp_common::{
     addr::{Address, Tuple},
-    flow::{
-        Flow, FlowKey, FlowTable, IndexSet, OVERFLOWED, Place, SLOTS_PER_SET, WRITERS, seen, tag,
-    },
+    flow::{BESIDE, Flow, FlowKey, FlowTable, IndexSet, Place, SLOTS_PER_SET, WRITERS, seen, tag},
 };
 
 use crate::{
@@ -26,9 +25,12 @@ use crate::{
 /// Looks at the same tag in eight slots before a lookup gives up. An insertion that finds as many
 /// refuses.
 const SAME_TAGS: usize = 4;
-/// How often to try to be a set's only writer. Others are done in less time than a try takes; a
-/// virtual CPU may sleep meanwhile.
+/// How often to try to be a set's only writer. Others are done in less time than a few tries take, or
+/// wait for the set beside it; a virtual CPU may sleep meanwhile.
 const TRIES: u32 = 1024;
+/// How often to try it with the set beside one that is held, where that has the lower number: who comes
+/// from there waits for this one, and has more patience.
+const TRIES_BELOW: u32 = 64;
 /// How often to try that again where a slot would be lost otherwise.
 const PATIENCE: u32 = 8;
 /// What [`look_up`] returns where there is no such half.
@@ -240,6 +242,13 @@ impl Spot {
         F::index_set(self.set ^ 1)
     }
 
+    /// The set beside its home, for whoever is the home's only writer, and now is that one's, too.
+    #[inline(always)]
+    fn begin_beside<F: Family>(self) -> Option<NonNull<IndexSet>> {
+        let tries = if self.set & 1 == 0 { TRIES } else { TRIES_BELOW };
+        self.neighbour::<F>().filter(|set| begin(writers(*set), tries))
+    }
+
     /// The place of the key whose spot this is.
     #[inline(always)]
     fn search<F: Family>(self, key: &FlowKey<F::Address>) -> Option<u32> {
@@ -247,7 +256,7 @@ impl Spot {
         if let Some(found) = search_set::<F>(home, key, self.tag) {
             return Some(found);
         }
-        if !has_overflowed(home) {
+        if !has_some_beside(home) {
             return None;
         }
         search_set::<F>(self.neighbour::<F>()?, key, self.tag)
@@ -263,7 +272,7 @@ pub(crate) fn link<F: Family>(number: u32, set: u32, tag: u8) -> u32 {
     };
     // SAFETY: the pointer comes from a map lookup; any bytes are a place.
     let key = unsafe { &(*place.as_ptr()).key };
-    if !begin(writers(home)) {
+    if !begin(writers(home), TRIES) {
         return Linked::NoRoom as u32;
     }
     let linked = if spot.search::<F>(key).is_some() {
@@ -280,14 +289,13 @@ pub(crate) fn link<F: Family>(number: u32, set: u32, tag: u8) -> u32 {
 /// Puts a place beside its home, which is full, as the home's only writer. Returns whether there was room.
 #[inline(always)]
 fn overflow<F: Family>(spot: Spot, home: NonNull<IndexSet>, number: u32) -> bool {
-    // Who comes from the other side meanwhile waits for us as we do: one of us gives up.
-    let Some(neighbour) = spot.neighbour::<F>().filter(|set| begin(writers(*set))) else {
-        return false;
-    };
-    if !has_overflowed(home) {
-        maps::add_word(writers(home), OVERFLOWED.into());
-    }
+    let Some(neighbour) = spot.begin_beside::<F>() else { return false };
+    // Before it stands there: who looks for it meanwhile looks there, too.
+    maps::add_word(writers(home), BESIDE.into());
     let is_put = put(neighbour, spot.tag, number);
+    if !is_put {
+        maps::add_word(writers(home), -i64::from(BESIDE));
+    }
     end(writers(neighbour));
     is_put
 }
@@ -331,13 +339,13 @@ pub(crate) enum Unlinked {
 pub(crate) fn unlink<F: Family>(number: u32, set: u32, tag: u8) -> u32 {
     let spot = Spot { set, tag };
     let Some(home) = spot.home::<F>() else { return Unlinked::Before as u32 };
-    if !begin(writers(home)) {
+    if !begin(writers(home), TRIES) {
         return Unlinked::Busy as u32;
     }
     let unlinked = if take_out(home, number, tag) {
         Unlinked::Now
-    } else if has_overflowed(home) {
-        take_out_beside::<F>(spot, number)
+    } else if has_some_beside(home) {
+        take_out_beside::<F>(spot, home, number)
     } else {
         Unlinked::Before
     };
@@ -347,13 +355,15 @@ pub(crate) fn unlink<F: Family>(number: u32, set: u32, tag: u8) -> u32 {
 
 /// Takes a place out of the set beside its home, as the home's only writer.
 #[inline(always)]
-fn take_out_beside<F: Family>(spot: Spot, number: u32) -> Unlinked {
-    let Some(neighbour) = spot.neighbour::<F>().filter(|set| begin(writers(*set))) else {
-        return Unlinked::Busy;
-    };
+fn take_out_beside<F: Family>(spot: Spot, home: NonNull<IndexSet>, number: u32) -> Unlinked {
+    let Some(neighbour) = spot.begin_beside::<F>() else { return Unlinked::Busy };
     let was_there = take_out(neighbour, number, spot.tag);
     end(writers(neighbour));
-    if was_there { Unlinked::Now } else { Unlinked::Before }
+    if !was_there {
+        return Unlinked::Before;
+    }
+    maps::add_word(writers(home), -i64::from(BESIDE));
+    Unlinked::Now
 }
 
 #[inline(always)]
@@ -442,7 +452,7 @@ pub(crate) fn take_number<F: Family>(number: &mut u32) -> Result<(), Opened> {
     }
     // None was given back: the next that was never taken.
     let writers = table_word(table, offset_of!(FlowTable, writers));
-    if !begin(writers) {
+    if !begin(writers, TRIES) {
         return Err(Opened::NoRoom);
     }
     let top = table_word(table, offset_of!(FlowTable, top));
@@ -506,10 +516,10 @@ fn table_word(table: NonNull<FlowTable>, offset: usize) -> NonNull<u32> {
     unsafe { table.cast::<u32>().add(offset / size_of::<u32>()) }
 }
 
-/// Becomes the only one to write, if it can in time.
+/// Becomes the only one to write, if it can in so many tries.
 #[inline(always)]
-fn begin(writers: NonNull<u32>) -> bool {
-    for _ in 0..TRIES {
+fn begin(writers: NonNull<u32>, tries: u32) -> bool {
+    for _ in 0..tries {
         // Those who only look don't keep each other from it.
         // SAFETY: the pointer comes from a map lookup; an aligned word.
         if unsafe { writers.as_ptr().read_volatile() } & WRITERS != 0 {
@@ -525,11 +535,11 @@ fn begin(writers: NonNull<u32>) -> bool {
     false
 }
 
-/// Whether something was put beside this set once, for it was full.
+/// Whether keys that belong into this set stand in the one beside it.
 #[inline(always)]
-fn has_overflowed(set: NonNull<IndexSet>) -> bool {
+fn has_some_beside(set: NonNull<IndexSet>) -> bool {
     // SAFETY: the pointer comes from a map lookup; an aligned word.
-    unsafe { writers(set).read_volatile() & OVERFLOWED != 0 }
+    unsafe { writers(set).read_volatile() & !WRITERS != 0 }
 }
 
 #[inline(always)]

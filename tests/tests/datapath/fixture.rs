@@ -9,7 +9,7 @@ use std::{
     fs, hint, iter,
     net::{IpAddr, Ipv4Addr, SocketAddrV4},
     os::fd::{AsFd, AsRawFd, BorrowedFd},
-    path::{Path, PathBuf},
+    path::Path,
     sync::atomic::{AtomicUsize, Ordering},
     thread,
 };
@@ -381,7 +381,7 @@ impl Fixture {
             backend: Some(backend),
             program,
             programs: attached_programs()?,
-            collectors: collectors(&bpffs)?,
+            collectors: Collector::both(|name| map(&bpffs, name))?,
             ifindexes,
             bpffs,
         })
@@ -536,7 +536,7 @@ impl Fixture {
         self.backend = None;
         self.backend = Some(Ebpf::open(options)?);
         self.programs = attached_programs()?;
-        self.collectors = collectors(&self.bpffs)?;
+        self.collectors = Collector::both(|name| self.map(name))?;
         Ok(())
     }
 
@@ -780,7 +780,7 @@ impl Fixture {
 
     /// A pinned map.
     pub(crate) fn map(&self, name: &str) -> Result<MapData> {
-        MapData::from_pin(self.map_path(name)).with_context(|| format!("open the pin of {name}"))
+        map(&self.bpffs, name)
     }
 
     /// Bytes of kernel memory that a map takes.
@@ -792,21 +792,12 @@ impl Fixture {
         let bytes = info.lines().find_map(|line| line.strip_prefix("memlock:"));
         Ok(bytes.context("find its size")?.trim().parse()?)
     }
-
-    /// Pin of a map.
-    pub(crate) fn map_path(&self, name: &str) -> PathBuf {
-        map_path(&self.bpffs, name)
-    }
 }
 
-fn map_path(bpffs: &Bpffs, name: &str) -> PathBuf {
-    bpffs.path().join(format!("netdp/v{}/maps", netdp_common::abi::ABI)).join(name)
-}
-
-/// What removes flows of either family.
-fn collectors(bpffs: &Bpffs) -> Result<[Collector; 2]> {
-    let of = |name, places| Collector::find(name, &MapData::from_pin(map_path(bpffs, places))?);
-    Ok([of("collect4", "FLOW4")?, of("collect6", "FLOW6")?])
+/// A map by its pin.
+fn map(bpffs: &Bpffs, name: &str) -> Result<MapData> {
+    let path = bpffs.path().join(format!("netdp/v{}/maps", netdp_common::abi::ABI)).join(name);
+    MapData::from_pin(path).with_context(|| format!("open the pin of {name}"))
 }
 
 /// Who is at one end of a flow.

@@ -172,8 +172,13 @@ impl<const PLACE: usize> Table<PLACE> {
 pub(crate) struct Collector(SchedClassifier);
 
 impl Collector {
+    /// Those of both families whose maps these are, by name: IPv4's and IPv6's.
+    pub(crate) fn both(map: impl Fn(&str) -> Result<MapData>) -> Result<[Self; 2]> {
+        Ok([Self::find("collect4", &map("FLOW4")?)?, Self::find("collect6", &map("FLOW6")?)?])
+    }
+
     /// The one of this name that was loaded last among those that use the map.
-    pub(crate) fn find(name: &'static str, map: &MapData) -> Result<Self> {
+    fn find(name: &'static str, map: &MapData) -> Result<Self> {
         let map = map.info()?.id();
         let mut newest = None;
         for info in loaded_programs() {
