@@ -8,8 +8,8 @@
 //!
 //! Flow number n has places 2n (the half of the direction that opened it) and 2n + 1 (the answer's) of its
 //! table. The index is an array of sets with [`SLOTS_PER_SET`] slots each, and a key's hash says in which of
-//! them its place stands, or beside which if that is full. Both halves get their numbers at once and give them back at once; a
-//! packet finds one as long as its place stands in the index.
+//! them its place stands, or beside which if that is full. Both halves get their numbers at once and give
+//! them back at once; a packet finds one as long as its place stands in the index.
 
 use crate::{
     abi::wire,

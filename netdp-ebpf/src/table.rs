@@ -209,8 +209,8 @@ impl Spot {
     /// Asks for the set, so that it is on its way from memory before it is needed.
     #[inline(always)]
     pub(crate) fn approach<F: Family>(self) {
-        if let Some(set) = F::index_set(self.set) {
-            first_tags(set);
+        if let Some(home) = self.home::<F>() {
+            first_tags(home);
         }
     }
 

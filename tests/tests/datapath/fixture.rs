@@ -28,11 +28,11 @@ use netdp::{
     model::{EndpointId, NetworkId},
 };
 use netdp_common::{
-    addr::{Be16, Be32, Be128, Tuple},
+    addr::{Address, Be16, Be32, Be128, Tuple},
     aging::Collection,
     config::{Config, Timeouts},
     counter::Reason,
-    flow::{FlowKey, IPPROTO_UDP},
+    flow::{FlowKey, IPPROTO_UDP, ZONE_WORLD},
     fragment::{FragmentKey, Ports},
     network::Network,
     socket::claim,
@@ -723,25 +723,12 @@ impl Fixture {
 
     /// The set of the index that UDP from outside belongs in.
     pub(crate) fn set_of(&self, wire: Wire) -> Result<u32> {
-        let ends = [wire.source, wire.destination];
-        let [sport, dport] = ends.map(|end| Be16::new(end.port()));
-        let [src, dst] = ends.map(|end| *end.ip());
+        let Wire { source, destination, .. } = wire;
         match self.family {
-            Family::V4 => {
-                let [src, dst] = [src, dst].map(Be32::from);
-                self.table4()?.set_of(&FlowKey::new(
-                    0,
-                    Tuple { src, dst, sport, dport },
-                    IPPROTO_UDP,
-                ))
-            }
+            Family::V4 => self.table4()?.set_of(&from_world(source, destination, Be32::from)),
             Family::V6 => {
-                let [src, dst] = [src, dst].map(|party| Be128::from(ipv6(party)));
-                self.table6()?.set_of(&FlowKey::new(
-                    0,
-                    Tuple { src, dst, sport, dport },
-                    IPPROTO_UDP,
-                ))
+                let address = |party| Be128::from(ipv6(party));
+                self.table6()?.set_of(&from_world(source, destination, address))
             }
         }
     }
@@ -792,6 +779,21 @@ impl Fixture {
         let bytes = info.lines().find_map(|line| line.strip_prefix("memlock:"));
         Ok(bytes.context("find its size")?.trim().parse()?)
     }
+}
+
+/// Key of UDP from outside.
+fn from_world<A: Address>(
+    source: SocketAddrV4,
+    destination: SocketAddrV4,
+    address: impl Fn(Ipv4Addr) -> A,
+) -> FlowKey<A> {
+    let tuple = Tuple {
+        src: address(*source.ip()),
+        dst: address(*destination.ip()),
+        sport: Be16::new(source.port()),
+        dport: Be16::new(destination.port()),
+    };
+    FlowKey::new(ZONE_WORLD, tuple, IPPROTO_UDP)
 }
 
 /// A map by its pin.
